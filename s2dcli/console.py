@@ -1,0 +1,97 @@
+"""Standard error for people, standard output for data.
+
+`claim_stdout` must run before a heavy library is imported: it keeps a private copy of descriptor
+1 for data and points descriptor 1 itself at standard error, so that whatever a library, C code
+or a child process prints can never end up between two JSON lines.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_level = 0  # -1 quiet, 0 normal, 1 verbose
+_data: io.BufferedWriter | None = None
+
+# C0 and C1 control characters except tab and newline: with them, text can drive a terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def configure(*, quiet: bool, verbose: bool) -> None:
+    """Set how much is said on standard error: errors and warnings always, the rest by level."""
+    global _level
+    _level = -1 if quiet else 1 if verbose else 0
+
+
+def claim_stdout() -> io.BufferedWriter:
+    """Return the binary stream for data; from then on descriptor 1 is standard error."""
+    global _data
+    if _data is None:
+        sys.stdout.flush()
+        _data = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+    return _data
+
+
+def abandon_stdout() -> None:
+    """Forget unwritten data after the reader has closed the pipe, so that exit stays silent."""
+    if _data is not None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, _data.fileno())
+        os.close(null)
+
+
+def printable(text: str) -> str:
+    """Return untrusted text with its control characters made visible."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def _say(prefix: str, style: str, message: str) -> None:
+    stderr.print(Text.assemble((prefix, style), printable(message)))
+
+
+def info(message: str) -> None:
+    """Say something that a user wants to know; silent with `-q`."""
+    if _level >= 0:
+        _say("", "", message)
+
+
+def detail(message: str) -> None:
+    """Say something that only `-v` asks for."""
+    if _level >= 1:
+        _say("", "dim", message)
+
+
+def warn(message: str) -> None:
+    _say("warning: ", "yellow", message)
+
+
+def error(message: str) -> None:
+    _say("error: ", "bold red", message)
+
+
+def live_display() -> bool:
+    """Whether a live display makes sense: a terminal that moves its cursor, and no `-q`."""
+    return _level >= 0 and stderr.is_terminal and not stderr.is_dumb_terminal
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str = "") -> Iterator:
+    """Show a bar on a terminal; yields `advance(count=1)`. Elsewhere it says nothing."""
+    if not live_display():
+        yield lambda count=1: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count=1: bar.advance(task, count)
