@@ -1,0 +1,117 @@
+"""From problems to rollouts: plans the batches, asks an engine, and builds the records.
+
+The plan depends on the whole input only. Batches hold whole consecutive problems, so results come
+out in input order, a group at a time, and a shard is a run of whole batches: the shards, one after
+the other, are the bytes of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from s2dcli.engines.base import Engine, Request, Sample, SamplingParams
+from s2dcli.files.records import Problem, Rollout, row_seed
+from s2dcli.models.prompts import PromptEncoder
+
+LOGPROB_DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class Task:
+    """One group to sample: a problem, its prompt's ids, and the name of the group."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    group_id: str
+
+
+def make_tasks(problems: Sequence[Problem], encoder: PromptEncoder, max_prompt_tokens: int | None = None) -> tuple[list[Task], int]:
+    """Encode problems. Returns the tasks and how many problems were dropped for their long prompts."""
+    tasks = [Task(problem, encoder.encode(problem.prompt), problem.id) for problem in problems]
+    kept = [task for task in tasks if max_prompt_tokens is None or len(task.prompt_ids) <= max_prompt_tokens]
+    return kept, len(tasks) - len(kept)
+
+
+def plan(tasks: Sequence[Task], num_samples: int, max_tokens: int, batch_tokens: int) -> list[list[Task]]:
+    """Cut tasks into batches of whole groups: rows x (longest prompt + max_tokens) <= batch_tokens.
+
+    A group that is larger than that is a batch of its own, which the engine cuts further.
+    """
+    batches: list[list[Task]] = []
+    longest = 0
+    for task in tasks:
+        longest = max(longest, len(task.prompt_ids))
+        if batches and (len(batches[-1]) + 1) * num_samples * (longest + max_tokens) <= batch_tokens:
+            batches[-1].append(task)
+        else:
+            batches.append([task])
+            longest = len(task.prompt_ids)
+    return batches
+
+
+def shard_of(batches: list[list[Task]], index: int, count: int) -> list[list[Task]]:
+    """Return the `index`-th (from 1) of `count` consecutive runs of whole batches."""
+    return batches[len(batches) * (index - 1) // count : len(batches) * index // count]
+
+
+class Sampler:
+    """Samples groups of rollouts with one engine and one set of sampling parameters."""
+
+    def __init__(self, engine: Engine, encoder: PromptEncoder, params: SamplingParams, *, seed: int, identity: dict[str, Any], batch_tokens: int) -> None:
+        """`identity`: model, revision, step and checkpoint of the weights, for the `sampler` column."""
+        self.engine = engine
+        self.encoder = encoder
+        self.params = params
+        self.seed = seed
+        self.identity = identity
+        self.batch_tokens = batch_tokens
+
+    def sample(self, tasks: Sequence[Task], num_samples: int) -> Iterator[list[Rollout]]:
+        """Yield one group of `num_samples` rollouts per task, in order, batch after batch."""
+        for batch in plan(tasks, num_samples, self.params.max_tokens, self.batch_tokens):
+            yield from self.sample_batch(batch, num_samples)
+
+    def sample_batch(self, batch: Sequence[Task], num_samples: int) -> Iterator[list[Rollout]]:
+        """Yield the groups of one planned batch, in order, each as soon as it and its predecessors are done."""
+        requests = [
+            Request(task.prompt_ids, row_seed(self.seed, task.group_id, index)) for task in batch for index in range(num_samples)
+        ]
+        done: dict[int, Sample] = {}
+        group = 0
+        for index, sample in self.engine.generate(requests, self.params):
+            done[index] = sample
+            while group < len(batch) and all(group * num_samples + i in done for i in range(num_samples)):
+                rows = range(group * num_samples, (group + 1) * num_samples)
+                yield [self._rollout(batch[group], i, requests[row], done.pop(row)) for i, row in enumerate(rows)]
+                group += 1
+
+    def _rollout(self, task: Task, sample_index: int, request: Request, sample: Sample) -> Rollout:
+        problem = task.problem
+        return Rollout(
+            problem_id=problem.id,
+            problem_sha256=problem.problem_sha256,
+            group_id=task.group_id,
+            sample_index=sample_index,
+            prompt=problem.prompt,
+            completion=[{"role": "assistant", "content": self.encoder.decode(sample.completion_ids)}],
+            answer=problem.answer,
+            prompt_ids=task.prompt_ids,
+            completion_ids=sample.completion_ids,
+            completion_logprobs=[round(value, LOGPROB_DECIMALS) for value in sample.logprobs],
+            finish_reason=sample.finish_reason,
+            seed=request.seed,
+            source=problem.source,
+            sampler={
+                **self.identity,
+                "temperature": self.params.temperature,
+                "top_p": self.params.top_p,
+                "top_k": self.params.top_k,
+                "max_tokens": self.params.max_tokens,
+                "logprobs_mode": "processed_logprobs" if self.params.temperature else "raw_logprobs",
+                "engine": self.engine.name,
+                "template": self.encoder.description,
+            },
+            template_sha256=self.encoder.template_sha256,
+        )

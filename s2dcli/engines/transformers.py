@@ -1,0 +1,181 @@
+"""Sampling with plain transformers: one loop over positions, a KV cache, noise that each row owns.
+
+A row's noise is one uniform number per position, drawn from the row's seed; tokens are chosen by
+inverting the cumulative distribution. What a row says therefore does not depend on its neighbours.
+(Log-probs still change in the sixth decimal with the shape of the batch, as matrix products do.)
+
+Shapes: P distinct prompts, B rows, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Finished rows are dropped from the batch once they are this share of it: each drop copies the
+# cache, so halving costs at most log2(B) copies and never carries more dead rows than live ones.
+DROP_SHARE = 0.5
+
+
+class TransformersEngine:
+    """Samples from a transformers model that may also be in training: it always uses its current weights."""
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        vocabulary: int,
+        autocast: torch.dtype | None = None,
+        batch_tokens: int,
+    ) -> None:
+        """`batch_tokens`: cache positions (rows x (prompt + max_tokens)) of one batch."""
+        self.model = model
+        self.eos_ids_E = torch.tensor(sorted(set(eos_ids)), device=model.device)
+        self.pad_id = pad_id
+        self.vocabulary = vocabulary
+        self.autocast = autocast
+        self.batch_tokens = batch_tokens
+
+    def close(self) -> None:
+        """Nothing to release: the model belongs to the caller."""
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
+        """Yield (index, sample) batch by batch, in the order of the requests."""
+        start = 0
+        while start < len(requests):
+            end, longest = start, 0
+            while end < len(requests):
+                longest = max(longest, len(requests[end].prompt_ids))
+                if end > start and (end - start + 1) * (longest + params.max_tokens) > self.batch_tokens:
+                    break
+                end += 1
+            yield from enumerate(self._sample_batch(requests[start:end], params), start)
+            start = end
+
+    @torch.inference_mode()
+    def _sample_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+        device = self.model.device
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            ids_BT, logprobs_BT, lengths_B = self._decode(requests, params, device)
+        samples = []
+        for ids_T, logprobs_T, length in zip(ids_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), strict=True):
+            stopped = length <= params.max_tokens
+            length = min(length, params.max_tokens)
+            samples.append(Sample(ids_T[:length], logprobs_T[:length], STOP if stopped else LENGTH))
+        return samples
+
+    def _decode(self, requests: Sequence[Request], params: SamplingParams, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ids [B, T], log-probs [B, T] and lengths [B]; length max_tokens + 1 means unfinished."""
+        count = len(requests)
+        out, cache, mask_BT, position_B = self._prefill(requests, device)
+        logits_BV = out.logits[:, -1]
+        noise_BT = None if params.temperature == 0 else _noise(requests, params.max_tokens).to(device)
+        ids_BT = torch.full((count, params.max_tokens), self.pad_id, device=device)
+        logprobs_BT = torch.zeros(count, params.max_tokens, device=device)
+        lengths_B = torch.full((count,), params.max_tokens + 1, device=device)
+        rows_B = torch.arange(count, device=device)  # row of the batch -> row of the result
+        live_B = torch.ones(count, dtype=torch.bool, device=device)
+        for t in range(params.max_tokens):
+            uniforms_B = None if noise_BT is None else noise_BT[rows_B, t]
+            tokens_B, chosen_B = choose(logits_BV[:, : self.vocabulary], uniforms_B, params)
+            ids_BT[rows_B, t] = torch.where(live_B, tokens_B, self.pad_id)
+            logprobs_BT[rows_B, t] = chosen_B
+            ends_B = live_B & torch.isin(tokens_B, self.eos_ids_E)
+            lengths_B[rows_B[ends_B]] = t + 1
+            live_B = live_B & ~ends_B
+            num_live = int(live_B.sum())
+            if num_live == 0 or t == params.max_tokens - 1:
+                break
+            if num_live <= len(rows_B) * DROP_SHARE:
+                keep = live_B.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows_B, live_B, tokens_B, position_B = rows_B[keep], live_B[keep], tokens_B[keep], position_B[keep]
+                mask_BT = None if mask_BT is None else mask_BT[keep]
+            if mask_BT is not None:
+                mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
+            out = self.model(
+                input_ids=tokens_B[:, None],
+                attention_mask=mask_BT,
+                position_ids=position_B[:, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            position_B = position_B + 1
+            logits_BV = out.logits[:, -1]
+        return ids_BT, logprobs_BT, lengths_B
+
+    def _prefill(self, requests: Sequence[Request], device: torch.device):
+        """Run each distinct prompt once, left-padded, then copy its cache to all of its rows."""
+        from transformers import DynamicCache
+
+        distinct: dict[tuple[int, ...], int] = {}
+        prompt_of_B = torch.tensor([distinct.setdefault(tuple(r.prompt_ids), len(distinct)) for r in requests], device=device)
+        longest = max(map(len, distinct))
+        padded = [[self.pad_id] * (longest - len(ids)) + list(ids) for ids in distinct]
+        lengths_P = torch.tensor([len(ids) for ids in distinct], device=device)
+        mask_PT = (torch.arange(longest, device=device)[None] >= (longest - lengths_P)[:, None]).long()
+        unpadded = bool((lengths_P == longest).all())
+        cache = DynamicCache(config=self.model.config)
+        out = self.model(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=None if unpadded else mask_PT,
+            position_ids=(mask_PT.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if len(distinct) < len(requests):
+            cache.batch_select_indices(prompt_of_B)
+        out.logits = out.logits[prompt_of_B]
+        return out, cache, None if unpadded else mask_PT[prompt_of_B], lengths_P[prompt_of_B]
+
+
+def _noise(requests: Sequence[Request], max_tokens: int) -> torch.Tensor:
+    """Return uniform numbers [B, T] in [0, 1): row b depends on the seed of request b alone."""
+    rows = [np.random.Generator(np.random.Philox(key=request.seed)).random(max_tokens) for request in requests]
+    return torch.from_numpy(np.stack(rows))
+
+
+def choose(logits_BV: torch.Tensor, uniforms_B: torch.Tensor | None, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row. Returns ids [B] and their log-probs [B] under the distribution drawn from.
+
+    `uniforms_B` None is greedy (log-probs at temperature 1). Top-k is applied before top-p.
+    """
+    if uniforms_B is None:
+        logprobs_BV = logits_BV.float().log_softmax(-1)
+        tokens_B = logprobs_BV.argmax(-1)
+        return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+    logits_BV = logits_BV.float() / params.temperature
+    if params.top_k and params.top_k < logits_BV.shape[1]:
+        smallest_B1 = logits_BV.topk(params.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
+    if params.top_p < 1.0:
+        logits_BV = _nucleus(logits_BV, params.top_p)
+    logprobs_BV = logits_BV.log_softmax(-1)
+    # float64: a float32 running sum over 150,000 tokens would lose the unlikely ones.
+    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
+    target_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    tokens_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
+    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+
+
+def _nucleus(logits_BV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep the smallest set of likeliest tokens whose probability reaches top_p (always at least one)."""
+    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
+    probs_BV = sorted_BV.softmax(-1)
+    drop_BV = probs_BV.cumsum(-1) - probs_BV >= top_p
+    drop_BV[:, 0] = False
+    return logits_BV.masked_fill(torch.zeros_like(drop_BV).scatter(1, order_BV, drop_BV), -torch.inf)

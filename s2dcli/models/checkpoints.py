@@ -1,0 +1,132 @@
+"""What a CKPT argument means, and loading it: hub ids, checkpoint folders, run folders."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from s2dcli.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+LATEST = "latest"  # in a run folder: names the last whole step
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What a checkpoint needs; other weight formats and code are not even downloaded.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine. `name` is what the user wrote, `folder` where it lies."""
+
+    name: str
+    folder: Path
+    revision: str  # commit of the hub, "" for a local folder
+    step: int  # optimizer steps of the run that wrote it, 0 if none did
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash over the safetensors files, in the order of their names."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def resolve(name: str) -> Checkpoint:
+    """Find the checkpoint that `name` means; a hub id is downloaded. Raises ModelError or UsageError."""
+    path = Path(name)
+    if path.is_dir():
+        if (path / LATEST).is_file():
+            step = (path / LATEST).read_text(encoding="utf-8").strip()
+            if Path(step).name != step or not (path / step).is_dir():
+                raise ModelError(f"{LATEST!r} names {step!r}, which is not there", where=name)
+            path = path / step
+        if not (path / "config.json").is_file():
+            raise ModelError("neither a checkpoint (no config.json) nor a run folder (no latest)", where=name)
+        if not list(path.glob("*.safetensors")):
+            raise ModelError("holds no *.safetensors; other weight formats are not read", where=name)
+        return Checkpoint(name, path, "", _step_of(path))
+    if path.exists() or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+        raise UsageError("no such checkpoint folder", where=name)
+    return _download(name)
+
+
+def _step_of(folder: Path) -> int:
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    return int(match[1]) if match else 0
+
+
+def _download(name: str) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's client raises its own, requests' and httpx' errors alike
+        raise ModelError(
+            f"no such folder, and the hub did not give it either ({type(error).__name__})",
+            where=name,
+            hint="check the spelling, the network, and HF_TOKEN for gated models",
+        ) from None
+    return Checkpoint(name, folder, folder.name, 0)
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model in eval mode (no dropout, in scoring and training alike)."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.folder), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        text = str(error).strip() or type(error).__name__
+        raise ModelError(f"cannot load the model: {text.splitlines()[0]}", where=checkpoint.name) from None
+    return model.to(device).eval()
+
+
+def saved_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Dtype of the weights on disk (of the first floating-point tensor)."""
+    import torch
+    from safetensors import safe_open
+
+    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                dtype = getattr(torch, {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}.get(file.get_slice(key).get_dtype(), "int8"))
+                if dtype.is_floating_point:
+                    return dtype
+    raise ModelError("holds no floating-point weights", where=checkpoint.name)
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn `--device` into a torch device; `auto` takes a GPU if there is one."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"no such device: {name!r}", hint="cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda, but torch sees no GPU here")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn `--dtype` into the type of the forward computation."""
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)

@@ -1,0 +1,93 @@
+"""From token ids to the hidden states that predict completions, and the head that reads them.
+
+Shapes: B rows, T positions, N completion tokens of a micro-batch, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from s2dcli.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Log-probs from our head and from the model's own forward must agree to this many nats (float32).
+HEAD_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output projection: logits = cap(scale * (hidden @ weight.T + bias)) over the tokenizer's V ids.
+
+    Rows of `weight` beyond the tokenizer are cut off, which gives padded columns probability 0.
+    """
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [N, V]; the matrix product runs in the dtype of the hidden states."""
+        weight_VD = self.weight_VD.to(hidden_ND.dtype)
+        bias_V = None if self.bias_V is None else self.bias_V.to(hidden_ND.dtype)
+        return self.shape_logits(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+
+    def shape_logits(self, raw_NV: torch.Tensor) -> torch.Tensor:
+        """Apply scale and soft cap to raw products, in float32."""
+        logits_NV = raw_NV.float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.soft_cap is not None:
+            logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
+        return logits_NV
+
+
+def head_of(model: PreTrainedModel, vocabulary: int) -> Head:
+    """Return the model's head over the first `vocabulary` ids. Raises ModelError if it has none."""
+    layer = model.get_output_embeddings()
+    if layer is None or getattr(layer, "weight", None) is None:
+        raise ModelError(f"{type(model).__name__} has no output projection that s2d can use")
+    if layer.weight.shape[0] < vocabulary:
+        raise ModelError(f"the tokenizer knows {vocabulary} ids, the model only {layer.weight.shape[0]}")
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere
+        scale = float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):  # Granite
+        scale = 1.0 / float(config.logits_scaling)
+    bias = getattr(layer, "bias", None)
+    return Head(
+        weight_VD=layer.weight[:vocabulary],
+        bias_V=None if bias is None else bias[:vocabulary],
+        scale=scale,
+        soft_cap=getattr(config, "final_logit_softcapping", None),  # Gemma
+    )
+
+
+def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None) -> torch.Tensor:
+    """Run the backbone on right-padded rows; returns hidden states [B, T, D] after the final norm."""
+    return model.base_model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def require_known_head(model: PreTrainedModel, vocabulary: int, name: str) -> None:
+    """Compare our head with the model's own logits on a few tokens.
+
+    A family with a logit transformation that is unknown here would train on wrong probabilities
+    without any other sign. Raises ModelError beyond HEAD_TOLERANCE.
+    """
+    ids_BT = torch.arange(min(8, vocabulary), device=model.device)[None]
+    own = model(input_ids=ids_BT, use_cache=False).logits[..., :vocabulary].float().log_softmax(-1)
+    ours = head_of(model, vocabulary).logits(hidden_states(model, ids_BT, None)).log_softmax(-1)
+    tolerance = HEAD_TOLERANCE * (1 if own.dtype == model.dtype else 50)  # bfloat16 rounds at 2^-8
+    difference = (own - ours).abs()[own > -20].max().item()
+    if not difference <= tolerance:
+        raise ModelError(
+            f"{type(model).__name__} transforms its logits in a way s2d does not know (log-probs differ by {difference:.2g} nats)",
+            where=name,
+        )

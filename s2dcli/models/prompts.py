@@ -1,0 +1,137 @@
+"""Tokenizers and prompts: the one place where text becomes token ids.
+
+Ids are made once, here, and stored; engines and trainers are only ever given ids, so that no
+second tokenisation can add a BOS or split a completion differently.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2dcli.errors import ModelError, UsageError
+from s2dcli.files.records import Message, sha256_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# `--chat-template plain`: the contents, one after the other, and nothing else.
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder. Raises ModelError if there is none or it has no EOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the tokenizer: {_first_line(error)}", where=str(folder)) from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no EOS token, so no completion could ever end", where=str(folder))
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of ids that the tokenizer knows (highest id + 1).
+
+    A model's output may be wider, padded for speed; the columns beyond have probability 0 here.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the mapping from tokens to ids: equal iff ids mean the same."""
+    return sha256_text(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))))
+
+
+def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError, naming the first id that differs, unless both map tokens to the same ids."""
+    ours = {index: token for token, index in student.get_vocab().items()}
+    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    for index in sorted(ours.keys() | theirs.keys()):
+        if ours.get(index) != theirs.get(index):
+            raise ModelError(
+                f"teacher and student have different tokenizers: id {index} is {theirs.get(index)!r} "
+                f"in the teacher and {ours.get(index)!r} in the student",
+                hint="distillation compares probabilities token by token and needs one tokenizer for both",
+            )
+
+
+class PromptEncoder:
+    """Turns chat messages into the ids that a model sees, by its chat template.
+
+    `chat_template` is None for the tokenizer's own, "plain" for none at all, or a Jinja file.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.kwargs = chat_template_kwargs or {}
+        self.description = " ".join([chat_template or "own", *([json.dumps(self.kwargs, sort_keys=True)] if self.kwargs else [])])
+        if chat_template is None:
+            if not tokenizer.chat_template:
+                raise UsageError(
+                    "this model has no chat template",
+                    where=str(tokenizer.name_or_path),
+                    hint="--chat-template plain joins the messages as they are, --chat-template FILE brings one",
+                )
+            self.template: str = tokenizer.chat_template
+        elif chat_template == "plain":
+            self.template = PLAIN_TEMPLATE
+        else:
+            try:
+                self.template = Path(chat_template).read_text(encoding="utf-8")
+            except OSError as error:
+                raise UsageError(f"cannot read the chat template: {error.strerror}", where=chat_template) from None
+
+    @cached_property
+    def template_sha256(self) -> str:
+        """Hash of template, its arguments and tokenizer: equal iff prompts become the same ids."""
+        parts = [self.template, json.dumps(self.kwargs, sort_keys=True), tokenizer_sha256(self.tokenizer)]
+        return sha256_text("\n".join(parts))
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Return the ids of a prompt, ready for the answer to follow; one BOS where the model wants it."""
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **self.kwargs
+        )
+        bos = self.tokenizer.bos_token
+        # A template that writes BOS itself must not get a second one from the tokenizer.
+        add_special = self.template == PLAIN_TEMPLATE and not (bos and text.startswith(bos))
+        ids = self.tokenizer(text, add_special_tokens=add_special)["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        while add_special and ids and ids[-1] == eos:  # a tokenizer that closes every text would end the prompt here
+            ids = ids[:-1]
+        if not ids:
+            raise UsageError("a prompt became no tokens at all", where=str(self.tokenizer.name_or_path))
+        return ids
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Return the ids of a completion's text, closed by EOS: for texts that no model has sampled."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of a completion, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def parse_template_kwargs(text: str) -> dict[str, Any]:
+    """Parse `--chat-template-kwargs`. Raises UsageError unless it is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--chat-template-kwargs is not JSON ({error})", hint="e.g. '{\"enable_thinking\": false}'") from None
+    if not isinstance(value, dict):
+        raise UsageError("--chat-template-kwargs must be a JSON object", hint="e.g. '{\"enable_thinking\": false}'")
+    return value
