@@ -1,0 +1,253 @@
+"""`s2d report`: several eval results as one table on standard output.
+
+Each RUN is the output folder of `s2d eval`, or its `results.json`; `-` reads results as JSON lines
+from standard input. A row is a result's `name`, a column one data set under one way of decoding,
+a cell avg@k in per cent ± its standard error over problems:
+
+    s2d report runs/eval-direct runs/eval-bridge > table.md
+    s2d report runs/eval-*/results.json --columns all --format csv
+
+Results share a column only if data set, number of problems, k, temperature, top-p and length limit
+are the same, so that nothing unlike is compared by mistake. `--format json` gives the fractions
+as they were measured; csv gives per cent, the standard error in a column of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from rich.cells import cell_len
+
+from s2dcli import console
+from s2dcli.errors import DataError
+from s2dcli.files import jsonl
+from s2dcli.files.records import take
+
+MISSING = "-"
+ERROR_NOTE = "± is the standard error over problems, not over retrained checkpoints"
+
+
+class Format(StrEnum):
+    markdown = "markdown"
+    csv = "csv"
+    json = "json"
+
+
+class Columns(StrEnum):
+    main = "main"
+    all = "all"
+
+
+class Column(NamedTuple):
+    """What two results must have in common to be set one below the other."""
+
+    dataset: str
+    k: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    problems: int
+
+
+class Result(NamedTuple):
+    """One evaluation; rates are fractions between 0 and 1."""
+
+    where: str
+    name: str
+    model: str
+    checkpoint: str
+    column: Column
+    avg_at_k: float
+    se: float
+    pass_at_k: float
+    truncated: float
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Eval output folders or results.json files; - is standard input.", show_default=False)],
+    format: Annotated[Format, typer.Option("--format", help="How the table is written.")] = Format.markdown,
+    columns: Annotated[Columns, typer.Option("--columns", help="main: avg@k; all: pass@k and the share of truncated samples too.")] = Columns.main,
+) -> None:
+    """Print the table of several eval results."""
+    results = [_result(where, record) for run in runs for where, record in _records(run)]
+    if not results:
+        raise DataError("holds no results", where=jsonl.input_name(runs[0]))
+    cells = _pivot(results)
+    labels = _labels(list(dict.fromkeys(result.column for result in results)))
+
+    if format is Format.json:
+        jsonl.print_result(_as_json(cells, labels))
+        return
+    text = _as_csv(cells, labels, columns) if format is Format.csv else _as_markdown(cells, labels, columns)
+    out = console.claim_stdout()
+    out.write(text.encode())
+    out.flush()
+
+
+def _records(run: str) -> Iterator[tuple[str, dict]]:
+    """Yield (where, record) for each result that a RUN argument names."""
+    if jsonl.is_stream(run):
+        yield from jsonl.read(run, "the results of s2d eval")
+        return
+    path = Path(run)
+    if path.is_dir():
+        path = path / "results.json"
+        if not path.exists():
+            raise DataError("no results.json in this folder", where=run, hint="s2d eval ... -o FOLDER writes one")
+    with jsonl.open_input(path, "eval results") as stream:
+        yield str(path), jsonl.parse_line(stream.read(), str(path))
+
+
+def _result(where: str, record: dict) -> Result:
+    """Check one results.json. Raises DataError that names the file and the field."""
+
+    def number(field: str) -> float:
+        value = take(record, field, (float, int), where)
+        if not math.isfinite(value):
+            raise DataError(f"field {field!r} is not a finite number", where=where)
+        return float(value)
+
+    temperature = number("temperature")
+    column = Column(
+        dataset=_one_line(take(record, "dataset", str, where)),
+        k=take(record, "k", int, where),
+        temperature=temperature,
+        top_p=number("top_p") if temperature > 0 else 1.0,  # greedy decoding has no nucleus
+        max_tokens=take(record, "max_tokens", int, where),
+        problems=take(record, "problems", int, where),
+    )
+    ungraded = record.get("ungraded", 0)
+    if ungraded:
+        console.warn(f"{where}: {ungraded} samples could not be graded and are not in its figures")
+    return Result(
+        where=where,
+        name=_one_line(take(record, "name", str, where)),
+        model=take(record, "model", str, where),
+        checkpoint=take(record, "checkpoint", str, where),
+        column=column,
+        avg_at_k=number("avg_at_k"),
+        se=number("se"),
+        pass_at_k=number("pass_at_k"),
+        truncated=number("truncated"),
+    )
+
+
+def _one_line(text: str) -> str:
+    """Return a name fit for a table: control characters made visible, white space folded."""
+    return " ".join(console.printable(text).split())
+
+
+def _pivot(results: list[Result]) -> dict[str, dict[Column, Result]]:
+    """Return row name -> column -> result. Raises DataError if two results claim one cell."""
+    cells: dict[str, dict[Column, Result]] = {}
+    for result in results:
+        row = cells.setdefault(result.name, {})
+        if result.column in row:
+            raise DataError(
+                f"{row[result.column].where} and {result.where} are both {result.name!r} on {result.column.dataset!r} with the same decoding",
+                hint="report one of them, or give them different names",
+            )
+        row[result.column] = result
+        if len({other.checkpoint for other in row.values() if other.checkpoint}) > 1:
+            console.warn(f"row {result.name!r} mixes checkpoints: {', '.join(other.where for other in row.values())}")
+    return cells
+
+
+def _labels(columns: list[Column]) -> dict[Column, tuple[str, str]]:
+    """Return for each column its data set and its decoding, with limits only where these tell columns apart."""
+    labels = {}
+    for column in columns:
+        decoding = ["greedy" if column.temperature == 0 else f"T={column.temperature:g}"]
+        if column.top_p < 1:
+            decoding.append(f"top-p {column.top_p:g}")
+        likes = [other for other in columns if other[:4] == column[:4]]
+        if len({other.max_tokens for other in likes}) > 1:
+            decoding.append(f"{column.max_tokens} tokens")
+        if len({other.problems for other in likes}) > 1:
+            decoding.append(f"{column.problems} problems")
+        labels[column] = (column.dataset, ", ".join(decoding))
+    return labels
+
+
+def _main_label(column: Column, label: tuple[str, str]) -> str:
+    return f"{label[0]} avg@{column.k} ({label[1]})"
+
+
+def _as_markdown(cells: dict[str, dict[Column, Result]], labels: dict[Column, tuple[str, str]], columns: Columns) -> str:
+    """Return an aligned markdown table, and below it one line for each column."""
+    header = [""]
+    for column, (dataset, decoding) in labels.items():
+        header.append(_main_label(column, (dataset, decoding)))
+        if columns is Columns.all:
+            header += [f"{dataset} pass@{column.k} ({decoding})", f"{dataset} truncated ({decoding})"]
+    table = [header]
+    for name, row in cells.items():
+        line = [name]
+        for column in labels:
+            result = row.get(column)
+            line.append(f"{100 * result.avg_at_k:.1f} ± {100 * result.se:.1f}" if result else MISSING)
+            if columns is Columns.all:
+                line += [f"{100 * rate:.1f}" for rate in (result.pass_at_k, result.truncated)] if result else [MISSING] * 2
+        table.append(line)
+    notes = [
+        f"{_main_label(column, label)}: per cent, {column.problems} problems, k = {column.k} "
+        f"sample{'s' if column.k > 1 else ''} of each; {ERROR_NOTE}."
+        for column, label in labels.items()
+    ]
+    return "\n".join([*_markdown_lines(table), "", *notes]) + "\n"
+
+
+def _markdown_lines(table: list[list[str]]) -> Iterator[str]:
+    """Yield the lines of a table whose first column is set left and whose figures are set right."""
+    table = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    widths = [max(3, *(cell_len(cell) for cell in column)) for column in zip(*table, strict=True)]
+    for number, row in enumerate(table):
+        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        aligned = [row[0] + blanks[0], *(blank + cell for cell, blank in zip(row[1:], blanks[1:], strict=True))]
+        yield f"| {' | '.join(aligned)} |"
+        if number == 0:
+            yield f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
+
+
+def _as_csv(cells: dict[str, dict[Column, Result]], labels: dict[Column, tuple[str, str]], columns: Columns) -> str:
+    """Return comma-separated values in per cent; what is missing is empty, as CSV readers expect."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    fields = ["avg_at_k", "se"] + (["pass_at_k", "truncated"] if columns is Columns.all else [])
+    header = ["name"]
+    for column, (dataset, decoding) in labels.items():
+        main = _main_label(column, (dataset, decoding))
+        header += [main, f"{main} se"]
+        if columns is Columns.all:
+            header += [f"{dataset} pass@{column.k} ({decoding})", f"{dataset} truncated ({decoding})"]
+    writer.writerow(header)
+    for name, row in cells.items():
+        values = [f"{100 * getattr(row[column], field):.4f}" if column in row else "" for column in labels for field in fields]
+        writer.writerow([name, *values])
+    return text.getvalue()
+
+
+def _as_json(cells: dict[str, dict[Column, Result]], labels: dict[Column, tuple[str, str]]) -> dict:
+    """Return columns and rows as one object; a cell is null where there is no result."""
+    names = {column: _main_label(column, label) for column, label in labels.items()}
+    figures = ("avg_at_k", "se", "pass_at_k", "truncated", "model", "checkpoint")
+    return {
+        "columns": [{"label": names[column], **column._asdict()} for column in labels],
+        "rows": [
+            {
+                "name": name,
+                "cells": {
+                    names[column]: {**{field: getattr(row[column], field) for field in figures}, "file": row[column].where} if column in row else None
+                    for column in labels
+                },
+            }
+            for name, row in cells.items()
+        ],
+    }
