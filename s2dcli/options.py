@@ -28,6 +28,21 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
+class Aggregate(StrEnum):
+    """What each completion token's loss is divided by; see train/losses.token_weights."""
+
+    token = "token"
+    sequence = "sequence"
+    constant = "constant"
+
+
+class Advantage(StrEnum):
+    """How rewards become advantages; see train/losses.group_advantages."""
+
+    group_std = "group-std"
+    group_mean = "group-mean"
+
+
 # Inputs
 Problems = Annotated[str, typer.Argument(metavar="[PROBLEMS]", help="Problems, JSONL; - is standard input.", show_default=False)]
 Rollouts = Annotated[str, typer.Argument(metavar="[ROLLOUTS]", help="Rollouts, JSONL; - is standard input.", show_default=False)]
@@ -73,3 +88,35 @@ BatchTokens = Annotated[
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Grading processes.", show_default="CPUs")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that one answer may take to grade.")]
 MemoryLimit = Annotated[str, typer.Option("--memory-limit", metavar="SIZE", help="Memory that one grading process may use.")]
+
+# Training
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps to train; default: as --epochs says.", rich_help_panel=TRAINING)]
+Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the problems, if --steps is not given.", rich_help_panel=TRAINING)]
+ProblemsPerStep = Annotated[int, typer.Option("--problems-per-step", min=1, help="Problems sampled for each step.", rich_help_panel=TRAINING)]
+MiniBatchSize = Annotated[
+    int | None,
+    typer.Option("--mini-batch-size", min=1, help="Rollouts per optimizer update.", show_default="all: one update per step", rich_help_panel=TRAINING),
+]
+LearningRate = Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.", rich_help_panel=TRAINING)]
+ScheduleOption = Annotated[Schedule, typer.Option("--schedule", help="Learning rate after the warm-up.", rich_help_panel=TRAINING)]
+MinLrRatio = Annotated[float, typer.Option("--min-lr-ratio", min=0.0, max=1.0, help="Where linear and cosine end, as a share of --lr.", rich_help_panel=TRAINING)]
+WarmupSteps = Annotated[int, typer.Option("--warmup-steps", min=0, help="Steps of linear warm-up.", rich_help_panel=TRAINING)]
+WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0.0, help="AdamW's decoupled weight decay.", rich_help_panel=TRAINING)]
+AdamBeta2 = Annotated[float, typer.Option("--adam-beta2", min=0.0, max=1.0, help="AdamW's second-moment decay.", rich_help_panel=TRAINING)]
+GradClip = Annotated[float, typer.Option("--grad-clip", min=0.0, help="Largest gradient norm; 0 is no limit.", rich_help_panel=TRAINING)]
+TokensPerBatch = Annotated[
+    int,
+    typer.Option("--tokens-per-batch", min=1, help="Positions of one micro-batch, padding included; changes memory, not the gradient.", rich_help_panel=TRAINING),
+]
+TrainTemperature = Annotated[
+    float,
+    typer.Option("--temperature", min=1e-3, help="Of sampling and of every probability in the loss.", rich_help_panel=SAMPLING),
+]
+SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last step is always saved.", rich_help_panel=OUTPUT)]
+KeepRollouts = Annotated[bool, typer.Option("--keep-rollouts", help="Write each step's rollouts to the run folder.", rich_help_panel=OUTPUT)]
+EvalProblems = Annotated[
+    str | None, typer.Option("--eval-problems", metavar="FILE", help="Problems to measure avg@k on while training.", rich_help_panel=OUTPUT)
+]
+EvalEvery = Annotated[int, typer.Option("--eval-every", min=1, help="Steps between evaluations; also before the first and after the last.", rich_help_panel=OUTPUT)]
+EvalSamples = Annotated[int, typer.Option("--eval-samples", min=1, help="k of avg@k in evaluations while training.", rich_help_panel=OUTPUT)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check inputs and print the plan; load no weights.", rich_help_panel=OUTPUT)]

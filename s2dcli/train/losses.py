@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from enum import StrEnum
 
 import torch
+
+from s2dcli.options import Advantage, Aggregate
 
 # Added to a group's standard deviation (DeepSeekMath's code and its descendants use 1e-4 to 1e-6).
 # With 0/1 rewards and up to 64 samples the smallest non-zero deviation is 0.12: nothing explodes.
@@ -22,26 +23,14 @@ ADVANTAGE_EPSILON = 1e-6
 EQUAL_REWARDS = 1e-8
 
 
-class Aggregate(StrEnum):
-    """What each completion token's loss is divided by."""
-
-    token = "token"
-    sequence = "sequence"
-    constant = "constant"
-
-
-class Advantage(StrEnum):
-    group_std = "group-std"
-    group_mean = "group-mean"
-
-
 def token_weights(lengths_R: Sequence[int], aggregate: Aggregate, max_tokens: int) -> list[float]:
     """Weight of every completion token of each row, [R]; the sum over all tokens of a full batch is at most 1.
 
     token: 1 / number of completion tokens in the batch (DAPO, arXiv 2503.14476, Eq. 8).
     sequence: 1 / (rows * tokens of the row), a mean of means (GRPO, arXiv 2402.03300, Eq. 3).
     constant: 1 / (rows * max_tokens) (Dr. GRPO, arXiv 2503.20783).
-    Rows count also where they are empty or carry no signal.
+    Rows count also where they are empty or carry no signal; rows that must not be learnt from
+    (ungradable ones) are left out of `lengths_R` by the caller.
     """
     if aggregate is Aggregate.token:
         total = sum(lengths_R)

@@ -84,8 +84,7 @@ def _apply(hidden_ND: torch.Tensor, head: Head, per_token: PerToken, width: int)
 
 
 def _entropy(logprobs_CV: torch.Tensor) -> torch.Tensor:
-    # 0 log 0 = 0, also where a logit is -inf.
-    return -(logprobs_CV.exp() * logprobs_CV.masked_fill(logprobs_CV == -torch.inf, 0.0)).sum(-1)
+    return -(logprobs_CV.exp() * logprobs_CV).sum(-1)
 
 
 def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

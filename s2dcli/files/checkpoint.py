@@ -1,0 +1,101 @@
+"""Run folders, and checkpoints in them that are either whole or not there.
+
+    out/ s2d.json problems.jsonl metrics.jsonl evals.jsonl rollouts/ latest
+         step-000100/  config, *.safetensors, tokenizer, s2d.json
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2dcli.errors import DataError, UsageError
+from s2dcli.files.manifest import MANIFEST, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+LATEST = "latest"  # names the last whole step
+# Written anew with the weights; everything else of a checkpoint folder is copied as it is.
+_OWN_FILES = {"config.json", "model.safetensors.index.json", MANIFEST}
+_COPIED = (".json", ".jinja", ".model", ".txt")
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def create_folder(out: Path, overwrite: bool) -> None:
+    """Make an output folder. An existing one is refused, or with `overwrite` replaced if s2d made it."""
+    if out.exists() and not out.is_dir():
+        raise UsageError("exists and is not a folder", where=str(out), hint="choose another -o")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UsageError("output exists", where=str(out), hint="--overwrite replaces it, or choose another -o")
+        if not (out / MANIFEST).is_file():
+            raise UsageError(f"was not made by s2d (no {MANIFEST}), so --overwrite leaves it alone", where=str(out))
+        shutil.rmtree(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make the folder: {error.strerror}", where=str(out)) from None
+
+
+def save_step(out: Path, step: int, model: PreTrainedModel, parent: Path, dtype: torch.dtype, manifest: dict[str, Any]) -> Path:
+    """Save the model as `out/step-NNNNNN` in `dtype`, with the parent's tokenizer; then move `latest`.
+
+    The folder is written under a temporary name, synced and renamed, so what exists is whole.
+    """
+    final = out / step_name(step)
+    temporary = out / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        _save_weights(temporary, model, dtype)
+        for path in parent.iterdir():
+            if path.is_file() and path.suffix in _COPIED and path.name not in _OWN_FILES:
+                shutil.copyfile(path, temporary / path.name)
+        write_json(temporary / MANIFEST, manifest)
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+    except OSError as error:
+        raise DataError(f"cannot save the checkpoint: {error.strerror or error}", where=str(final)) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(out)
+    pointer = out / f".{LATEST}.{os.getpid()}"
+    pointer.write_text(final.name + "\n", encoding="ascii")
+    _sync(pointer)
+    os.replace(pointer, out / LATEST)
+    _sync(out)
+    return final
+
+
+def _save_weights(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, so that they are saved once
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
+        else:
+            state[name] = tensor
+    compute, model.config.dtype = model.config.dtype, dtype
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config.dtype = compute
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

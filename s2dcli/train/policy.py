@@ -1,0 +1,49 @@
+"""A model with its head, and the loss inside one forward.
+
+Called past its wrapper, a sharded or data-parallel backbone trains on wrong gradients without any
+error; so whatever wraps a model wraps this module, and the loss is computed within `forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from s2dcli.models.forward import Head, head_of, hidden_states
+from s2dcli.train.batching import MicroBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# (hidden states [N, D] of the completion tokens, head) -> (loss, sums over tokens for the metrics)
+Loss = Callable[[torch.Tensor, Head], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class Policy(torch.nn.Module):
+    """A causal language model as the trainers see it: over the tokenizer's ids, completions only."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary = vocabulary
+        self.autocast = autocast
+
+    def states(self, batch: MicroBatch) -> torch.Tensor:
+        """Hidden states [N, D] that predict the completion tokens."""
+        device = batch.input_ids_BT.device
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            hidden_BTD = hidden_states(self.model, batch.input_ids_BT, batch.attention_mask_BT)
+        return hidden_BTD.flatten(0, 1)[batch.states_N]
+
+    def head(self) -> Head:
+        return head_of(self.model, self.vocabulary)
+
+    def forward(self, batch: MicroBatch, loss: Loss) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return loss(self.states(batch), self.head())
+
+
+def freeze(policy: Policy) -> Policy:
+    """Make a reference or teacher: no gradient ever reaches it."""
+    return policy.requires_grad_(False).eval()
