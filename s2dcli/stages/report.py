@@ -71,9 +71,12 @@ class Result(NamedTuple):
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Eval output folders or results.json files; - is standard input.", show_default=False)],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Eval output folders or results.json files; - is standard input.", show_default=False),
+    ],
     format: Annotated[Format, typer.Option("--format", help="How the table is written.")] = Format.markdown,
-    columns: Annotated[Columns, typer.Option("--columns", help="main: avg@k; all: pass@k and the share of truncated samples too.")] = Columns.main,
+    columns: Annotated[Columns, typer.Option("--columns", help="all: pass@k and the share of truncated samples too.")] = Columns.main,
 ) -> None:
     """Print the table of several eval results."""
     results = [_result(where, record) for run in runs for where, record in _records(run)]
@@ -81,11 +84,12 @@ def report(
         raise DataError("holds no results", where=jsonl.input_name(runs[0]))
     cells = _pivot(results)
     labels = _labels(list(dict.fromkeys(result.column for result in results)))
+    figures = ["avg_at_k", "pass_at_k", "truncated"] if columns is Columns.all else ["avg_at_k"]
 
     if format is Format.json:
         jsonl.print_result(_as_json(cells, labels))
         return
-    text = _as_csv(cells, labels, columns) if format is Format.csv else _as_markdown(cells, labels, columns)
+    text = _as_csv(cells, labels, figures) if format is Format.csv else _as_markdown(cells, labels, figures)
     out = console.claim_stdout()
     out.write(text.encode())
     out.flush()
@@ -125,7 +129,7 @@ def _result(where: str, record: dict) -> Result:
     )
     ungraded = record.get("ungraded", 0)
     if ungraded:
-        console.warn(f"{where}: {ungraded} samples could not be graded and are not in its figures")
+        console.warn(f"{where}: {ungraded} samples could not be graded")
     return Result(
         where=where,
         name=_one_line(take(record, "name", str, where)),
@@ -151,7 +155,8 @@ def _pivot(results: list[Result]) -> dict[str, dict[Column, Result]]:
         row = cells.setdefault(result.name, {})
         if result.column in row:
             raise DataError(
-                f"{row[result.column].where} and {result.where} are both {result.name!r} on {result.column.dataset!r} with the same decoding",
+                f"{row[result.column].where} and {result.where} claim one cell: "
+                f"{result.name!r} on {result.column.dataset!r} with the same decoding",
                 hint="report one of them, or give them different names",
             )
         row[result.column] = result
@@ -160,8 +165,8 @@ def _pivot(results: list[Result]) -> dict[str, dict[Column, Result]]:
     return cells
 
 
-def _labels(columns: list[Column]) -> dict[Column, tuple[str, str]]:
-    """Return for each column its data set and its decoding, with limits only where these tell columns apart."""
+def _labels(columns: list[Column]) -> dict[Column, dict[str, str]]:
+    """Return the heading of each column's figures, with limits only where these tell columns apart."""
     labels = {}
     for column in columns:
         decoding = ["greedy" if column.temperature == 0 else f"T={column.temperature:g}"]
@@ -172,34 +177,30 @@ def _labels(columns: list[Column]) -> dict[Column, tuple[str, str]]:
             decoding.append(f"{column.max_tokens} tokens")
         if len({other.problems for other in likes}) > 1:
             decoding.append(f"{column.problems} problems")
-        labels[column] = (column.dataset, ", ".join(decoding))
+        how = ", ".join(decoding)
+        labels[column] = {
+            "avg_at_k": f"{column.dataset} avg@{column.k} ({how})",
+            "pass_at_k": f"{column.dataset} pass@{column.k} ({how})",
+            "truncated": f"{column.dataset} truncated ({how})",
+        }
     return labels
 
 
-def _main_label(column: Column, label: tuple[str, str]) -> str:
-    return f"{label[0]} avg@{column.k} ({label[1]})"
+def _as_markdown(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str, str]], figures: list[str]) -> str:
+    """Return an aligned markdown table in per cent, and below it one line for each column."""
 
+    def cell(result: Result | None, figure: str) -> str:
+        if result is None:
+            return MISSING
+        spread = f" ± {100 * result.se:.1f}" if figure == "avg_at_k" else ""
+        return f"{100 * getattr(result, figure):.1f}{spread}"
 
-def _as_markdown(cells: dict[str, dict[Column, Result]], labels: dict[Column, tuple[str, str]], columns: Columns) -> str:
-    """Return an aligned markdown table, and below it one line for each column."""
-    header = [""]
-    for column, (dataset, decoding) in labels.items():
-        header.append(_main_label(column, (dataset, decoding)))
-        if columns is Columns.all:
-            header += [f"{dataset} pass@{column.k} ({decoding})", f"{dataset} truncated ({decoding})"]
-    table = [header]
+    table = [["", *(heads[figure] for heads in labels.values() for figure in figures)]]
     for name, row in cells.items():
-        line = [name]
-        for column in labels:
-            result = row.get(column)
-            line.append(f"{100 * result.avg_at_k:.1f} ± {100 * result.se:.1f}" if result else MISSING)
-            if columns is Columns.all:
-                line += [f"{100 * rate:.1f}" for rate in (result.pass_at_k, result.truncated)] if result else [MISSING] * 2
-        table.append(line)
+        table.append([name, *(cell(row.get(column), figure) for column in labels for figure in figures)])
     notes = [
-        f"{_main_label(column, label)}: per cent, {column.problems} problems, k = {column.k} "
-        f"sample{'s' if column.k > 1 else ''} of each; {ERROR_NOTE}."
-        for column, label in labels.items()
+        f"- {heads['avg_at_k']}: per cent; {column.problems} problems, k = {column.k}; {ERROR_NOTE}."
+        for column, heads in labels.items()
     ]
     return "\n".join([*_markdown_lines(table), "", *notes]) + "\n"
 
@@ -216,38 +217,30 @@ def _markdown_lines(table: list[list[str]]) -> Iterator[str]:
             yield f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
 
 
-def _as_csv(cells: dict[str, dict[Column, Result]], labels: dict[Column, tuple[str, str]], columns: Columns) -> str:
+def _as_csv(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str, str]], figures: list[str]) -> str:
     """Return comma-separated values in per cent; what is missing is empty, as CSV readers expect."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    fields = ["avg_at_k", "se"] + (["pass_at_k", "truncated"] if columns is Columns.all else [])
-    header = ["name"]
-    for column, (dataset, decoding) in labels.items():
-        main = _main_label(column, (dataset, decoding))
-        header += [main, f"{main} se"]
-        if columns is Columns.all:
-            header += [f"{dataset} pass@{column.k} ({decoding})", f"{dataset} truncated ({decoding})"]
-    writer.writerow(header)
+    fields = ["avg_at_k", "se", *figures[1:]]
+    heads = [head["avg_at_k"] + " se" if field == "se" else head[field] for head in labels.values() for field in fields]
+    writer.writerow(["name", *heads])
     for name, row in cells.items():
         values = [f"{100 * getattr(row[column], field):.4f}" if column in row else "" for column in labels for field in fields]
         writer.writerow([name, *values])
     return text.getvalue()
 
 
-def _as_json(cells: dict[str, dict[Column, Result]], labels: dict[Column, tuple[str, str]]) -> dict:
-    """Return columns and rows as one object; a cell is null where there is no result."""
-    names = {column: _main_label(column, label) for column, label in labels.items()}
-    figures = ("avg_at_k", "se", "pass_at_k", "truncated", "model", "checkpoint")
+def _as_json(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str, str]]) -> dict:
+    """Return columns and rows as one object, rates as fractions; a cell is null where there is no result."""
+
+    def cell(result: Result | None) -> dict | None:
+        if result is None:
+            return None
+        figures = {field: getattr(result, field) for field in ("avg_at_k", "se", "pass_at_k", "truncated")}
+        return {**figures, "model": result.model, "checkpoint": result.checkpoint, "file": result.where}
+
+    names = {column: heads["avg_at_k"] for column, heads in labels.items()}
     return {
-        "columns": [{"label": names[column], **column._asdict()} for column in labels],
-        "rows": [
-            {
-                "name": name,
-                "cells": {
-                    names[column]: {**{field: getattr(row[column], field) for field in figures}, "file": row[column].where} if column in row else None
-                    for column in labels
-                },
-            }
-            for name, row in cells.items()
-        ],
+        "columns": [{"label": label, **column._asdict()} for column, label in names.items()],
+        "rows": [{"name": name, "cells": {label: cell(row.get(column)) for column, label in names.items()}} for name, row in cells.items()],
     }
