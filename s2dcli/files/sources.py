@@ -1,0 +1,525 @@
+"""Data sets as they are found in the world, read as rows: files, folders in hub layout, hub ids.
+
+Two steps, so that `prepare` can say what it does: `read` yields raw rows with their place in the
+source; `question` and `gold` find the problem, the answer and the worked solution in one row.
+
+| layout | problem | answer |
+|---|---|---|
+| GSM8K | `question` | what follows `####` in `answer`; the text before is the worked solution |
+| MATH, MATH-500 | `problem` | `answer`, else the last `\\boxed{}` of `solution` |
+| AIME | `problem`, `question`, `Problem` | `answer`, `Answer`: text or whole number |
+| verl, DAPO | user message of `prompt` | `reward_model.ground_truth` |
+| others | `prompt`, `problem`, `question` | `ground_truth`, `final_answer`, `expected_answer` |
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from enum import Enum, auto
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from s2dcli.errors import DataError, nearest
+from s2dcli.files import jsonl
+from s2dcli.files.records import Message
+
+if TYPE_CHECKING:
+    import pyarrow
+
+TEXT_FIELDS = ("prompt", "problem", "question")
+# A worked solution is asked last: where a row has a gold column, that is what its authors grade by.
+ANSWER_FIELDS = ("answer", "ground_truth", "final_answer", "expected_answer", "solution")
+ID_FIELDS = ("id", "unique_id")
+OTHER_FIELDS = ("reward_model", "extra_info", "data_source", "problem_sha256", "source", "completion", "completion_ids")
+
+BARE_ANSWER_CHARS = 64  # a `solution` of one line, no longer than this and without \boxed{}, is itself the answer
+NEARLY_THE_SAME = 0.7  # difflib's ratio from which a column's name counts as a misspelling
+ROWS_AT_A_TIME = 2048  # of a parquet file or a hub data set: a few MB of Python objects
+
+# DAPO-Math-17k (BytedTsinghua-SIA, Apache-2.0) wraps every problem in the first of these texts;
+# the others are those of widespread copies that ask for \boxed{}.
+_DAPO_TASK = "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+DAPO_PREFIXES = tuple(
+    f"{_DAPO_TASK}{form} where $Answer is the answer to the problem.\n\n"
+    for form in ("$Answer (without quotes)", "\\boxed{$Answer} (without quotes)", "\\boxed{$Answer}")
+)
+DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+_GSM8K_GOLD = re.compile(r"(?:^|\n)####[ \t]*(\S[^\n]*)\s*\Z")  # on the last line only: elsewhere it is a markdown heading
+_GSM8K_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace counts as text
+_ONLY_BOX = re.compile(r"\$*\\(?:boxed|fbox)\s*\{.*\}\.?\$*\.?", re.DOTALL)
+_SHARD = re.compile(r"^(?P<split>.+)-\d{5}-of-\d{5}$")
+_SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|training|test|testing|validation|valid|val|dev)(?![a-z0-9])", re.IGNORECASE)
+_SPLIT_NAMES = {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "dev": "validation"}
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
+
+
+class Kind(Enum):
+    """What a SOURCE argument can be."""
+
+    stdin = auto()
+    file = auto()
+    folder = auto()
+    hub = auto()
+
+
+class HubDefaults(NamedTuple):
+    """What of a known hub data set is read unless the command line says otherwise."""
+
+    subsets: tuple[str | None, ...]
+    split: str
+
+
+KNOWN_HUB_IDS = {
+    "openai/gsm8k": HubDefaults(("main",), "train"),
+    "HuggingFaceH4/MATH-500": HubDefaults((None,), "test"),
+    "HuggingFaceH4/aime_2024": HubDefaults((None,), "train"),
+    "Maxwell-Jia/AIME_2024": HubDefaults((None,), "train"),
+    "math-ai/aime25": HubDefaults((None,), "test"),
+    "opencompass/AIME2025": HubDefaults(("AIME2025-I", "AIME2025-II"), "test"),
+    "BytedTsinghua-SIA/DAPO-Math-17k": HubDefaults((None,), "train"),
+}
+SHORT_NAMES = {
+    "gsm8k": "openai/gsm8k",
+    "math-500": "HuggingFaceH4/MATH-500",
+    "aime-2024": "HuggingFaceH4/aime_2024",
+    "aime-2025": "math-ai/aime25",
+    "dapo-math-17k": "BytedTsinghua-SIA/DAPO-Math-17k",
+}
+
+
+class Row(NamedTuple):
+    """One raw row: `where` is its place for error messages, `index` its position from 0."""
+
+    where: str
+    record: dict
+    dataset: str
+    split: str
+    index: int
+
+
+class Question(NamedTuple):
+    """The bare problem text, the messages that go before it, and whether DAPO's wrapper was around it."""
+
+    text: str
+    before: list[Message]
+    unwrapped: bool
+
+
+class Gold(NamedTuple):
+    """The gold answer and the worked solution; each is "" where the row has none."""
+
+    answer: str
+    solution: str
+
+
+# Reading
+
+
+def read(source: str, *, subset: str | None = None, split: str | None = None, every_split: bool = False) -> Iterator[Row]:
+    """Yield the rows of a file, a folder in hub layout, a hub data set, or standard input for `-`.
+
+    `subset` and `split` choose within a folder or a hub data set; with `every_split` those that
+    are not chosen are all read, otherwise DataError lists them. Raises DataError on what cannot be read.
+    """
+    path = Path(source)
+    match kind_of(source):
+        case Kind.stdin:
+            yield from _number(jsonl.read(source, "problems"), "stdin", "")
+        case Kind.folder:
+            yield from _read_folder(path, subset, split, every_split)
+        case Kind.hub:
+            yield from _read_hub(SHORT_NAMES.get(source.lower(), source), subset, split, every_split)
+        case Kind.file:
+            # Where a file is named after its split, its folder names the data set.
+            dataset, name = (path.resolve().parent.name, path.stem) if _SPLIT_WORD.fullmatch(path.stem) else (path.stem, "")
+            yield from _number(_read_file(path), dataset, name)
+
+
+def kind_of(source: str) -> Kind:
+    """Return what a SOURCE argument names. Raises DataError if it can be nothing at all."""
+    path = Path(source)
+    if jsonl.is_stream(source):
+        return Kind.stdin
+    if path.is_dir():
+        return Kind.folder
+    if path.exists() or path.suffix.lower() in _READERS:
+        return Kind.file
+    if source.lower() in SHORT_NAMES or _HUB_ID.match(source):
+        return Kind.hub
+    raise DataError(f"no such file or folder{nearest(source, SHORT_NAMES)}", where=source, hint="a hub data set is named OWNER/NAME")
+
+
+def _number(records: Iterable[tuple[str, dict]], dataset: str, split: str) -> Iterator[Row]:
+    for index, (where, record) in enumerate(records):
+        yield Row(where, record, dataset, split, index)
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
+    if path.is_file():
+        with jsonl.open_input(path, "problems") as stream:
+            if stream.read(24) == b"version https://git-lfs.":
+                raise DataError("this is a Git LFS pointer, not the data", where=str(path), hint="fetch it with `git lfs pull`")
+    return _READERS.get(path.suffix.lower(), _read_jsonl)(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    return jsonl.read(path, "problems")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield the objects of a list, of the one list in an object, or of JSON lines under the wrong name."""
+    with jsonl.open_input(path, "problems") as stream:
+        content = stream.read()
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise DataError("JSON nested deeper than the parser allows", where=str(path)) from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and content.lstrip()[:1] == b"{":
+            yield from jsonl.read(path, "problems")
+            return
+        raise DataError(f"not JSON ({error})", where=str(path)) from None
+    except ValueError as error:
+        raise DataError(f"not JSON ({error})", where=str(path)) from None
+    if isinstance(value, dict):
+        lists = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)}
+        if len(lists) > 1:
+            raise DataError(f"holds several lists of objects: {', '.join(lists)}", where=str(path), hint="keep one of them in the file")
+        value = next(iter(lists.values()), None)
+    if not isinstance(value, list):
+        raise DataError("a list of objects was expected", where=str(path))
+    for number, record in enumerate(value, 1):
+        where = f"{path} row {number}"
+        if not isinstance(record, dict):
+            raise DataError(f"a JSON object was expected, this is a {type(record).__name__}", where=where)
+        yield where, record
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(2**31 - 1)  # worked solutions outgrow the default of 128 KiB
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            for number, record in enumerate(reader, 1):
+                where = f"{path} row {number}"
+                if None in record or None in record.values():
+                    raise DataError(f"has not the {len(reader.fieldnames or ())} fields of the header", where=where)
+                yield where, record
+    except OSError as error:
+        raise DataError(f"cannot read problems: {error.strerror}", where=str(path)) from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"not CSV in UTF-8 ({error})", where=str(path)) from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        # Without a read buffer, a column chunk (a million rows in one piece) is loaded as a whole.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            batches = file.iter_batches(ROWS_AT_A_TIME, columns=_wanted(file.schema_arrow.names), use_threads=False)
+            yield from _arrow_rows(batches, str(path))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"not a readable parquet file ({_first_line(error)})", where=str(path)) from None
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _wanted(columns: list[str]) -> list[str]:
+    """Return the columns that are worth decoding: all of them where a near miss must be named."""
+    known = {*TEXT_FIELDS, *ANSWER_FIELDS, *ID_FIELDS, *OTHER_FIELDS}
+    lower = {column.lower() for column in columns}
+    if lower.isdisjoint(TEXT_FIELDS) or lower.isdisjoint((*ANSWER_FIELDS, "reward_model")):
+        return columns
+    return [column for column in columns if column.lower() in known]
+
+
+def _arrow_rows(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], name: str) -> Iterator[tuple[str, dict]]:
+    number = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{name} row {number}", record
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+# Folders and hub data sets
+
+
+def _read_folder(folder: Path, subset: str | None, split: str | None, every_split: bool) -> Iterator[Row]:
+    """Read a folder in hub layout, such as a clone of a data set's repository."""
+    layout = _declared_layout(folder) or _found_layout(folder)
+    if not layout:
+        raise DataError("no JSONL, JSON, parquet or CSV file in this folder", where=str(folder))
+    for subset_name in _choose("subset", "--subset", list(layout), subset, every_split, str(folder)):
+        splits = layout[subset_name]
+        for split_name in _choose("split", "--source-split", list(splits), split, every_split, str(folder)):
+            for path in splits[split_name]:
+                yield from _number(_read_file(path), folder.resolve().name, split_name)
+
+
+def _choose(what: str, option: str, names: list[str], wanted: str | None, every: bool, where: str) -> list[str]:
+    """Return the subset or split to read, or all of them with `every`. Raises DataError with the names to choose from."""
+    if wanted is not None:
+        if wanted not in names:
+            raise DataError(f"no {what} {wanted!r}{nearest(wanted, names)}", where=where, hint=f"there are: {', '.join(names)}")
+        return [wanted]
+    if len(names) > 1 and not every:
+        raise DataError(f"holds several {what}s: {', '.join(names)}", where=where, hint=f"choose one with {option} {names[0]}")
+    return names
+
+
+def _declared_layout(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Return subset -> split -> files as the data set card's front matter declares them; {} if it does not."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    import yaml
+
+    parts = re.split(r"^---\s*$", card.read_text(encoding="utf-8", errors="replace"), maxsplit=2, flags=re.MULTILINE)
+    try:
+        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except yaml.YAMLError as error:
+        raise DataError(f"the front matter is not YAML ({_first_line(error)})", where=str(card)) from None
+    layout: dict[str, dict[str, list[Path]]] = {}
+    for config in (front.get("configs") or []) if isinstance(front, dict) else []:
+        declared = config.get("data_files") or []
+        splits: dict[str, list[Path]] = {}
+        for entry in [declared] if isinstance(declared, str) else declared:
+            name, patterns = (entry.get("split", "train"), entry.get("path", [])) if isinstance(entry, dict) else ("train", entry)
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                if not pattern.startswith("/") and "://" not in pattern:
+                    splits.setdefault(name, []).extend(sorted(path for path in folder.glob(pattern) if path.suffix.lower() in _READERS))
+        if files := {name: paths for name, paths in splits.items() if paths}:
+            layout[config.get("config_name", "default")] = files
+    return layout
+
+
+def _found_layout(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Return subset -> split -> files by the hub's naming rules: SUBSET/SPLIT-00000-of-00001.parquet, test.jsonl, ..."""
+    layout: dict[str, dict[str, list[Path]]] = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        is_metadata = path.suffix == ".json" and path.stem in ("dataset_info", "dataset_infos", "dataset_dict", "state")
+        if path.suffix.lower() not in _READERS or is_metadata or any(part.startswith(".") for part in parts) or not path.is_file():
+            continue
+        *folders, split = [*parts[:-1], path.stem]
+        if shard := _SHARD.match(split):
+            split = shard["split"]
+        words = [match[1].lower() for name in (split, *reversed(folders)) if (match := _SPLIT_WORD.search(name))]
+        if words:
+            split = _SPLIT_NAMES.get(words[0], words[0])
+        subset = "/".join(name for name in folders if name != "data" and not _SPLIT_WORD.fullmatch(name))
+        layout.setdefault(subset or "default", {}).setdefault(split, []).append(path)
+    for splits in layout.values():
+        if len(splits) == 1 and not _SPLIT_WORD.fullmatch(next(iter(splits))):
+            splits["train"] = splits.pop(next(iter(splits)))  # one file of any name is the data set, and the hub calls it train
+    return layout
+
+
+def _read_hub(name: str, subset: str | None, split: str | None, every_split: bool) -> Iterator[Row]:
+    """Read a data set from the hub or its local cache. Code that a data set brings is never run."""
+    import datasets
+
+    defaults = KNOWN_HUB_IDS.get(name)
+    subsets = (subset,) if subset is not None or defaults is None else defaults.subsets
+    if split is None and defaults is not None and not every_split:
+        split = defaults.split
+    for subset_name in subsets:
+        try:
+            splits = datasets.load_dataset(name, subset_name)
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"no such file or folder, and as a hub data set it cannot be loaded ({_first_line(error)})",
+                where=name,
+                hint="a folder or a file of the data set works without the network",
+            ) from None
+        for split_name in _choose("split", "--source-split", list(splits), split, every_split, name):
+            data = splits[split_name]
+            data = data.select_columns(_wanted(data.column_names)).with_format("arrow")
+            yield from _number(_arrow_rows(data.iter(ROWS_AT_A_TIME), f"{name} {split_name}"), name, split_name)
+
+
+# Finding the problem and its answer in a row
+
+
+def _find(record: dict, names: tuple[str, ...]) -> tuple[str, Any] | None:
+    """Return the first of the fields that holds something, whatever its case; None if none does."""
+    for name in names:
+        value = record.get(name)
+        if not _is_empty(value):
+            return name, value
+    by_lower = {key.lower(): key for key in record if isinstance(key, str)}
+    for name in names:
+        key = by_lower.get(name)
+        if key is not None and not _is_empty(record[key]):
+            return key, record[key]
+    return None
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
+
+
+def _missing(record: dict, names: tuple[str, ...], what: str) -> str:
+    """Say which field is empty, or which one is missing and what its misspelling may be."""
+    for key in record:
+        if key.lower() in names:
+            return f"field {key!r} is empty, so there is no {what}"
+    pairs = [(difflib.SequenceMatcher(None, name, key.lower()).ratio(), name, key) for name in names for key in record]
+    likeness, name, key = max(pairs, default=(0.0, "", ""))
+    if likeness > NEARLY_THE_SAME:
+        return f"no field {name!r} (did you mean {key!r}?)"
+    return f"no {what}: no field {', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+
+
+def question(record: dict, where: str) -> Question:
+    """Find the problem in a row. Raises DataError if there is none or it is no text or chat."""
+    found = _find(record, TEXT_FIELDS)
+    if found is None:
+        raise DataError(_missing(record, TEXT_FIELDS, "problem text"), where=where)
+    name, value = found
+    before: list[Message] = []
+    if isinstance(value, list):
+        *before, text = _chat(value, name, where)
+    elif isinstance(value, str):
+        text = value
+    else:
+        raise DataError(f"field {name!r} is {_type_name(value)}, text or a list of messages was expected", where=where)
+    for prefix in DAPO_PREFIXES:
+        if text.startswith(prefix) and text.endswith(DAPO_SUFFIX):
+            return Question(text[len(prefix) : -len(DAPO_SUFFIX)].strip(), before, True)
+    return Question(text.strip(), before, False)
+
+
+def _chat(messages: list, name: str, where: str) -> list:
+    """Return the system messages of a chat and, last, the text of its one user message."""
+    texts = [(message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None) for message in messages]
+    roles = [role for role, _ in texts]
+    if not all(isinstance(content, str) for _, content in texts) or roles[-1:] != ["user"] or set(roles[:-1]) - {"system"}:
+        raise DataError(f"field {name!r} must be a list of messages: system messages, if any, and one user message with text", where=where)
+    if not texts[-1][1].strip():
+        raise DataError(f"field {name!r} has an empty user message, so there is no problem text", where=where)
+    return [*({"role": role, "content": content} for role, content in texts[:-1]), texts[-1][1]]
+
+
+def gold(record: dict, where: str, *, required: bool = True) -> Gold:
+    """Find the gold answer and the worked solution in a row.
+
+    Raises DataError if there is no answer, unless it is not required, or if it is no text or number.
+    """
+    model = record.get("reward_model")
+    if isinstance(model, dict) and _is_empty(record.get("answer")) and not _is_empty(model.get("ground_truth")):
+        name, value = "reward_model.ground_truth", model["ground_truth"]
+    else:
+        found = _find(record, ANSWER_FIELDS)
+        if found is None:
+            if required:
+                message = _missing(record, ANSWER_FIELDS, "answer")
+                raise DataError(message, where=where, hint="--unlabelled takes problems without answers")
+            return Gold("", "")
+        name, value = found
+    text = _as_text(value, name, where)
+    answer, solution = split_solution(text)
+    if name.lower() == "solution" and answer == text and not _is_bare_answer(text):
+        if required:
+            raise DataError(
+                f"no answer: field {name!r} has neither \\boxed{{}} nor a last line with ####", where=where, hint="add a field 'answer'"
+            )
+        return Gold("", "")
+    found = _find(record, ("solution",))
+    if not solution and found is not None and isinstance(found[1], str):
+        answer_in_solution, solution = split_solution(found[1].strip())
+        if not solution and not _is_bare_answer(answer_in_solution):
+            solution = answer_in_solution
+    return Gold(answer, solution)
+
+
+def _is_bare_answer(text: str) -> bool:
+    return "\n" not in text and len(text) <= BARE_ANSWER_CHARS
+
+
+def _type_name(value: Any) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def _as_text(value: Any, name: str, where: str) -> str:
+    """Return an answer as text: "025" stays "025", 25 and 25.0 become "25"."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    raise DataError(f"field {name!r} is {_type_name(value)}, text or a number was expected", where=where)
+
+
+def split_solution(text: str) -> tuple[str, str]:
+    """Return (answer, worked solution) of an answer column: GSM8K's ####, a last \\boxed{}, or the bare answer."""
+    if mark := _GSM8K_GOLD.search(text) if "####" in text else None:
+        return mark[1].strip(), _GSM8K_CALCULATOR.sub("", text[: mark.start()]).strip()
+    boxed = last_boxed(text)
+    if boxed is None:
+        return text, ""
+    is_only_box = _ONLY_BOX.fullmatch(text.strip()) and len(_BOX.findall(text)) == 1
+    return boxed, "" if is_only_box else text.strip()
+
+
+def last_boxed(text: str) -> str | None:
+    """Return what the last `\\boxed{...}` (also `\\fbox{...}`, `\\boxed 5`) holds; None if there is none that closes."""
+    for box in reversed(list(_BOX.finditer(text)) if "box" in text else []):
+        start = box.end()
+        if not text.startswith("{", start):
+            bare = re.match(r"[^\s$]+", text[start:])
+            if bare:
+                return bare[0].rstrip(".,")
+            continue
+        depth = 0
+        for brace in _BRACE.finditer(text, start):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0 and brace[0] == "}":
+                return text[start + 1 : brace.start()].strip()
+    return None
+
+
+class Origin(NamedTuple):
+    """Where a problem comes from: the given id ("" if none), and the `source` column of the problems file."""
+
+    id: str
+    source: dict[str, Any]
+
+
+def origin(row: Row) -> Origin:
+    """Return a row's id and source; verl's `data_source` and `extra_info` are more telling than file names."""
+    record = row.record
+    extra = record.get("extra_info")
+    extra = extra if isinstance(extra, dict) else {}
+    index = extra.get("index")
+    found = _find(record, ID_FIELDS)
+    given = found[1] if found else index if isinstance(index, str) else ""
+    dataset, split = record.get("data_source"), extra.get("split")
+    source = {
+        "dataset": dataset if isinstance(dataset, str) and dataset else row.dataset,
+        "split": split if isinstance(split, str) else row.split,
+        "index": index if type(index) is int else row.index,  # always a whole number, so that the column has one type
+    }
+    return Origin(str(given) if isinstance(given, str | int) and not isinstance(given, bool) else "", source)
