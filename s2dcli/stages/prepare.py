@@ -15,9 +15,11 @@ data set's worked solutions as rollouts, for a teacher that is trained on them (
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -38,7 +40,7 @@ ROWS_PER_UPDATE = 4096  # of the progress display
 
 Sources = Annotated[
     list[str] | None,
-    typer.Argument(metavar="SOURCE...", help="Files, folders in hub layout or hub ids; - is standard input (JSONL).", show_default=False),
+    typer.Argument(metavar="SOURCE", help="Files, folders in hub layout or hub ids; - is standard input (JSONL).", show_default=False),
 ]
 Split = Annotated[
     str | None,
@@ -50,7 +52,7 @@ Template = Annotated[
 ]
 Solutions = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Also write the worked solutions as rollouts; with --split a folder.", rich_help_panel=options.OUTPUT),
+    typer.Option(metavar="FILE", help="Write worked solutions as rollouts too; with --split a folder.", rich_help_panel=options.OUTPUT),
 ]
 Tokenizer = Annotated[
     str | None,
@@ -84,6 +86,7 @@ def prepare(
     solution_files = _outputs(solutions, parts, overwrite) if solutions else []
     _check_options(names, problem_files, solution_files, tokenizer, subset, source_split)
 
+    encode = _solution_encoder(tokenizer, chat_template, chat_template_kwargs, trust_remote_code, seed) if tokenizer else None
     excluded = _hashes_of(exclude or [])
     found = _collect(
         (row for name in names for row in sources.read(name, subset=subset, split=source_split)),
@@ -96,6 +99,8 @@ def prepare(
     found.counts.tell(bool(exclude))
     if not found.problems:
         raise DataError("no problems are left", where=", ".join(map(jsonl.input_name, names)))
+    if solutions and not found.solutions:
+        raise DataError("no problem has a worked solution", where=", ".join(map(jsonl.input_name, names)), hint="leave out --solutions")
     problems = _with_ids(found.problems)
     divided = _divide(problems, parts, seed) if parts else [problems]
 
@@ -104,18 +109,14 @@ def prepare(
             for problem in part:
                 writer.write(problem.to_record())
         console.info(f"{len(part)} problems to {writer.name}")
-    if solutions:
-        encode = _solution_encoder(tokenizer or "", chat_template, chat_template_kwargs, trust_remote_code, seed)
-        for path, part in zip(solution_files, divided, strict=True):
-            solved = [problem for problem in part if found.solutions.get(problem.problem_sha256)]
-            if not solved:
-                raise DataError("no problem has a worked solution", where=str(path), hint="--solutions needs a data set that brings them")
-            with jsonl.open_output(path, overwrite=overwrite) as writer:
-                for problem in solved:
-                    writer.write(encode(problem, found.solutions[problem.problem_sha256]).to_record())
-            console.info(f"{len(solved)} worked solutions to {writer.name}")
-            if len(solved) < len(part):
-                console.warn(f"{len(part) - len(solved)} problems have no worked solution")
+    for path, part in zip(solution_files, divided, strict=True) if encode else ():
+        solved = [problem for problem in part if problem.problem_sha256 in found.solutions]
+        with jsonl.open_output(path, overwrite=overwrite) as writer:
+            for problem in solved:
+                writer.write(encode(problem, found.solutions[problem.problem_sha256]).to_record())
+        console.info(f"{len(solved)} worked solutions to {writer.name}")
+        if len(solved) < len(part):
+            console.warn(f"{len(part) - len(solved)} problems have no worked solution")
 
 
 # What the options ask for
@@ -187,9 +188,8 @@ def _check_options(
         raise UsageError("--solutions needs --tokenizer CKPT: rollouts are trained on by their token ids")
     if tokenizer is not None and not solution_files:
         raise UsageError("--tokenizer is used for --solutions only; problems hold text")
-    for file in solution_files:
-        if file in problem_files:
-            raise UsageError("problems and --solutions go to the same place", where=jsonl.input_name(file).replace("input", "output"))
+    if {*map(os.path.abspath, problem_files)} & {*map(os.path.abspath, solution_files)}:
+        raise UsageError("problems and --solutions would go to the same place", hint="-o and --solutions need different names")
     if names.count(jsonl.STDIN) > 1:
         raise UsageError("standard input can be read once only")
     kinds = {sources.kind_of(name) for name in names}
@@ -332,7 +332,7 @@ def _divide(problems: list[Problem], parts: list[Part], seed: int) -> list[list[
     else:
         # Rounding the boundaries, not the sizes, gives every problem away when the shares add up to 1.
         bounds = [round(sum(part.size for part in parts[:count]) * len(problems)) for count in range(len(parts) + 1)]
-        sizes = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+        sizes = [end - start for start, end in itertools.pairwise(bounds)]
     if 0 in sizes:
         raise UsageError(f"--split leaves nothing for {parts[sizes.index(0)].name}: there are {len(problems)} problems")
     divided, start = [], 0
@@ -347,9 +347,54 @@ def _divide(problems: list[Problem], parts: list[Part], seed: int) -> list[list[
 # Worked solutions
 
 
-def _solution_encoder(tokenizer: str, chat_template: str | None, chat_template_kwargs: str, trust_remote_code: bool, seed: int):
-    """Return a function that makes a problem and its worked solution into a rollout."""
-    raise NotImplementedError
+def _solution_encoder(
+    tokenizer: str, chat_template: str | None, chat_template_kwargs: str, trust_remote_code: bool, seed: int
+) -> Callable[[Problem, str], Rollout]:
+    """Return a function that makes a problem and its worked solution into a rollout.
+
+    No model has sampled these tokens: their log-probs are 0.0 and `sampler` names no checkpoint.
+    """
+    from s2dcli.models.checkpoints import resolve
+    from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
+
+    template_kwargs = parse_template_kwargs(chat_template_kwargs)
+    encoder = PromptEncoder(load_tokenizer(resolve(tokenizer).folder, trust_remote_code), chat_template, template_kwargs)
+    sampler = {
+        "model": "",
+        "revision": "",
+        "step": 0,
+        "checkpoint": "",
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": 0,
+        "logprobs_mode": "none",
+        "engine": "gold",
+        "template": encoder.description,
+    }
+
+    def encode(problem: Problem, solution: str) -> Rollout:
+        text = _ending_in_box(solution, problem.answer)
+        completion_ids = encoder.encode_completion(text)
+        return Rollout(
+            problem_id=problem.id,
+            problem_sha256=problem.problem_sha256,
+            group_id=problem.id,
+            sample_index=0,
+            prompt=problem.prompt,
+            completion=[{"role": "assistant", "content": text}],
+            answer=problem.answer,
+            prompt_ids=encoder.encode(problem.prompt),
+            completion_ids=completion_ids,
+            completion_logprobs=[0.0] * len(completion_ids),
+            finish_reason="stop",
+            seed=row_seed(seed, problem.id, 0),
+            source=problem.source,
+            sampler=sampler,
+            template_sha256=encoder.template_sha256,
+        )
+
+    return encode
 
 
 def _ending_in_box(solution: str, answer: str) -> str:

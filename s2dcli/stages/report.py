@@ -73,7 +73,7 @@ class Result(NamedTuple):
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Eval output folders or results.json files; - is standard input.", show_default=False),
+        typer.Argument(metavar="RUN", help="Eval output folders or results.json files; - is standard input.", show_default=False),
     ],
     format: Annotated[Format, typer.Option("--format", help="How the table is written.")] = Format.markdown,
     columns: Annotated[Columns, typer.Option("--columns", help="all: pass@k and the share of truncated samples too.")] = Columns.main,
