@@ -11,12 +11,18 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
+
+# Without a live display a training step is printed at most this often, in seconds.
+LOG_INTERVAL = 10.0
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -95,3 +101,49 @@ def progress(description: str, total: int | None, unit: str = "") -> Iterator:
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count=1: bar.advance(task, count)
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def training(steps: int) -> Iterator[Callable[[dict], None]]:
+    """Show the steps of a training run; yields `show(row of metrics.jsonl)`.
+
+    A terminal gets a bar with the last step's figures under it. Elsewhere a line is printed for the
+    first step, the last one, and every LOG_INTERVAL seconds.
+    """
+    if not live_display():
+        last = -LOG_INTERVAL
+
+        def show_line(row: dict) -> None:
+            nonlocal last
+            if row["step"] in (1, steps) or time.monotonic() - last >= LOG_INTERVAL:
+                last = time.monotonic()
+                figures = " ".join(f"{name} {_figure(value)}" for name, value in row.items() if name != "step")
+                info(f"step {row['step']}/{steps} {figures}")
+
+        yield show_line
+        return
+    bar = Progress(TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=stderr)
+    task = bar.add_task("step", total=steps)
+    with Live(bar, console=stderr, refresh_per_second=4) as live:
+
+        def show_table(row: dict) -> None:
+            bar.update(task, completed=row["step"])
+            live.update(Group(bar, _grid([(name, _figure(value)) for name, value in row.items() if name != "step"])))
+
+        yield show_table
+
+
+def _grid(cells: list[tuple[str, str]], columns: int = 4) -> Table:
+    """Lay out name-value pairs in `columns` pairs side by side."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(columns):
+        table.add_column(style="dim")
+        table.add_column(justify="right")
+    for start in range(0, len(cells), columns):
+        row = cells[start : start + columns]
+        table.add_row(*(text for cell in row for text in cell))
+    return table

@@ -11,6 +11,10 @@ import typer
 SAMPLING = "Sampling"
 TRAINING = "Training"
 OUTPUT = "Output"
+
+# Default of --sample-tokens. A cache position of a 1.7-billion-parameter model takes 115 kB in
+# bfloat16, so this is at most 8 GB there, and 50 rollouts of 1,300 tokens.
+SAMPLE_TOKENS = 65536
 MODEL = "Model"
 
 
@@ -44,8 +48,8 @@ class Advantage(StrEnum):
 
 
 # Inputs
-Problems = Annotated[str, typer.Argument(metavar="[PROBLEMS]", help="Problems, JSONL; - is standard input.", show_default=False)]
-Rollouts = Annotated[str, typer.Argument(metavar="[ROLLOUTS]", help="Rollouts, JSONL; - is standard input.", show_default=False)]
+Problems = Annotated[str, typer.Argument(metavar="PROBLEMS", help="Problems, JSONL; - is standard input.", show_default=False)]
+Rollouts = Annotated[str, typer.Argument(metavar="ROLLOUTS", help="Rollouts, JSONL; - is standard input.", show_default=False)]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**53 - 1, help="Seed of every random number that is drawn.")]
 
 # Outputs
@@ -57,7 +61,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Model = Annotated[str, typer.Option("--model", "-m", metavar="CKPT", help="Hub id, checkpoint folder or run folder.", show_default=False)]
 Teacher = Annotated[str, typer.Option("--teacher", metavar="CKPT", help="Frozen teacher.", show_default=False)]
 Student = Annotated[str, typer.Option("--student", metavar="CKPT", help="Student to train.", show_default=False)]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Compute type; auto: float32 on CPU, bfloat16 on a GPU.", rich_help_panel=MODEL)]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Compute type; auto: float32 on CPU, bfloat16 on a GPU.", rich_help_panel=MODEL)
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.", rich_help_panel=MODEL)]
 ChatTemplate = Annotated[
     str | None,
@@ -65,12 +71,17 @@ ChatTemplate = Annotated[
 ]
 ChatTemplateKwargs = Annotated[
     str,
-    typer.Option("--chat-template-kwargs", metavar="JSON", help="Passed to the chat template, e.g. {\"enable_thinking\": false}.", rich_help_panel=MODEL),
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help='Passed to the chat template, e.g. {"enable_thinking": false}.',
+        rich_help_panel=MODEL,
+    ),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.", rich_help_panel=MODEL)]
 
 # Sampling
-NumSamples = Annotated[int, typer.Option("-n", min=1, help="Rollouts per problem.", rich_help_panel=SAMPLING)]
+NumSamples = Annotated[int, typer.Option("-n", metavar="N", min=1, help="Rollouts per problem.", rich_help_panel=SAMPLING)]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="Sampling temperature; 0 is greedy.", rich_help_panel=SAMPLING)]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus sampling.", rich_help_panel=SAMPLING)]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0 is all.", rich_help_panel=SAMPLING)]
@@ -81,7 +92,13 @@ MaxPromptTokens = Annotated[
 ]
 BatchTokens = Annotated[
     int,
-    typer.Option("--sample-tokens", min=1, metavar="TOKENS", help="Cache positions that one sampling batch may fill (transformers engine).", rich_help_panel=SAMPLING),
+    typer.Option(
+        "--sample-tokens",
+        min=1,
+        metavar="TOKENS",
+        help="Cache positions that one sampling batch may fill (transformers engine).",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 
 # Grading
@@ -91,32 +108,65 @@ MemoryLimit = Annotated[str, typer.Option("--memory-limit", metavar="SIZE", help
 
 # Training
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps to train; default: as --epochs says.", rich_help_panel=TRAINING)]
-Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the problems, if --steps is not given.", rich_help_panel=TRAINING)]
-ProblemsPerStep = Annotated[int, typer.Option("--problems-per-step", min=1, help="Problems sampled for each step.", rich_help_panel=TRAINING)]
+Epochs = Annotated[
+    int, typer.Option("--epochs", min=1, help="Passes over the problems, if --steps is not given.", rich_help_panel=TRAINING)
+]
+ProblemsPerStep = Annotated[
+    int, typer.Option("--problems-per-step", min=1, help="Problems sampled for each step.", rich_help_panel=TRAINING)
+]
 MiniBatchSize = Annotated[
     int | None,
-    typer.Option("--mini-batch-size", min=1, help="Rollouts per optimizer update.", show_default="all: one update per step", rich_help_panel=TRAINING),
+    typer.Option(
+        "--mini-batch-size", min=1, help="Rollouts per optimizer update.", show_default="all: one update per step", rich_help_panel=TRAINING
+    ),
 ]
 LearningRate = Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.", rich_help_panel=TRAINING)]
 ScheduleOption = Annotated[Schedule, typer.Option("--schedule", help="Learning rate after the warm-up.", rich_help_panel=TRAINING)]
-MinLrRatio = Annotated[float, typer.Option("--min-lr-ratio", min=0.0, max=1.0, help="Where linear and cosine end, as a share of --lr.", rich_help_panel=TRAINING)]
+MinLrRatio = Annotated[
+    float,
+    typer.Option("--min-lr-ratio", min=0.0, max=1.0, help="Where linear and cosine end, as a share of --lr.", rich_help_panel=TRAINING),
+]
 WarmupSteps = Annotated[int, typer.Option("--warmup-steps", min=0, help="Steps of linear warm-up.", rich_help_panel=TRAINING)]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0.0, help="AdamW's decoupled weight decay.", rich_help_panel=TRAINING)]
 AdamBeta2 = Annotated[float, typer.Option("--adam-beta2", min=0.0, max=1.0, help="AdamW's second-moment decay.", rich_help_panel=TRAINING)]
 GradClip = Annotated[float, typer.Option("--grad-clip", min=0.0, help="Largest gradient norm; 0 is no limit.", rich_help_panel=TRAINING)]
 TokensPerBatch = Annotated[
     int,
-    typer.Option("--tokens-per-batch", min=1, help="Positions of one micro-batch, padding included; changes memory, not the gradient.", rich_help_panel=TRAINING),
+    typer.Option(
+        "--tokens-per-batch",
+        min=1,
+        help="Positions of one micro-batch, padding included; changes memory, not the gradient.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 TrainTemperature = Annotated[
     float,
     typer.Option("--temperature", min=1e-3, help="Of sampling and of every probability in the loss.", rich_help_panel=SAMPLING),
 ]
-SaveEvery = Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last step is always saved.", rich_help_panel=OUTPUT)]
-KeepRollouts = Annotated[bool, typer.Option("--keep-rollouts", help="Write each step's rollouts to the run folder.", rich_help_panel=OUTPUT)]
+AggregateOption = Annotated[
+    Aggregate,
+    typer.Option(
+        "--aggregate",
+        help="What a token's loss is divided by: all tokens, its own sequence's, or the longest length.",
+        rich_help_panel=TRAINING,
+    ),
+]
+SaveEvery = Annotated[
+    int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last step is always saved.", rich_help_panel=OUTPUT)
+]
+KeepRollouts = Annotated[
+    bool, typer.Option("--keep-rollouts", help="Write each step's rollouts to the run folder.", rich_help_panel=OUTPUT)
+]
 EvalProblems = Annotated[
     str | None, typer.Option("--eval-problems", metavar="FILE", help="Problems to measure avg@k on while training.", rich_help_panel=OUTPUT)
 ]
-EvalEvery = Annotated[int, typer.Option("--eval-every", min=1, help="Steps between evaluations; also before the first and after the last.", rich_help_panel=OUTPUT)]
-EvalSamples = Annotated[int, typer.Option("--eval-samples", min=1, help="k of avg@k in evaluations while training.", rich_help_panel=OUTPUT)]
+EvalEvery = Annotated[
+    int,
+    typer.Option(
+        "--eval-every", min=1, help="Steps between evaluations; also before the first and after the last.", rich_help_panel=OUTPUT
+    ),
+]
+EvalSamples = Annotated[
+    int, typer.Option("--eval-samples", min=1, help="k of avg@k in evaluations while training.", rich_help_panel=OUTPUT)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check inputs and print the plan; load no weights.", rich_help_panel=OUTPUT)]

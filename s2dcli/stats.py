@@ -64,3 +64,39 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         raise ValueError(f"pass@{k} cannot be estimated from {num_samples} samples")
     subsets = math.comb(num_samples, k)
     return (subsets - math.comb(num_samples - num_correct, k)) / subsets
+
+
+# A reward of at least this much counts as solved where a yes or no is needed (pass@k).
+SOLVED = 1.0
+
+
+def summarize(graded: Iterable[Mapping]) -> dict[str, float | int]:
+    """Return what an evaluation reports, from graded rollouts with the same number of samples each.
+
+    problems, k, avg_at_k, se, pass_at_k (k the samples per problem), truncated (share that hit the
+    length limit), mean_tokens, ungraded (null rewards, counted as wrong). Problems are told apart by
+    `problem_id`. Raises ValueError if there are none or their sample counts differ.
+    """
+    scores: dict[str, list[float]] = {}
+    truncated: list[float] = []
+    tokens: list[float] = []
+    ungraded = 0
+    for record in graded:
+        reward = record["reward"]
+        ungraded += reward is None
+        scores.setdefault(record["problem_id"], []).append(reward or 0.0)
+        truncated.append(float(record["finish_reason"] == "length"))
+        tokens.append(float(len(record["completion_ids"])))
+    average, error = avg_at_k(scores)
+    k = len(next(iter(scores.values())))
+    solved = [pass_at_k(k, sum(score >= SOLVED for score in values), k) for values in scores.values()]
+    return {
+        "problems": len(scores),
+        "k": k,
+        "avg_at_k": average,
+        "se": error,
+        "pass_at_k": mean(solved),
+        "truncated": mean(truncated),
+        "mean_tokens": mean(tokens),
+        "ungraded": ungraded,
+    }

@@ -7,13 +7,19 @@ the other, are the bytes of the whole.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from s2dcli import console
 from s2dcli.engines.base import Engine, Request, Sample, SamplingParams
+from s2dcli.errors import DataError
 from s2dcli.files.records import Problem, Rollout, row_seed
 from s2dcli.models.prompts import PromptEncoder
+
+if TYPE_CHECKING:
+    from s2dcli.models.checkpoints import LoadedModel
 
 LOGPROB_DECIMALS = 6
 
@@ -27,11 +33,27 @@ class Task:
     group_id: str
 
 
-def make_tasks(problems: Sequence[Problem], encoder: PromptEncoder, max_prompt_tokens: int | None = None) -> tuple[list[Task], int]:
-    """Encode problems. Returns the tasks and how many problems were dropped for their long prompts."""
+def make_tasks(problems: Sequence[Problem], encoder: PromptEncoder, max_prompt_tokens: int | None = None) -> list[Task]:
+    """Encode problems; those with longer prompts are dropped and counted. Raises DataError if none is left."""
     tasks = [Task(problem, encoder.encode(problem.prompt), problem.id) for problem in problems]
     kept = [task for task in tasks if max_prompt_tokens is None or len(task.prompt_ids) <= max_prompt_tokens]
-    return kept, len(tasks) - len(kept)
+    if len(kept) < len(tasks):
+        message = f"{len(tasks) - len(kept)} of {len(tasks)} prompts are longer than {max_prompt_tokens} tokens"
+        if not kept:
+            raise DataError(message, hint="raise --max-prompt-tokens")
+        console.warn(f"{message}: their problems are dropped")
+    return kept
+
+
+def tasks_of_step(tasks: Sequence[Task], chosen: Sequence[int], step: int) -> list[Task]:
+    """Name the groups of a training step `ID@STEP`, and `ID@STEP.DRAW` where a problem is drawn again in it."""
+    draws: Counter[int] = Counter()
+    named = []
+    for index in chosen:
+        name = f"{tasks[index].group_id}@{step}" + (f".{draws[index]}" if draws[index] else "")
+        draws[index] += 1
+        named.append(replace(tasks[index], group_id=name))
+    return named
 
 
 def plan(tasks: Sequence[Task], num_samples: int, max_tokens: int, batch_tokens: int) -> list[list[Task]]:
@@ -59,7 +81,9 @@ def shard_of(batches: list[list[Task]], index: int, count: int) -> list[list[Tas
 class Sampler:
     """Samples groups of rollouts with one engine and one set of sampling parameters."""
 
-    def __init__(self, engine: Engine, encoder: PromptEncoder, params: SamplingParams, *, seed: int, identity: dict[str, Any], batch_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, encoder: PromptEncoder, params: SamplingParams, *, seed: int, identity: dict[str, Any], batch_tokens: int
+    ) -> None:
         """`identity`: model, revision, step and checkpoint of the weights, for the `sampler` column."""
         self.engine = engine
         self.encoder = encoder
@@ -75,9 +99,7 @@ class Sampler:
 
     def sample_batch(self, batch: Sequence[Task], num_samples: int) -> Iterator[list[Rollout]]:
         """Yield the groups of one planned batch, in order, each as soon as it and its predecessors are done."""
-        requests = [
-            Request(task.prompt_ids, row_seed(self.seed, task.group_id, index)) for task in batch for index in range(num_samples)
-        ]
+        requests = [Request(task.prompt_ids, row_seed(self.seed, task.group_id, index)) for task in batch for index in range(num_samples)]
         done: dict[int, Sample] = {}
         group = 0
         for index, sample in self.engine.generate(requests, self.params):
@@ -115,3 +137,25 @@ class Sampler:
             },
             template_sha256=self.encoder.template_sha256,
         )
+
+
+def open_sampler(loaded: LoadedModel, encoder: PromptEncoder, params: SamplingParams, *, seed: int, batch_tokens: int) -> Sampler:
+    """Sample from a loaded model with the transformers engine; it follows the model's weights as they change."""
+    from s2dcli.engines.transformers import TransformersEngine
+
+    engine = TransformersEngine(
+        loaded.model,
+        eos_ids=loaded.eos_ids,
+        pad_id=loaded.pad_id,
+        vocabulary=loaded.vocabulary,
+        autocast=loaded.autocast,
+        batch_tokens=batch_tokens,
+    )
+    checkpoint = loaded.checkpoint
+    identity = {
+        "model": checkpoint.name,
+        "revision": checkpoint.revision,
+        "step": checkpoint.step,
+        "checkpoint": checkpoint.weights_sha256,
+    }
+    return Sampler(engine, encoder, params, seed=seed, identity=identity, batch_tokens=batch_tokens)

@@ -76,7 +76,9 @@ class TransformersEngine:
             samples.append(Sample(ids_T[:length], logprobs_T[:length], STOP if stopped else LENGTH))
         return samples
 
-    def _decode(self, requests: Sequence[Request], params: SamplingParams, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _decode(
+        self, requests: Sequence[Request], params: SamplingParams, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return ids [B, T], log-probs [B, T] and lengths [B]; length max_tokens + 1 means unfinished."""
         count = len(requests)
         out, cache, mask_BT, position_B = self._prefill(requests, device)

@@ -1,7 +1,7 @@
 """Run folders, and checkpoints in them that are either whole or not there.
 
-    out/ s2d.json problems.jsonl metrics.jsonl evals.jsonl rollouts/ latest
-         step-000100/  config, *.safetensors, tokenizer, s2d.json
+out/ s2d.json problems.jsonl metrics.jsonl evals.jsonl rollouts/ latest
+     step-000100/  config, *.safetensors, tokenizer, s2d.json
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def create_folder(out: Path, overwrite: bool) -> None:
-    """Make an output folder. An existing one is refused, or with `overwrite` replaced if s2d made it."""
+def refuse_folder(out: Path, overwrite: bool) -> None:
+    """Raise UsageError unless `out` is new or empty, or `overwrite` may replace it because s2d made it."""
     if out.exists() and not out.is_dir():
         raise UsageError("exists and is not a folder", where=str(out), hint="choose another -o")
     if out.is_dir() and any(out.iterdir()):
@@ -37,9 +37,15 @@ def create_folder(out: Path, overwrite: bool) -> None:
             raise UsageError("output exists", where=str(out), hint="--overwrite replaces it, or choose another -o")
         if not (out / MANIFEST).is_file():
             raise UsageError(f"was not made by s2d (no {MANIFEST}), so --overwrite leaves it alone", where=str(out))
-        shutil.rmtree(out)
+
+
+def create_folder(out: Path, overwrite: bool) -> None:
+    """Make an output folder, replacing an old one where `refuse_folder` lets it."""
+    refuse_folder(out, overwrite)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
     except OSError as error:
         raise DataError(f"cannot make the folder: {error.strerror}", where=str(out)) from None
 

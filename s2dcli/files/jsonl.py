@@ -45,7 +45,7 @@ def open_input(path: str | Path, expects: str) -> Iterator[BinaryIO]:
         yield sys.stdin.buffer
         return
     try:
-        stream = open(path, "rb")
+        stream = open(path, "rb")  # noqa: SIM115 - closed below
     except IsADirectoryError:
         raise DataError(f"is a folder, not a file of {expects}", where=str(path)) from None
     except OSError as error:
@@ -113,7 +113,7 @@ def open_output(path: str | Path, *, overwrite: bool = False) -> Iterator[Writer
     refuse_existing(path, overwrite)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        stream = open(path, "wb")
+        stream = open(path, "wb")  # noqa: SIM115 - closed below
     except OSError as error:
         raise DataError(f"cannot write: {error.strerror}", where=str(path)) from None
     with stream:

@@ -25,9 +25,7 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(
-    command: str, options: dict[str, Any], *, inputs: Sequence[str] = (), parents: Sequence[Any] = (), **counts: Any
-) -> dict[str, Any]:
+def describe(command: str, options: dict[str, Any], *, inputs: Sequence[str] = (), parents: Sequence[Any] = ()) -> dict[str, Any]:
     """Build a manifest. `parents` are checkpoints; `inputs` files (standard input has no hash)."""
     return {
         "schema": SCHEMA,
@@ -39,7 +37,6 @@ def describe(
             {"name": parent.name, "revision": parent.revision, "step": parent.step, "weights_sha256": parent.weights_sha256}
             for parent in parents
         ],
-        "counts": counts,
     }
 
 

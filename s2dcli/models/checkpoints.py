@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2dcli.errors import ModelError, UsageError
+from s2dcli.files.checkpoint import LATEST
+from s2dcli.models.prompts import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LATEST = "latest"  # in a run folder: names the last whole step
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a checkpoint needs; other weight formats and code are not even downloaded.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -78,20 +79,70 @@ def _download(name: str) -> Checkpoint:
     return Checkpoint(name, folder, folder.name, 0)
 
 
-def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Load a causal language model in eval mode (no dropout, in scoring and training alike)."""
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what is needed to sample from it and to train it."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel  # in eval mode: no dropout, in sampling, scoring and training alike
+    vocabulary: int  # ids that the tokenizer knows; columns beyond have probability 0
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    autocast: torch.dtype | None  # computes in this type although the weights are float32
+
+
+def load(
+    checkpoint: Checkpoint, *, device: str = "auto", dtype: str = "auto", masters: bool = False, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    With `masters` the weights are float32 whatever `dtype` says, and the forward pass is cast: an
+    update of 1e-6 would round to nothing on bfloat16 weights. Raises ModelError.
+    """
+    import torch
     from transformers import AutoModelForCausalLM
 
+    from s2dcli.models.forward import require_known_head
+
+    quieten_transformers()
+    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code)
+    place = pick_device(device)
+    compute = pick_dtype(dtype, place)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint.folder), dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            str(checkpoint.folder), dtype=torch.float32 if masters else compute, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         text = str(error).strip() or type(error).__name__
         raise ModelError(f"cannot load the model: {text.splitlines()[0]}", where=checkpoint.name) from None
-    return model.to(device).eval()
+    vocabulary = vocabulary_size(tokenizer)
+    model = model.to(place).eval()
+    require_known_head(model, vocabulary, checkpoint.name)
+    return LoadedModel(
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        model=model,
+        vocabulary=vocabulary,
+        eos_ids=_eos_ids(tokenizer, model),
+        pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        autocast=compute if masters and compute != torch.float32 else None,
+    )
+
+
+def quieten_transformers() -> None:
+    """Keep the library's progress bars and advice off the terminal; its errors still show."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _eos_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's EOS and those of the generation config."""
+    more = model.generation_config.eos_token_id if model.generation_config else None
+    more = [] if more is None else [more] if isinstance(more, int) else more
+    return tuple(sorted({tokenizer.eos_token_id, *more}))
 
 
 def saved_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -102,7 +153,10 @@ def saved_dtype(checkpoint: Checkpoint) -> torch.dtype:
     for path in sorted(checkpoint.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
-                dtype = getattr(torch, {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}.get(file.get_slice(key).get_dtype(), "int8"))
+                dtype = getattr(
+                    torch,
+                    {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}.get(file.get_slice(key).get_dtype(), "int8"),
+                )
                 if dtype.is_floating_point:
                     return dtype
     raise ModelError("holds no floating-point weights", where=checkpoint.name)

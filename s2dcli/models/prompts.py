@@ -7,18 +7,24 @@ second tokenisation can add a BOS or split a completion differently.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2dcli.errors import ModelError, UsageError
-from s2dcli.files.records import Message, sha256_text
+from s2dcli.files.records import Message, sha256_text, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # `--chat-template plain`: the contents, one after the other, and nothing else.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
+
+
+# How completions become text, for every record: the same ids must always give the same text.
+DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+ROWS_TO_CHECK = 16
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -62,6 +68,22 @@ def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrained
                 f"in the teacher and {ours.get(index)!r} in the student",
                 hint="distillation compares probabilities token by token and needs one tokenizer for both",
             )
+
+
+def require_made_with(tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping]) -> None:
+    """Raise ModelError unless the stored ids of rollouts decode, with this tokenizer, to their stored text.
+
+    Looks at the first rows only: another tokenizer shows at once.
+    """
+    for record in records[:ROWS_TO_CHECK]:
+        if tokenizer.decode(record["completion_ids"], **DECODING) != text_of(record["completion"]):
+            raise ModelError(
+                f"sample {record['sample_index']} of group {record['group_id']!r} was made with another tokenizer: "
+                "its completion_ids decode to another text",
+                hint="teacher, student and rollouts must share one tokenizer",
+            )
+        if max([*record["prompt_ids"], *record["completion_ids"]]) >= vocabulary_size(tokenizer):
+            raise ModelError(f"group {record['group_id']!r} holds token ids that the tokenizer does not know")
 
 
 class PromptEncoder:
@@ -123,7 +145,7 @@ class PromptEncoder:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of a completion, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, **DECODING)
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:

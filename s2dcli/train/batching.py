@@ -5,7 +5,7 @@ Shapes: R rows of the whole batch, B rows of a micro-batch, T positions, N its c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class MicroBatch:
         flat = [value for row, length in zip(self.rows, self.lengths_B, strict=True) for value in _exactly(per_row[row], length)]
         return torch.tensor(flat, dtype=torch.float32, device=self.targets_N.device)
 
-    def spread(self, per_row: Sequence[float]) -> torch.Tensor:
+    def spread(self, per_row: Sequence[float] | Mapping[int, float]) -> torch.Tensor:
         """Repeat one number per row over the row's completion tokens, [N] float32."""
         values_B = torch.tensor([per_row[row] for row in self.rows], dtype=torch.float32)
         return values_B.repeat_interleave(torch.tensor(self.lengths_B)).to(self.targets_N.device)
@@ -92,6 +92,18 @@ def _collate(rows: Sequence[Row], group: list[int], pad_id: int, device: torch.d
         targets_N=torch.tensor(targets, device=device),
         lengths_B=lengths,
     )
+
+
+def consecutive(names: Sequence[str]) -> list[slice]:
+    """Return the runs of equal names as slices: the groups of a batch that stands group by group."""
+    starts = [index for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(names)], strict=True)]
+
+
+def split(items: Sequence[int], size: int | None) -> list[list[int]]:
+    """Cut items into mini-batches of `size`; None keeps them together."""
+    size = size or max(1, len(items))
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def padding_share(batches: Sequence[MicroBatch]) -> float:

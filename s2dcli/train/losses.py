@@ -40,6 +40,11 @@ def token_weights(lengths_R: Sequence[int], aggregate: Aggregate, max_tokens: in
     return [1.0 / (len(lengths_R) * max_tokens)] * len(lengths_R)
 
 
+def weights_of(chosen: Sequence[int], lengths_R: Sequence[int], aggregate: Aggregate, max_tokens: int) -> dict[int, float]:
+    """Token weights of the chosen rows of a batch, by row; see `token_weights`."""
+    return dict(zip(chosen, token_weights([lengths_R[row] for row in chosen], aggregate, max_tokens), strict=True))
+
+
 def group_advantages(rewards: Sequence[float | None], kind: Advantage) -> list[float]:
     """Advantage of each sample of one group relative to the group (DeepSeekMath, arXiv 2402.03300, §4.1).
 
@@ -64,7 +69,12 @@ def is_mixed(rewards: Sequence[float | None]) -> bool:
 
 
 def clipped_policy_loss(
-    logprobs_N: torch.Tensor, old_logprobs_N: torch.Tensor, advantages_N: torch.Tensor, weights_N: torch.Tensor, clip_low: float, clip_high: float
+    logprobs_N: torch.Tensor,
+    old_logprobs_N: torch.Tensor,
+    advantages_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's clipped objective per token (arXiv 1707.06347, Eq. 7; separate bounds as DAPO's Eq. 10).
 
@@ -74,7 +84,7 @@ def clipped_policy_loss(
     ratio_N = (logprobs_N - old_logprobs_N).exp()
     clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
     objective_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-    stopped_N = (clipped_N * advantages_N < ratio_N * advantages_N)
+    stopped_N = clipped_N * advantages_N < ratio_N * advantages_N
     return -(weights_N * objective_N).sum(), {"clipped": stopped_N.sum().detach(), "ratio": ratio_N.sum().detach()}
 
 

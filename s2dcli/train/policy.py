@@ -6,13 +6,14 @@ error; so whatever wraps a model wraps this module, and the loss is computed wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from s2dcli.models.forward import Head, head_of, hidden_states
-from s2dcli.train.batching import MicroBatch
+from s2dcli.train.batching import MicroBatch, Row, micro_batches
+from s2dcli.train.vocab import token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,3 +48,15 @@ class Policy(torch.nn.Module):
 def freeze(policy: Policy) -> Policy:
     """Make a reference or teacher: no gradient ever reaches it."""
     return policy.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def score(policy: Policy, rows: Sequence[Row], *, tokens_per_batch: int, pad_id: int, temperature: float = 1.0) -> list[list[float]]:
+    """Log-probs (nats) of the completion tokens of every row, under softmax(logits / temperature)."""
+    device = next(policy.parameters()).device
+    scores: list[list[float]] = [[] for _ in rows]
+    for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, pad_id, device):
+        logprobs_N, _ = token_logprobs(policy.states(batch), policy.head(), batch.targets_N, temperature)
+        for row, values in zip(batch.rows, logprobs_N.split(batch.lengths_B), strict=True):
+            scores[row] = values.tolist()
+    return scores

@@ -87,7 +87,9 @@ def _entropy(logprobs_CV: torch.Tensor) -> torch.Tensor:
     return -(logprobs_CV.exp() * logprobs_CV).sum(-1)
 
 
-def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def token_logprobs(
+    hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target and entropy of its distribution, both [N], float32, nats.
 
     The distribution is softmax(logits / temperature) over the head's V ids. The entropy is detached:
@@ -105,12 +107,16 @@ def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor,
     return values_N2[:, 0], values_N2[:, 1].detach()
 
 
-def forward_kl(student_ND: torch.Tensor, student: Head, teacher_NE: torch.Tensor, teacher: Head, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_kl(
+    student_ND: torch.Tensor, student: Head, teacher_NE: torch.Tensor, teacher: Head, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(teacher || student) per token over the whole vocabulary (paper, Eq. 5), and the student's entropy, [N] nats."""
     return _kl(student_ND, student, teacher_NE, teacher, temperature, reverse=False)
 
 
-def reverse_kl(student_ND: torch.Tensor, student: Head, teacher_NE: torch.Tensor, teacher: Head, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def reverse_kl(
+    student_ND: torch.Tensor, student: Head, teacher_NE: torch.Tensor, teacher: Head, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(student || teacher) per token over the whole vocabulary (paper, Eq. 4), and the student's entropy, [N] nats."""
     return _kl(student_ND, student, teacher_NE, teacher, temperature, reverse=True)
 
@@ -124,10 +130,8 @@ def _kl(student_ND, student: Head, teacher_NE, teacher: Head, temperature: float
         ours_CV = (logits_CV / temperature).log_softmax(-1)
         with torch.no_grad():
             theirs_CV = (teacher.logits(teacher_NE[rows]) / temperature).log_softmax(-1)
-        if reverse:
-            kl_C = (ours_CV.exp() * (ours_CV - theirs_CV)).sum(-1)
-        else:
-            kl_C = (theirs_CV.exp() * (theirs_CV - ours_CV)).sum(-1)
+        sampled_CV, other_CV = (ours_CV, theirs_CV) if reverse else (theirs_CV, ours_CV)
+        kl_C = (sampled_CV.exp() * (sampled_CV - other_CV)).sum(-1)
         return torch.stack([kl_C, _entropy(ours_CV.detach())], dim=1)
 
     values_N2 = _apply(student_ND, student, per_token, 2)

@@ -1,0 +1,141 @@
+"""On-policy distillation: the student samples, the frozen teacher scores every token, the student learns.
+
+    s2d opd --teacher runs/teacher --student runs/warmup problems.jsonl -o runs/opd
+
+At every token that the student wrote, KL(student || teacher) is taken exactly, over the whole
+vocabulary (paper, Eq. 4 and stage 2b). No answer is looked at, so no label is spent. The teacher
+never changes; teacher and student must share one tokenizer.
+
+Departures from the paper's settings: the loss is the mean over all tokens of an update (--aggregate),
+and all rollouts of a step are one update unless --mini-batch-size says otherwise (paper: 64).
+
+Shapes: R rollouts of a step.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from s2dcli import options, stats
+from s2dcli.files import jsonl
+from s2dcli.files.checkpoint import refuse_folder
+from s2dcli.files.records import read_problems
+from s2dcli.grade.pool import Grader
+
+
+def opd(
+    *,
+    teacher: options.Teacher,
+    student: options.Student,
+    problems: options.Problems = "-",
+    out: options.RunDir = Path("runs/opd"),
+    num_samples: options.NumSamples = 8,
+    max_tokens: options.MaxTokens = 1024,
+    max_prompt_tokens: options.MaxPromptTokens = None,
+    temperature: options.TrainTemperature = 1.0,
+    sample_tokens: options.BatchTokens = options.SAMPLE_TOKENS,
+    aggregate: options.AggregateOption = options.Aggregate.token,
+    steps: options.Steps = None,
+    epochs: options.Epochs = 1,
+    problems_per_step: options.ProblemsPerStep = 32,
+    mini_batch_size: options.MiniBatchSize = None,
+    lr: options.LearningRate = 1e-6,
+    schedule: options.ScheduleOption = options.Schedule.constant,
+    min_lr_ratio: options.MinLrRatio = 0.0,
+    warmup_steps: options.WarmupSteps = 0,
+    weight_decay: options.WeightDecay = 0.0,
+    adam_beta2: options.AdamBeta2 = 0.999,
+    grad_clip: options.GradClip = 1.0,
+    tokens_per_batch: options.TokensPerBatch = 8192,
+    chat_template: options.ChatTemplate = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = "{}",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    save_every: options.SaveEvery = 50,
+    eval_problems: options.EvalProblems = None,
+    eval_every: options.EvalEvery = 50,
+    eval_samples: options.EvalSamples = 4,
+    keep_rollouts: options.KeepRollouts = False,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+) -> None:
+    """Distil a frozen teacher into a student on the student's own samples."""
+    settings = dict(locals())
+    refuse_folder(out, overwrite)
+    todo = read_problems(problems)
+    held_out = read_problems(eval_problems) if eval_problems else []
+
+    from s2dcli.engines.base import SamplingParams
+    from s2dcli.engines.sampling import make_tasks, open_sampler, tasks_of_step
+    from s2dcli.models.checkpoints import load, resolve
+    from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_same_tokenizer
+    from s2dcli.train.batching import Row, split
+    from s2dcli.train.loop import TrainingRun
+    from s2dcli.train.losses import weights_of
+    from s2dcli.train.objectives import Distillation
+    from s2dcli.train.order import Order
+    from s2dcli.train.plan import dry_run_plan
+    from s2dcli.train.policy import Policy, freeze
+
+    parent, guide = resolve(student), resolve(teacher)
+    tokenizer = load_tokenizer(parent.folder, trust_remote_code)
+    require_same_tokenizer(load_tokenizer(guide.folder, trust_remote_code), tokenizer)
+    encoder = PromptEncoder(tokenizer, chat_template, parse_template_kwargs(chat_template_kwargs))
+    tasks = make_tasks(todo, encoder, max_prompt_tokens)
+    eval_tasks = make_tasks(held_out, encoder)
+    order = Order(len(tasks), problems_per_step, seed=seed, steps=steps, epochs=epochs)
+    if dry_run:
+        per_step = min(problems_per_step, order.total) * num_samples
+        jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=[guide]))
+        return
+
+    how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    loaded = load(parent, masters=True, **how)
+    policy = Policy(loaded.model, loaded.vocabulary, loaded.autocast)
+    frozen = freeze(Policy(load(guide, **how).model, loaded.vocabulary))
+    params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
+    sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sample_tokens)
+
+    with Grader() if eval_tasks else nullcontext() as grader:
+
+        def evaluate() -> dict[str, Any]:
+            rows = [row.to_record() for group in sampler.sample(eval_tasks, eval_samples) for row in group]
+            return stats.summarize({**row, **verdict} for row, verdict in zip(rows, grader.grade(rows), strict=True))
+
+        run = TrainingRun(
+            "opd",
+            settings,
+            policy,
+            loaded,
+            steps=order.steps,
+            phases=("sample", "update"),
+            inputs=[path for path in (problems, eval_problems) if path],
+            parents=[parent, guide],
+            evaluate=evaluate if eval_tasks else None,
+        )
+        for step in run:
+            with step.phase("sample"):
+                groups = sampler.sample(tasks_of_step(tasks, order.at(step.number), step.number), num_samples)
+                rollouts_R = [rollout for group in groups for rollout in group]
+            rows_R = [Row(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts_R]
+            lengths_R = [len(row.completion_ids) for row in rows_R]
+            for mini_batch in split(range(len(rows_R)), mini_batch_size):
+                weights_R = weights_of(mini_batch, lengths_R, aggregate, max_tokens)
+                run.update(step, rows_R, mini_batch, Distillation(frozen, weights_R, reverse=True, temperature=temperature))
+            step.log(
+                kl=step.per_token("kl"),
+                entropy=step.per_token("entropy"),
+                rollouts=len(rollouts_R),
+                mean_tokens=stats.mean(lengths_R),
+                truncated=stats.mean(float(rollout.truncated) for rollout in rollouts_R),
+                labels=0,
+                sample_tokens_per_second=step.per_second(sum(lengths_R), "sample"),
+                update_tokens_per_second=step.per_second(step.tokens, "update"),
+            )
+            if keep_rollouts:
+                run.keep_rollouts(step, [rollout.to_record() for rollout in rollouts_R])
+        jsonl.print_result(run.result())

@@ -1,0 +1,102 @@
+"""What a mini-batch is trained on: from numbers per row to the loss of each micro-batch.
+
+An objective is called with a micro-batch and returns the loss to run inside the policy's forward.
+All numbers per row are fixed before the update, whatever micro-batches it is cut into.
+
+Shapes: R rows of the batch, N completion tokens of a micro-batch, D hidden width of the student, E
+of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from s2dcli.models.forward import Head
+from s2dcli.train.batching import MicroBatch
+from s2dcli.train.losses import clipped_policy_loss, k3
+from s2dcli.train.policy import Loss, Policy
+from s2dcli.train.vocab import forward_kl, reverse_kl, token_logprobs
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """The clipped group-relative objective, with a KL term where `reference_R` is given.
+
+    Without `old_R` the policy itself is the one that sampled: the ratio is 1 and its gradient exact.
+    `sampler_R`, the log-probs noted while sampling, only serve to measure the sampler's distance.
+    """
+
+    weights_R: Mapping[int, float]
+    advantages_R: Sequence[float]
+    sampler_R: Sequence[Sequence[float]]
+    old_R: Sequence[Sequence[float]] | None
+    reference_R: Sequence[Sequence[float]] | None
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+    temperature: float
+
+    def __call__(self, batch: MicroBatch) -> Loss:
+        advantages_N, weights_N = batch.spread(self.advantages_R), batch.spread(self.weights_R)
+        sampler_N = batch.tokens(self.sampler_R)
+        old_N = None if self.old_R is None else batch.tokens(self.old_R)
+        reference_N = None if self.reference_R is None else batch.tokens(self.reference_R)
+
+        def loss(hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logprobs_N, entropy_N = token_logprobs(hidden_ND, head, batch.targets_N, self.temperature)
+            before_N = logprobs_N.detach() if old_N is None else old_N
+            total, sums = clipped_policy_loss(logprobs_N, before_N, advantages_N, weights_N, self.clip_low, self.clip_high)
+            sums["entropy"] = entropy_N.sum()
+            sums["sampler_gap"] = (logprobs_N.detach() - sampler_N).abs().sum()
+            if reference_N is not None:
+                kl_N = k3(logprobs_N, reference_N)
+                total = total + self.kl_coef * (weights_N * kl_N).sum()
+                sums["kl"] = kl_N.detach().sum()
+            return total, sums
+
+        return loss
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Exact KL over the vocabulary between a frozen teacher and the student, at every completion token.
+
+    `reverse`: KL(student || teacher), on the student's own samples (paper, Eq. 4); else
+    KL(teacher || student), on the teacher's (Eq. 5). Both distributions are softmax(logits / temperature).
+    """
+
+    teacher: Policy
+    weights_R: Mapping[int, float]
+    reverse: bool
+    temperature: float
+
+    def __call__(self, batch: MicroBatch) -> Loss:
+        weights_N = batch.spread(self.weights_R)
+
+        def loss(hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            with torch.no_grad():
+                teacher_NE = self.teacher.states(batch)
+            divergence = reverse_kl if self.reverse else forward_kl
+            kl_N, entropy_N = divergence(hidden_ND, head, teacher_NE, self.teacher.head(), self.temperature)
+            return (weights_N * kl_N).sum(), {"kl": kl_N.detach().sum(), "entropy": entropy_N.sum()}
+
+        return loss
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Negative log-prob of the tokens as they stand: supervised fine-tuning on samples ("hard labels")."""
+
+    weights_R: Mapping[int, float]
+
+    def __call__(self, batch: MicroBatch) -> Loss:
+        weights_N = batch.spread(self.weights_R)
+
+        def loss(hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logprobs_N, entropy_N = token_logprobs(hidden_ND, head, batch.targets_N)
+            return -(weights_N * logprobs_N).sum(), {"cross_entropy": -logprobs_N.detach().sum(), "entropy": entropy_N.sum()}
+
+        return loss

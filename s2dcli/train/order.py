@@ -1,0 +1,33 @@
+"""Which items a step sees: a pure function of (seed, step), so that any step can be found again."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+class Order:
+    """Shuffled passes over `count` items, one after the other, cut into steps of `per_step` items.
+
+    A step may reach across the end of a pass, so no item is skipped there and none comes early. With
+    `steps` None there are `epochs` whole passes, and the last step holds what is left of them.
+    """
+
+    def __init__(self, count: int, per_step: int, *, seed: int, steps: int | None, epochs: int) -> None:
+        self.count = count
+        self.per_step = per_step
+        self.seed = seed
+        self.steps = steps or math.ceil(count * epochs / per_step)
+        self.total = self.steps * per_step if steps else count * epochs
+
+    def at(self, step: int) -> list[int]:
+        """Return the items of a step (from 1)."""
+        first = (step - 1) * self.per_step
+        positions = range(first, min(first + self.per_step, self.total))
+        return [int(self._pass(position // self.count)[position % self.count]) for position in positions]
+
+    def _pass(self, number: int) -> np.ndarray:
+        if getattr(self, "_cached", (None,))[0] != number:
+            self._cached = (number, np.random.default_rng([self.seed, number]).permutation(self.count))
+        return self._cached[1]
