@@ -24,6 +24,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from s2dcli import console
 from s2dcli.errors import DataError, nearest
 from s2dcli.files import jsonl
 from s2dcli.files.records import Message
@@ -299,6 +300,8 @@ def _declared_layout(folder: Path) -> dict[str, dict[str, list[Path]]]:
     for config in (front.get("configs") or []) if isinstance(front, dict) else []:
         declared = config.get("data_files") or []
         splits: dict[str, list[Path]] = {}
+        if isinstance(declared, dict):
+            declared = [{"split": name, "path": patterns} for name, patterns in declared.items()]
         for entry in [declared] if isinstance(declared, str) else declared:
             name, patterns = (entry.get("split", "train"), entry.get("path", [])) if isinstance(entry, dict) else ("train", entry)
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -335,6 +338,8 @@ def _read_hub(name: str, subset: str | None, split: str | None, every_split: boo
     """Read a data set from the hub or its local cache. Code that a data set brings is never run."""
     import datasets
 
+    if not console.live_display():
+        datasets.disable_progress_bars()
     defaults = KNOWN_HUB_IDS.get(name)
     subsets = (subset,) if subset is not None or defaults is None else defaults.subsets
     if split is None and defaults is not None and not every_split:

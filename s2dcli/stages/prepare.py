@@ -270,7 +270,7 @@ def _collect(
 
         if digest in answers:
             counts.duplicates += 1
-            if answers[digest] not in (answer, None):
+            if answer and answers[digest] and answer != answers[digest]:
                 counts.conflicts.add(digest)
             continue
         if digest in excluded:

@@ -7,8 +7,8 @@ a cell avg@k in per cent ± its standard error over problems:
     s2d report runs/eval-direct runs/eval-bridge > table.md
     s2d report runs/eval-*/results.json --columns all --format csv
 
-Results share a column only if data set, number of problems, k, temperature, top-p and length limit
-are the same, so that nothing unlike is compared by mistake. `--format json` gives the fractions
+Results share a column only if data set, number of problems, k, temperature, top-p, top-k and length
+limit are the same, so that nothing unlike is compared by mistake. `--format json` gives the fractions
 as they were measured; csv gives per cent, the standard error in a column of its own.
 """
 
@@ -52,6 +52,7 @@ class Column(NamedTuple):
     k: int
     temperature: float
     top_p: float
+    top_k: int
     max_tokens: int
     problems: int
 
@@ -124,12 +125,13 @@ def _result(where: str, record: dict) -> Result:
         k=take(record, "k", int, where),
         temperature=temperature,
         top_p=number("top_p") if temperature > 0 else 1.0,  # greedy decoding has no nucleus
+        top_k=record.get("top_k", 0) if temperature > 0 else 0,
         max_tokens=take(record, "max_tokens", int, where),
         problems=take(record, "problems", int, where),
     )
     ungraded = record.get("ungraded", 0)
     if ungraded:
-        console.warn(f"{where}: {ungraded} samples could not be graded")
+        console.warn(f"{where}: {ungraded} answers could not be graded and count as wrong")
     return Result(
         where=where,
         name=_one_line(take(record, "name", str, where)),
@@ -172,7 +174,9 @@ def _labels(columns: list[Column]) -> dict[Column, dict[str, str]]:
         decoding = ["greedy" if column.temperature == 0 else f"T={column.temperature:g}"]
         if column.top_p < 1:
             decoding.append(f"top-p {column.top_p:g}")
-        likes = [other for other in columns if other[:4] == column[:4]]
+        if column.top_k:
+            decoding.append(f"top-k {column.top_k}")
+        likes = [other for other in columns if other[:5] == column[:5]]
         if len({other.max_tokens for other in likes}) > 1:
             decoding.append(f"{column.max_tokens} tokens")
         if len({other.problems for other in likes}) > 1:
@@ -199,8 +203,7 @@ def _as_markdown(cells: dict[str, dict[Column, Result]], labels: dict[Column, di
     for name, row in cells.items():
         table.append([name, *(cell(row.get(column), figure) for column in labels for figure in figures)])
     notes = [
-        f"- {heads['avg_at_k']}: per cent; {column.problems} problems, k = {column.k}; {ERROR_NOTE}."
-        for column, heads in labels.items()
+        f"- {heads['avg_at_k']}: per cent; {column.problems} problems, k = {column.k}; {ERROR_NOTE}." for column, heads in labels.items()
     ]
     return "\n".join([*_markdown_lines(table), "", *notes]) + "\n"
 
