@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import select
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from s2dcli import console
 from s2dcli.errors import DataError, UsageError
@@ -54,12 +57,14 @@ def open_input(path: str | Path, expects: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-def parse_line(raw: bytes, where: str) -> dict:
+def parse_line(raw: bytes, where: str, **decoding: Any) -> dict:
     """Return the JSON object on one line. Raises DataError that says what is wrong, and where."""
     try:
-        record = json.loads(raw)
+        record = json.loads(raw, **decoding)
     except RecursionError:
         raise DataError("JSON nested deeper than the parser allows", where=where) from None
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"not a line of JSON ({error})", where=where) from None
     if not isinstance(record, dict):
@@ -80,6 +85,97 @@ def read(path: str | Path, expects: str) -> Iterator[Line]:
                 yield Line(where, parse_line(raw, where))
 
 
+def parse_strict(raw: bytes, where: str) -> dict:
+    """Like `parse_line`, and NaN and Infinity, which are no JSON, are refused too."""
+
+    def refuse(constant: str) -> None:
+        raise DataError(f"not a line of JSON ({constant} is no JSON number)", where=where)
+
+    return parse_line(raw, where, parse_constant=refuse)
+
+
+_CHUNK = 1 << 18  # bytes read at a time
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+
+
+def _escape(match: re.Match[str]) -> str:
+    point = ord(match[0])
+    if point < 0x10000:
+        return f"\\u{point:04x}"
+    return f"\\u{0xD800 + (point - 0x10000 >> 10):04x}\\u{0xDC00 + (point - 0x10000 & 0x3FF):04x}"
+
+
+def with_fields(raw: bytes, record: dict, fields: dict) -> bytes:
+    """Return the line `raw`, which parses to `record`, with `fields` added, as ASCII JSON.
+
+    What the line held stays as it was written, to the digit, unless it already has one of the
+    fields: then the record is written anew without it.
+    """
+    added = dumps(fields)[1:]
+    if not record.keys().isdisjoint(fields):
+        try:
+            kept = dumps({name: value for name, value in record.items() if name not in fields}).rstrip()
+        except (ValueError, RecursionError):  # 1e999; of a name given twice, readers take the last
+            kept = b""
+    else:
+        kept = b""
+    if not kept:
+        text = raw.decode(json.detect_encoding(raw), "surrogatepass").strip().lstrip("\ufeff")
+        kept = _NOT_ASCII.sub(_escape, text).encode("ascii")
+    body = kept[:-1].rstrip()
+    return body + (added if body == b"{" else b", " + added)
+
+
+class RawLines:
+    """The lines of a file or pipe as (where, bytes), blank ones passed over.
+
+    `ready` tells whether the next one is there without waiting, `fileno` what to wait for.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._fd = stream.fileno()
+        self._name = name
+        self._lines: deque[bytes] = deque()
+        self._partial: list[bytes] = []
+        self._ended = False
+        self._number = 0
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def _fill(self) -> None:
+        chunk = os.read(self._fd, _CHUNK)
+        head, newline, rest = chunk.partition(b"\n")
+        self._partial.append(head)
+        if newline or not chunk:
+            lines = [b"".join(self._partial), *rest.split(b"\n")] if newline else [b"".join(self._partial), b""]
+            self._partial = [lines.pop()]
+            self._lines.extend(lines)
+        self._ended = not chunk
+
+    def ready(self) -> bool:
+        """Whether a line, or the end, can be had at once."""
+        while not self._lines and not self._ended:
+            if not select.select([self._fd], [], [], 0)[0]:
+                return False
+            self._fill()
+        return True
+
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        return self
+
+    def __next__(self) -> tuple[str, bytes]:
+        while True:
+            while not self._lines and not self._ended:
+                self._fill()
+            if not self._lines:
+                raise StopIteration
+            raw = self._lines.popleft()
+            self._number += 1
+            if raw.strip():
+                return f"{self._name}:{self._number}", raw
+
+
 class Writer:
     """Writes records to a file or to standard output, each line flushed as a whole."""
 
@@ -90,6 +186,11 @@ class Writer:
 
     def write(self, record: dict) -> None:
         self._stream.write(dumps(record))
+        self.count += 1
+
+    def write_line(self, line: bytes) -> None:
+        """Write one line that is already JSON, with its newline."""
+        self._stream.write(line)
         self.count += 1
 
     def flush(self) -> None:

@@ -1,0 +1,269 @@
+r"""What is right: the verdict on one completion against one gold answer.
+
+The gold answer comes first. It is normalised and understood, as an exact number, a choice letter,
+words, or what math-verify can parse; only then is the completion looked at, so that whatever goes
+wrong from there on is the completion's doing and scores 0.0. Comparisons go from cheap to dear:
+equal text, exact rationals, letters and words, lists element by element, equation chains, and
+sympy last, behind the caps of `caps.py`. Where this differs from math-verify on purpose stands in
+`deviations.py`, each row with its test.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+from s2dcli.grade import caps, exact, symbolic
+from s2dcli.grade.extract import extract, last_box
+from s2dcli.grade.normalise import normalise, split, unwrap, words
+
+POLICY = "s2d.math/1"  # raise the number when a verdict may change
+
+# What `verify_error` begins with.
+NO_ANSWER = "no answer"
+GOLD_MISSING = "gold missing"
+GOLD_UNPARSABLE = "gold unparsable"
+TIMEOUT = "timeout"  # the soft deadline, in the worker
+KILLED = "killed"  # the hard deadline, by the supervisor
+MEMORY = "memory"
+CRASHED = "crashed"  # the worker died twice on this row
+REFUSED = "refused"  # beyond the caps
+FAILED = "failed"  # an exception
+NOT_JUDGED = "not judged"  # a user's function returned None
+WORKER_FAILURE = "worker failure"
+
+EXTRACTED_LENGTH = 1000  # characters of the extracted answer that the verdict carries
+MOST_ELEMENTS = 20  # of a list whose elements need sympy
+CACHE = 4096  # verdicts and gold answers that a worker remembers
+
+_AND = re.compile(
+    r"\s*,?\s*(?:\\(?:text|mbox|mathrm|textrm) ?\{[^{}]*?(?<![A-Za-z])(?:and|or),?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*"
+)
+_SET = re.compile(r"\\(?:\{|lbrace)(.*)\\(?:\}|rbrace)", re.DOTALL)
+_EQUALS = re.compile(r"(?<![\\<>!=:])=(?!=)|\\approx(?![A-Za-z])")
+_LABEL = re.compile(r"(?=[^=]*[A-Za-z])[A-Za-z\\(][^=+*/^<>\[\]-]{0,60}")
+_NAME = re.compile(r"[A-Za-z][A-Za-z ]{0,30}:\s*")
+_CHOICE = re.compile(r"\(?([A-J])\)?(?:[).:](?:\s.*)?)?|\(([A-J])\).*", re.DOTALL)
+_CHOICE_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*(\(?[A-J]\)?[^{}]*)\}")
+_BASE = re.compile(r"(\d+)\s*_\s*\{?\s*(\d+)\s*\}?")
+_DEGREES = re.compile(r"\^ ?(?:\\circ|\{ ?\\circ ?\})")
+_ADJACENT = re.compile(r"\d \.?\d")
+_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_PROSE = re.compile(r"[A-Za-z]{2,}[^=<>^_\\0-9]*")
+
+
+class Verdict(NamedTuple):
+    """`score` is None where the gold answer is missing or not understood."""
+
+    score: float | None
+    extracted: str
+    error: str
+
+
+class Refused(Exception):
+    """An answer is beyond the caps."""
+
+
+def warm_up() -> None:
+    """Import math-verify and fill its parser's tables, which forked workers then share."""
+    for latex in (
+        r"\frac{1}{2}", r"x^2+3x-\sqrt{2}", r"(1,2)", r"\{1,2,3\}", r"[0,1)\cup(2,\infty)", r"x=5", r"2\pi r", r"\frac{-b+\sqrt{b^2-4ac}}{2a}",
+        r"0<x\leq 3", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\log_2(x)+\sin^2(x)", r"5!", r"\binom{n}{k}", r"y=mx+b", r"90^\circ",
+        r"10\%", r"e^{i\pi}", r"\text{yes}", r"x_1+x_{2}", r"-\frac{3\sqrt{5}}{7}", r"1,2,3", r"\sum_{k=1}^{n}k", r"|x-1|", r"2\cdot3", r"f(x)=2x+1",
+    ):  # fmt: skip
+        symbolic.parse(latex)
+    for pair in (("x+1", "1+x"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt{2}", "1.5"), (r"\frac{x}{2}", "0.5x"), ("(1,2)", "(1,x)")):
+        symbolic.equal(*pair)
+
+
+@lru_cache(maxsize=CACHE)
+def gold_answer(text: str) -> str:
+    """Return the normalised gold answer; of a worked solution, what it boxes (all boxes, if several)."""
+    box = last_box(text) if "\\boxed" in text or "\\fbox" in text else None
+    return normalise(text if box is None else box)
+
+
+@lru_cache(maxsize=CACHE)
+def problem_of(gold: str) -> str:
+    """Return why a normalised gold answer is not understood, "" if it is."""
+    elements = _elements(gold)[1] if not caps.refusal(gold) else [gold]
+    for element in elements:
+        if exact.read(element) or _letter(element) or _PROSE.fullmatch(words(element)):
+            continue
+        if refusal := caps.refusal(element):
+            return f"{REFUSED}: {refusal}"
+        if symbolic.parse(_right_side(element)) is None and symbolic.parse(gold) is None:
+            return "not read by math-verify"
+    return ""
+
+
+def grade(
+    gold: str,
+    completion: str,
+    thinking: bool,
+    *,
+    judge: Callable[[str, str], bool],
+    lenient: bool,
+    progress: Callable[[bool, str], None],
+) -> Verdict:
+    """Return the verdict on one completion. `progress(understood, extracted)` is told how far it got."""
+    if not gold.strip():
+        return Verdict(None, "", GOLD_MISSING)
+    found, why_not = extract(completion, thinking, lenient)
+    shown = _shown(found or "")
+    wanted = gold_answer(gold)
+    if found is not None and wanted and _squeeze(wanted) == _squeeze(normalise(found)):
+        return Verdict(1.0, shown, "")
+    if judge is is_right:
+        problem = problem_of(wanted) if wanted else "empty"
+        if problem:
+            return Verdict(None, shown, f"{GOLD_UNPARSABLE}: {problem}")
+    progress(True, shown)
+    if found is None:
+        return Verdict(0.0, "", f"{NO_ANSWER}: {why_not}")
+    try:
+        return Verdict(float(judge(wanted, normalise(found))), shown, "")
+    except Refused as refusal:
+        return Verdict(0.0, shown, f"{REFUSED}: {refusal}")
+
+
+def _shown(found: str) -> str:
+    found = found.strip()
+    return found if len(found) <= EXTRACTED_LENGTH else found[:EXTRACTED_LENGTH] + "..."
+
+
+def _squeeze(text: str) -> str:
+    return text.replace(" ", "")
+
+
+def is_same(gold: str, prediction: str) -> bool:
+    """Whether two normalised answers are the same text, blanks aside."""
+    return _squeeze(gold) == _squeeze(prediction)
+
+
+@lru_cache(maxsize=CACHE)
+def is_right(gold: str, prediction: str) -> bool:
+    """Whether a normalised prediction is the gold answer. Raises Refused beyond the caps."""
+    if is_same(gold, prediction):
+        return True
+    if not prediction:
+        return False
+    left, right = exact.read(gold), exact.read(prediction)
+    if left and right:
+        return exact.equal(left, right)
+    if letter := _letter(gold):
+        return letter == _letter(prediction)
+    if words(gold) == words(prediction) and not prediction.isdigit():
+        return True
+    if refusal := caps.refusal(prediction):
+        raise Refused(refusal)
+    kind, wanted = _elements(gold)
+    kind_found, found = _elements(prediction)
+    if len(wanted) > 1 or len(found) > 1:
+        same = _same_elements(kind, wanted, kind_found, found)
+        if same is not None:
+            return same
+    elif _EQUALS.search(prediction) or _EQUALS.search(gold):
+        return _same_sides(gold, prediction)
+    return _same_leaf(gold, prediction)
+
+
+def _letter(text: str) -> str:
+    """Return the letter of a multiple-choice answer, "" if it is none."""
+    inner = _CHOICE_TEXT.fullmatch(text)
+    match = _CHOICE.fullmatch((inner[1] if inner else text).strip())
+    return (match[1] or match[2]) if match else ""
+
+
+def _elements(text: str) -> tuple[str, list[str]]:
+    """Return the kind of a list ("", "{", or its brackets as "(]") and its elements, labels removed."""
+    text = _AND.sub(",", text)
+    kind = ""
+    if match := _SET.fullmatch(text):
+        kind, text = "{", match[1]
+    elif text[:1] in "([" and text[-1:] in ")]" and len(split(text)) == 1 and len(split(text[1:-1])) > 1:
+        kind, text = text[0] + text[-1], text[1:-1]
+    parts = [part for part in (normalise(_NAME.sub("", part.strip(), count=1)) for part in split(text)) if part]
+    if len(parts) == 1 and _SET.fullmatch(_right_side(parts[0])) and kind == "":
+        return _elements(_right_side(parts[0]))
+    if not kind.startswith(("(", "[")):
+        parts = [side for part in parts for side in _both_signs(part)]
+    return kind, parts
+
+
+def _both_signs(text: str) -> list[str]:
+    if len(_PLUS_MINUS.findall(text)) != 1 or text.startswith(("(", "[")):
+        return [text]
+    return [normalise(_PLUS_MINUS.sub(sign, text)) for sign in "+-"]
+
+
+def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[str]) -> bool | None:
+    """Compare two lists, None where math-verify should see them whole."""
+    ordered = kind.startswith(("(", "[")) or kind_found.startswith(("(", "["))
+    if ordered and (kind != kind_found or len(wanted) < 2):
+        return None
+    if kind == kind_found == "{":
+        wanted, found = list(dict.fromkeys(wanted)), list(dict.fromkeys(found))
+    if len(wanted) != len(found):
+        return None if "\\infty" in "".join(wanted + found) else False
+    if ordered:
+        return all(is_right(a, b) for a, b in zip(wanted, found, strict=True))
+    left = list(found)
+    for element in sorted(wanted, key=lambda e: exact.read(e) is None):
+        if len(left) > MOST_ELEMENTS and exact.read(element) is None:
+            raise Refused(f"a list of more than {MOST_ELEMENTS} elements that are no numbers")
+        match = next((at for at, other in enumerate(left) if is_right(element, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
+
+
+def _right_side(text: str) -> str:
+    """Return what a label stands before: `5` of `x = 5`; other texts as they are."""
+    sides = _EQUALS.split(text, maxsplit=1)
+    return sides[1].strip() if len(sides) == 2 and _LABEL.fullmatch(sides[0].strip()) else text
+
+
+def _same_sides(gold: str, prediction: str) -> bool:
+    """Compare answers of which at least one has an equals sign.
+
+    The numbers in a chain must agree with each other, so that `41 = 42` is not 42.
+    """
+    members = [unwrap(member.strip()) for member in _EQUALS.split(prediction)]
+    numbers = [member for member in members if member and _is_number(member)]
+    if any(not is_right(one, other) for one, other in zip(numbers, numbers[1:], strict=False)):
+        return False
+    wanted = [unwrap(side.strip()) for side in _EQUALS.split(gold)]
+    if len(wanted) == 1:
+        return len(members) > 1 and (bool(numbers) or bool(_LABEL.fullmatch(members[0]))) and is_right(gold, normalise(members[-1]))
+    if len(members) == 1:
+        value = _right_side(gold)
+        return value != gold and is_right(normalise(_EQUALS.split(value)[-1]), prediction)
+    if _squeeze(wanted[0]) == _squeeze(members[0]):
+        return is_right(normalise(wanted[-1]), normalise(members[-1]))
+    return _same_leaf(gold, prediction)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text has digits and no letters outside LaTeX commands."""
+    return any(mark.isdigit() for mark in text) and not any(mark.isalpha() for mark in _COMMAND.sub("", text))
+
+
+def _same_leaf(gold: str, prediction: str) -> bool:
+    """Ask math-verify about two answers that are no lists."""
+    base, base_found = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
+    if base or base_found:
+        digits = [match[1] if match else text for match, text in ((base, gold), (base_found, prediction))]
+        return digits[0] == digits[1] and (base is None or base_found is None or base[2] == base_found[2])
+    if _ADJACENT.search(prediction) and "\\frac" not in prediction and "matrix" not in prediction:
+        return False  # math-verify adds them up
+    if bool(_DEGREES.search(gold)) != bool(_DEGREES.search(prediction)) and ("\\pi" in gold or "\\pi" in prediction):
+        gold, prediction = (_DEGREES.sub(r" \\cdot \\frac{\\pi}{180}", text) for text in (gold, prediction))
+    for text in (gold, prediction):
+        if refusal := caps.refusal(text):
+            raise Refused(refusal)
+    return symbolic.equal(gold, prediction)

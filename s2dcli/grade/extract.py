@@ -1,0 +1,143 @@
+r"""Which part of a completion is its answer.
+
+The policy: what stands before the last `</think>` is dropped; a `<think>` that was opened, in the
+prompt or in the completion, and never closed means that there is no answer; the last complete box
+counts (`\boxed{42}`, `\boxed 42`, `\fbox{42}`), and an empty one is no answer. Prose does not
+outvote a box and boxes are not merged. Without a box the last stated answer counts, if `lenient`.
+
+Everything here is linear in the length of the text, whatever the text holds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+OPEN = "<think>"
+CLOSE = "</think>"
+STATED_LENGTH = 300  # characters that a stated answer may have
+STATED_TRIES = 50  # mentions of "answer", from the end, that are looked at
+
+# A box with or without its brace, a doubled backslash before a brace, an escaped brace, a brace.
+_TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+(\{)?|\\\\(?=[{}])|\\[{}]|[{}]")
+_BARE = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*+([^\s{}$\\]++)")
+_BARE_START = re.compile(r"[-+(\[.\w]")
+_STATED = re.compile(r"[\s*_]*+(?:is|are|was|=|:|：|equals)?[\s*_]*+(?:therefore|thus)?[:：\s*_]*+")
+_SENTENCE_END = re.compile(r"\n|[.;!?](?:\s|$)|(?:\*\*)")
+
+
+def text_of_answer(value: Any) -> str:
+    """Return a gold answer as text; "" where there is none. Numbers count as their digits."""
+    if isinstance(value, bool):
+        return ""
+    if isinstance(value, int | float):
+        return str(value)
+    return value if isinstance(value, str) else ""
+
+
+def _text_of_content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):  # the parts of a multimodal message
+        return "\n".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return ""
+
+
+def text_of_completion(value: Any) -> str:
+    """Return what the model said: a string, or the assistant's turns of a list of messages."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return ""
+    messages = [message for message in value if isinstance(message, dict)]
+    spoken = [message for message in messages if message.get("role", "assistant") == "assistant"]
+    return "\n".join(_text_of_content(message.get("content")) for message in spoken or messages)
+
+
+def opens_thinking(prompt: Any) -> bool:
+    """Whether a prompt ends inside `<think>`: a prefilled assistant turn, or a text with the tag at its end.
+
+    A system prompt that merely speaks of the tag does not count.
+    """
+    if isinstance(prompt, list):
+        last = prompt[-1] if prompt else None
+        if not isinstance(last, dict) or last.get("role") != "assistant":
+            return False
+        text = _text_of_content(last.get("content"))
+        return text.rfind(OPEN) > text.rfind(CLOSE)
+    return isinstance(prompt, str) and prompt.rstrip().endswith(OPEN)
+
+
+def visible(text: str, thinking: bool) -> str | None:
+    """Return what follows the reasoning, None if the reasoning never ended."""
+    end = text.rfind(CLOSE)
+    if end >= 0:
+        text = text[end + len(CLOSE) :]
+        thinking = False
+    return None if thinking or OPEN in text else text
+
+
+def last_box(text: str) -> str | None:
+    """Return the content of the last complete box, None if there is none."""
+    first = min((at for at in (text.find("\\boxed"), text.find("\\fbox")) if at >= 0), default=-1)
+    if first < 0:
+        return None
+    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    found = _last_box_from(text, last)
+    return found if found is not None or first == last else _last_box_from(text, first)
+
+
+def _last_box_from(text: str, start: int) -> str | None:
+    """Return the complete box that starts last, at or after `start`: one pass, matching braces."""
+    best: tuple[int, str] | None = None
+    open_braces: list[int] = []  # where the content of a box starts, -1 for other braces
+    for token in _TOKEN.finditer(text, start):
+        mark = token[0]
+        if mark == "{":
+            open_braces.append(-1)
+        elif mark == "}":
+            begin = open_braces.pop() if open_braces else -1
+            if begin >= 0 and (best is None or begin > best[0]):
+                best = (begin, text[begin : token.start()])
+        elif token[1]:
+            open_braces.append(token.end())
+        elif len(mark) > 2:  # a box without a brace
+            bare = _BARE.match(text, token.start())
+            if bare and _BARE_START.match(bare[1]):
+                best = (bare.start(1), bare[1].rstrip(".,;:!?"))
+    return best[1] if best else None
+
+
+def last_stated(text: str) -> str | None:
+    """Return the last answer that is stated in words, `The answer is 42`, `#### 42`; None if there is none."""
+    lowered = text.lower() if len(text.lower()) == len(text) else text
+    at = len(lowered)
+    for _ in range(STATED_TRIES):
+        word = lowered.rfind("answer", 0, at)
+        hashes = lowered.rfind("####", 0, at)
+        at = max(word, hashes)
+        if at < 0:
+            return None
+        begin = at + (6 if at == word else 4)
+        connective = _STATED.match(text, begin)
+        begin = connective.end() if connective else begin
+        end = _SENTENCE_END.search(text, begin, begin + STATED_LENGTH)
+        stated = text[begin : end.start() if end else begin + STATED_LENGTH].strip(" \t*_]")
+        if stated:
+            return stated
+    return None
+
+
+def extract(text: str, thinking: bool, lenient: bool) -> tuple[str | None, str]:
+    """Return (answer, ""), or (None, why there is none)."""
+    seen = visible(text, thinking)
+    if seen is None:
+        return None, "<think> was never closed"
+    found = last_box(seen)
+    if found is None and lenient:
+        found = last_stated(seen)
+    if found is None:
+        return None, "no box" if not lenient else "no box and no stated answer"
+    return (found, "") if found.strip() else (None, "the box is empty")

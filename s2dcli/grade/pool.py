@@ -1,0 +1,259 @@
+"""The client side of the grader: rows in, verdicts out, in order, whatever the rows hold.
+
+    with Grader(rewards=["math"], timeout=5.0) as grader:
+        for verdict in grader.grade(records):
+            ...
+
+A `Grader` starts its supervisor (`supervisor.py`) at once and does not wait for it, so that the
+supervisor's imports overlap with what the caller does next. It may be used from a process with
+threads and CUDA, serves any number of `grade` calls, and takes everything with it when it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import select
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from s2dcli.errors import GradingError, UsageError
+from s2dcli.grade import answer, wire
+from s2dcli.grade.extract import opens_thinking, text_of_answer, text_of_completion
+from s2dcli.grade.rewards import MATH, parse_all
+
+WINDOW_ROWS = 2048  # rows that may be under way at a time
+WINDOW_BYTES = 32 << 20  # ... and their bytes; one row may always be under way
+LEAST_MEMORY = 256 << 20  # bytes; below this a worker cannot even import sympy
+RESTARTS = 3  # supervisors that may die in a row without a verdict in between
+END_GRACE = 2.0  # seconds that the supervisor has for leaving by itself
+EXTRACT_MODES = ("strict", "lenient")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str | int) -> int:
+    """Return the bytes that `2GiB`, `500MB` or `1073741824` stands for. Raises UsageError."""
+    match = _SIZE.fullmatch(str(text).strip())
+    if not match:
+        raise UsageError(f"{text!r} is no size", hint="write it as 2GiB or 800MB")
+    number, prefix, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    if size < LEAST_MEMORY:
+        raise UsageError(f"{text} is too little memory for a grading process", hint="at least 256MiB")
+    return size
+
+
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row under way: what was sent, and the verdict of each reward that has come back."""
+
+    id: int
+    body: bytes
+    parts: list[tuple[float | None, str, str] | None] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return all(part is not None for part in self.parts)
+
+
+class Grader:
+    """Grades rows in supervised processes. Raises UsageError on settings that make no sense."""
+
+    def __init__(
+        self,
+        rewards: list[str] | tuple[str, ...] = (MATH,),
+        workers: int | None = None,
+        timeout: float = 5.0,
+        memory_limit: str | int = "2GiB",
+        extract: str = "strict",
+    ) -> None:
+        self.rewards = parse_all(list(rewards))
+        if not timeout > 0:
+            raise UsageError(f"a timeout of {timeout} s leaves no time to grade")
+        if extract not in EXTRACT_MODES:
+            raise UsageError(f"extract is strict or lenient, not {extract!r}")
+        self._config = {
+            "rewards": [reward.name for reward in self.rewards],
+            "workers": workers or available_cpus(),
+            "timeout": float(timeout),
+            "memory_limit": parse_size(memory_limit),
+            "extract": extract,
+            "path": [os.path.abspath(entry) for entry in sys.path],
+        }
+        if os.getcwd() not in self._config["path"]:
+            self._config["path"].append(os.getcwd())  # where the user's own functions lie
+        self.verifier = self._describe(memory_limit)
+        self._whole_records = not all(reward.built_in for reward in self.rewards)
+        self._ids = count(1)
+        self._start()
+
+    def _describe(self, memory_limit: str | int) -> str:
+        """Return who grades, in which version, with which settings: it stands on every row."""
+        versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("math-verify", "latex2sympy2_extended", "sympy")]
+        named = ",".join(r.name if r.weight == 1 else f"{r.name}={r.weight:g}" for r in self.rewards)
+        settings = f"rewards={named} extract={self._config['extract']} timeout={self._config['timeout']:g} memory={memory_limit}"
+        return f"{answer.POLICY} {' '.join(versions)} {settings}"
+
+    # The supervisor's life
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-P", "-m", "s2dcli.grade.supervisor", str(theirs.fileno()), str(os.getpid())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(self._config["path"])}
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # standard output carries data only
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                process_group=0,  # Ctrl-C is the caller's to handle
+            )
+        ours.setblocking(False)
+        self._socket = ours
+        self._unpacker = wire.Unpacker()
+        self._unsent = bytearray(wire.pack(wire.CONFIG, wire.encode(self._config)))
+        self._heard = False
+
+    def close(self) -> None:
+        """End the supervisor and its workers."""
+        self._socket.close()
+        if self._heard:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_GRACE)
+        if self._process.poll() is None:
+            self._process.kill()  # its workers follow it
+        self._process.wait()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _revive(self, pending: deque[_Row]) -> None:
+        """Replace a supervisor that died and give the new one what the old one owed."""
+        self.close()
+        self._restarts += 1
+        if self._restarts > RESTARTS:
+            raise GradingError(
+                f"the grading supervisor died {self._restarts} times in a row (exit code {self._process.returncode})",
+                hint="is the machine out of memory?",
+            )
+        self._start()
+        for row in pending:
+            if not row.done:
+                row.parts = [None] * len(self.rewards)
+                self._unsent += wire.pack(wire.ROW, row.body, id=row.id)
+
+    # Rows and verdicts
+
+    def grade(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield one verdict per record, in order, as soon as it and its predecessors are there.
+
+        A verdict has the keys reward, rewards, label, extracted, verifier and verify_error.
+        Records are taken only as the window has room for them. If `records` has the methods
+        `ready()` (would next() return at once?) and `fileno()`, verdicts also come out while
+        there is nothing to take. Raises GradingError if the machinery fails for good, UsageError
+        if a user's function cannot be loaded.
+        """
+        source = iter(records)
+        ready = getattr(records, "ready", None)
+        pending: deque[_Row] = deque()
+        rows: dict[int, _Row] = {}
+        size = 0
+        exhausted = False
+        self._restarts = 0
+        try:
+            while not exhausted or pending:
+                starved = False
+                while not exhausted and len(pending) < WINDOW_ROWS and (size < WINDOW_BYTES or not pending):
+                    if ready is not None and not ready():
+                        starved = True
+                        break
+                    try:
+                        record = next(source)
+                    except StopIteration:
+                        exhausted = True
+                        break
+                    row = _Row(next(self._ids), wire.encode(self._request(record)), [None] * len(self.rewards))
+                    size += len(row.body)
+                    pending.append(row)
+                    rows[row.id] = row
+                    self._unsent += wire.pack(wire.ROW, row.body, id=row.id)
+                    if len(self._unsent) >= wire.CHUNK:
+                        self._exchange(rows, pending, wait=False)
+                self._exchange(rows, pending, wait=not (pending and pending[0].done), also=records if starved else None)
+                while pending and pending[0].done:
+                    row = pending.popleft()
+                    del rows[row.id]
+                    size -= len(row.body)
+                    yield self._verdict(row)
+        finally:
+            if pending:
+                self._unsent += wire.pack(wire.CANCEL)
+
+    def _request(self, record: dict[str, Any]) -> list:
+        """Return what a worker needs to know of a record."""
+        gold = text_of_answer(record.get("answer"))
+        completion = text_of_completion(record.get("completion"))
+        thinking = opens_thinking(record.get("prompt"))
+        if self._whole_records:
+            return [gold, completion, thinking, record]
+        return [gold, completion, thinking]
+
+    def _exchange(self, rows: dict[int, _Row], pending: deque[_Row], *, wait: bool, also: Any = None) -> None:
+        """Send what can be sent, take the verdicts that are there; `wait` for one (or for `also`)."""
+        if not rows and also is None and not self._unsent:
+            return
+        reading = [self._socket] if also is None else [self._socket, also]
+        writing = [self._socket] if self._unsent else []
+        readable, writable, _ = select.select(reading, writing, [], None if wait else 0)
+        try:
+            if writable:
+                with memoryview(self._unsent) as view:
+                    sent = self._socket.send(view)
+                del self._unsent[:sent]
+            data = self._socket.recv(wire.CHUNK) if self._socket in readable else None
+        except (BrokenPipeError, ConnectionError):
+            data = b""
+        if data == b"":
+            self._revive(pending)
+        for frame in self._unpacker.feed(data or b""):
+            self._heard = True
+            if frame.kind == wire.FATAL:
+                raise UsageError(wire.decode(frame.body), hint="see --reward")
+            if frame.kind == wire.VERDICT and frame.id in rows:
+                rows[frame.id].parts[frame.part] = tuple(wire.decode(frame.body))
+                self._restarts = 0
+
+    def _verdict(self, row: _Row) -> dict[str, Any]:
+        """Put the rewards of one row together; one null makes the total null."""
+        scores = {reward.name: part[0] for reward, part in zip(self.rewards, row.parts, strict=True)}
+        total = None
+        if all(score is not None for score in scores.values()):
+            total = sum(reward.weight * scores[reward.name] for reward in self.rewards)
+        judge = next((reward.name for reward in self.rewards if reward.built_in), self.rewards[0].name)
+        errors = [(reward.name, part[2]) for reward, part in zip(self.rewards, row.parts, strict=True) if part[2]]
+        alone = len(self.rewards) == 1
+        return {
+            "reward": total,
+            "rewards": scores,
+            "label": None if scores[judge] is None else scores[judge] >= 1.0,
+            "extracted": next((part[1] for part in row.parts if part[1]), ""),
+            "verifier": self.verifier,
+            "verify_error": "; ".join(error if alone else f"{name}: {error}" for name, error in errors),
+        }

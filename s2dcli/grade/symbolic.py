@@ -1,0 +1,111 @@
+r"""What math-verify is asked, and how far it is believed.
+
+Its parser and its comparison are used, its extraction and its timeouts are not. A parse counts
+only if it has read the whole answer, and a "yes" about two numbers only if they agree to a
+relative tolerance: math-verify rounds to six decimals, so that all tiny numbers equal zero.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+FLOAT_ROUNDING = 6  # decimals; math-verify's default
+NUMERIC_PRECISION = 15  # digits; math-verify's default
+GUARD_DIGITS = 40  # digits to which two numbers are worked out again
+EXACT_TOLERANCE = 1e-20  # relative, between two exact numbers
+FLOAT_TOLERANCE = 1e-4  # relative, where one is a decimal; six decimals of 0.01 are this exact
+CACHE = 2048  # parsed answers that a worker remembers
+
+
+@lru_cache(maxsize=1)
+def _tools() -> Any:
+    """Import math-verify and latex2sympy: a second and 100 MB, so not before it is needed."""
+    from latex2sympy2_extended import latex2sympy2, math_normalization
+    from math_verify import grader, parser
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+
+    class WholeParser(latex2sympy2._Latex2Sympy):
+        """Remembers its token stream, to see whether the grammar stopped before the end."""
+
+        def create_parser(self, latex_str: str) -> Any:
+            parser = super().create_parser(latex_str)
+            if not hasattr(self, "stream"):
+                self.stream = parser.getTokenStream()
+            return parser
+
+    class Tools:
+        normalise = staticmethod(math_normalization.normalize_latex)
+        normalisation = math_normalization.NormalizationConfig(
+            basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
+        )
+        latex_parser = WholeParser
+        is_complex = staticmethod(grader.should_treat_as_complex)
+        last_equation = staticmethod(parser.get_last_eq)
+        equal = staticmethod(grader.sympy_expr_eq)
+
+    return Tools
+
+
+@lru_cache(maxsize=CACHE)
+def parse(text: str) -> Any:
+    """Return the sympy expression of a normalised answer, None if math-verify cannot read all of it."""
+    tools = _tools()
+    latex = tools.normalise(text, tools.normalisation)
+    if not latex:
+        return None
+    expression = _parse(latex)
+    if expression is None and (last := tools.last_equation(latex)) != latex:
+        expression = _parse(last)
+    return expression
+
+
+def _parse(latex: str) -> Any:
+    tools = _tools()
+    converter = tools.latex_parser(is_real=not tools.is_complex(latex))
+    try:
+        expression = converter.parse(latex)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # the parser raises bare Exception, sympy anything
+        return None
+    return expression if converter.stream.LA(1) == -1 else None  # -1: end of input
+
+
+@lru_cache(maxsize=CACHE)
+def equal(gold: str, prediction: str) -> bool:
+    """Whether math-verify calls two normalised answers equal, and numbers bear it out."""
+    left, right = parse(gold), parse(prediction)
+    if left is None or right is None:
+        return False
+    try:
+        same = _tools().equal(left, right, FLOAT_ROUNDING, NUMERIC_PRECISION, allow_set_relation_comp=True)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:
+        return False
+    return bool(same) and _numbers_agree(left, right)
+
+
+def _numbers_agree(left: Any, right: Any) -> bool:
+    """Whether two expressions that were called equal are no numbers, or numbers that are close."""
+    import sympy
+
+    if isinstance(left, sympy.Eq) or isinstance(right, sympy.Eq):
+        left, right = (side.rhs if isinstance(side, sympy.Eq) else side for side in (left, right))
+    if not (isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr)) or left.free_symbols or right.free_symbols:
+        return True
+    if left == right:
+        return True
+    tolerance = FLOAT_TOLERANCE if left.has(sympy.Float) or right.has(sympy.Float) else EXACT_TOLERANCE
+    try:
+        a, b = (sympy.N(side.doit(), GUARD_DIGITS) for side in (left, right))
+        percent = 1 if left.has(sympy.UnevaluatedExpr) == right.has(sympy.UnevaluatedExpr) else 100
+        size = max(abs(a), abs(b))
+        return size == 0 or any(bool(abs(a - b * factor) <= tolerance * size * factor) for factor in {1, percent, 1 / sympy.Integer(percent)})
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:
+        return True

@@ -1,0 +1,216 @@
+r"""Grade completions against their gold answers: `s2d verify`.
+
+Every JSON object in gives one line out, in order, as soon as it and its predecessors are graded,
+with six fields added: `reward` (float or null), `rewards` (each reward by name), `label` (right or
+not), `extracted` (the answer that was found), `verifier` (name, version, settings) and
+`verify_error` ("" or what went wrong: no answer, timeout, killed, memory, ...). All other fields
+pass through as they were written. Only `completion` and `answer` are needed.
+
+The last complete `\boxed{}` after the reasoning is the answer. A completion without an answer, or
+one that broke the grader, scores 0.0: a null would reward it. Null means that the gold answer is
+missing or not understood, or that our own machinery failed. See `grade/` for what is right.
+
+    s2d verify rollouts.jsonl -o graded.jsonl
+    s2d rollout --model CKPT problems.jsonl | s2d verify --workers 4 | s2d eval --rollouts -
+
+`--diff OLD.jsonl` grades an already graded file again (or ROLLOUTS, matched by group_id and
+sample_index) and says which verdicts changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from contextlib import ExitStack
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from s2dcli import console
+from s2dcli.errors import DataError, UsageError, nearest
+from s2dcli.files import jsonl
+from s2dcli.options import MemoryLimit, OutFile, Overwrite, Rollouts, Timeout, Workers
+
+SHOWN_LINES = 100  # bad lines and changed verdicts that are named one by one; the rest is counted
+SHOWN_CHARACTERS = 60  # of an answer in a message
+
+Key = tuple[Any, Any] | int
+
+
+class Extract(StrEnum):
+    """Where an answer may be found: in a box only, or without one in the last stated answer too."""
+
+    strict = "strict"
+    lenient = "lenient"
+
+
+class Rows:
+    """The records of a stream of lines; lines that are no JSON objects are reported and passed over."""
+
+    def __init__(self, lines: jsonl.RawLines) -> None:
+        self._lines = lines
+        self._parsed: deque[dict] = deque()
+        self.under_way: deque[tuple[str, bytes, dict]] = deque()  # taken by the grader, not yet written
+        self.num_bad = 0
+
+    def fileno(self) -> int:
+        return self._lines.fileno()
+
+    def ready(self) -> bool:
+        """Whether a record, or the end, can be had at once."""
+        while not self._parsed and self._lines.ready():
+            if not self._take():
+                return True
+        return bool(self._parsed)
+
+    def _take(self) -> bool:
+        """Parse one line; False at the end."""
+        for where, raw in self._lines:
+            try:
+                record = jsonl.parse_strict(raw, where)
+            except DataError as error:
+                self.num_bad += 1
+                if self.num_bad <= SHOWN_LINES:
+                    console.warn(str(error))
+                elif self.num_bad == SHOWN_LINES + 1:
+                    console.warn("further lines that are no JSON objects are only counted")
+            else:
+                self.under_way.append((where, raw, record))
+                self._parsed.append(record)
+            return True
+        return False
+
+    def __iter__(self) -> Rows:
+        return self
+
+    def __next__(self) -> dict:
+        while not self._parsed:
+            if not self._take():
+                raise StopIteration
+        return self._parsed.popleft()
+
+
+class Changes:
+    """Compares verdicts with those of an earlier run."""
+
+    def __init__(self, old: str | None) -> None:
+        self._old = None if old is None else dict(self._verdicts(old))
+        self.counts: Counter[str] = Counter()
+        self.num_missing = 0
+        self._number = 0
+
+    @staticmethod
+    def _key(record: dict, number: int) -> Key:
+        """Return what identifies a row in two files: group and sample, or else its place."""
+        group, sample = record.get("group_id"), record.get("sample_index")
+        return (group, sample) if isinstance(group, str) and isinstance(sample, int) else number
+
+    def _verdicts(self, path: str) -> Any:
+        for number, (where, record) in enumerate(jsonl.read(path, "graded rollouts"), 1):
+            if "reward" not in record:
+                raise DataError("no field 'reward'", where=where, hint=f"grade it first: s2d verify {path}")
+            yield self._key(record, number), {name: record.get(name) for name in ("reward", "label", "verifier")}
+
+    def look(self, where: str, record: dict, verdict: dict) -> None:
+        """Compare one verdict with the old one and report a change."""
+        self._number += 1
+        before = record if self._old is None else self._old.get(self._key(record, self._number))
+        if before is None or "reward" not in before:
+            self.num_missing += 1
+            return
+        if before["reward"] == verdict["reward"] and before.get("label") == verdict["label"]:
+            return
+        change = f"{_name(before)} -> {_name(verdict)}"
+        self.counts[change] += 1
+        if self.counts.total() <= SHOWN_LINES:
+            gold, found = (str(text)[:SHOWN_CHARACTERS] for text in (record.get("answer"), verdict["extracted"]))
+            console.info(f"{where}: {change} (answer {gold!r}, extracted {found!r}{', ' if verdict['verify_error'] else ''}{verdict['verify_error']})")
+
+    def report(self, total: int) -> None:
+        console.info(f"{self.counts.total()} of {total} verdicts changed" + "".join(f"\n  {n:6} {what}" for what, n in self.counts.most_common()))
+        if self.num_missing:
+            console.warn(f"{self.num_missing} rows have no earlier verdict")
+
+
+def _name(verdict: dict) -> str:
+    reward = "null" if verdict["reward"] is None else f"{verdict['reward']:g}" if isinstance(verdict["reward"], int | float) else "?"
+    label = {True: "right", False: "wrong"}.get(verdict.get("label"), "not graded")
+    return label if reward in ("1", "0", "null") else f"{label} ({reward})"
+
+
+def _same_file(one: str, other: str) -> bool:
+    return not jsonl.is_stream(one) and not jsonl.is_stream(other) and os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def _report(tally: Counter[str], errors: Counter[str], rows: Rows, num_mute: int, unlike: str) -> None:
+    """Say on standard error how many rows were right, wrong and not graded, and why."""
+    total = tally.total()
+    console.info(f"{total} rows graded: {tally['right']} right, {tally['wrong']} wrong, {tally['null']} without a verdict")
+    for error, number in errors.most_common():
+        console.info(f"  {number:6} {error}")
+    if num_mute:
+        console.warn(f"{num_mute} rows have no field 'completion'{unlike}: that counts as no answer")
+    if tally["null"]:
+        console.warn(f"{tally['null']} of {total} rows have a null reward; their verify_error says why")
+    if not total and not rows.num_bad:
+        console.warn("the input is empty")
+
+
+def verify(
+    rollouts: Rollouts = jsonl.STDIN,
+    out: OutFile = jsonl.STDIN,
+    workers: Workers = None,
+    timeout: Timeout = 5.0,
+    memory_limit: MemoryLimit = "2GiB",
+    extract: Annotated[Extract, typer.Option("--extract", help="strict: boxes only; lenient: without a box the last stated answer.")] = Extract.strict,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option("--reward", metavar="math|exact|python:MODULE:FUNCTION[=WEIGHT]", help="What is rewarded; repeatable, summed.", show_default="math"),
+    ] = None,
+    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Exit with 0 although some lines were no JSON objects.")] = False,
+    diff: Annotated[str | None, typer.Option("--diff", metavar="OLD.jsonl", help="Grade again and say which verdicts changed.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Grade completions against their gold answers.
+
+    Reads rollouts as JSONL and writes each with its reward, label and extracted answer. Hanging,
+    crashing or malformed answers cost their row at most its deadline, and never the run.
+    """
+    from s2dcli.grade.pool import Grader
+
+    source = diff if diff is not None and jsonl.is_stream(rollouts) else rollouts
+    if _same_file(source, out):
+        raise UsageError("input and output are the same file", where=out, hint="choose another -o")
+    if not jsonl.is_stream(out):
+        jsonl.refuse_existing(out, overwrite)
+    tally: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
+    num_mute, unlike = 0, ""
+    with ExitStack() as stack:
+        stream = stack.enter_context(jsonl.open_input(source, "rollouts"))
+        changes = Changes(None if source == diff else diff) if diff is not None else None
+        grader = stack.enter_context(Grader(reward or ["math"], workers, timeout, memory_limit, extract.value))
+        writer = stack.enter_context(jsonl.open_output(out, overwrite=overwrite))
+        advance = stack.enter_context(console.progress("grading", None, "rows"))
+        rows = Rows(jsonl.RawLines(stream, jsonl.input_name(source)))
+        for verdict in grader.grade(rows):
+            where, raw, record = rows.under_way.popleft()
+            writer.write_line(jsonl.with_fields(raw, record, verdict))
+            writer.flush()
+            advance()
+            tally["null" if verdict["reward"] is None else "right" if verdict["label"] else "wrong"] += 1
+            if verdict["verify_error"]:
+                errors[verdict["verify_error"].partition(": ")[0]] += 1
+            if "completion" not in record:
+                unlike = unlike or nearest("completion", record)
+                num_mute += 1
+            if changes:
+                changes.look(where, record, verdict)
+    _report(tally, errors, rows, num_mute, unlike)
+    if changes:
+        changes.report(tally.total())
+    if rows.num_bad and not skip_invalid:
+        raise DataError(
+            f"{rows.num_bad} lines are no JSON objects; all others were graded", where=jsonl.input_name(source), hint="--skip-invalid accepts that"
+        )
