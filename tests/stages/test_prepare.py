@@ -1,0 +1,322 @@
+"""`s2d prepare` through its command line: problems, splits, exclusions, solutions, and what is refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOY_TEACHER = Path(__file__).parents[2] / "examples" / "toy" / "teacher"
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "
+    'where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line after "Answer:".'
+)
+COLUMNS = ["id", "prompt", "answer", "problem_sha256", "source"]
+
+
+def prepare(*arguments, cwd, stdin="", **environment):
+    command = [sys.executable, "-m", "s2dcli", "prepare", *map(str, arguments)]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, encoding="utf-8", env=env, check=False)
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path.name
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+
+
+def texts(path):
+    return [row["prompt"][-1]["content"] for row in read(path)]
+
+
+def toy_rows(count):
+    return [{"problem": f"{i} + 1", "answer": str(i + 1)} for i in range(count)]
+
+
+def test_gsm8k_rows_become_problems(tmp_path):
+    write(tmp_path / "gsm8k" / "test.jsonl", [{"question": "Six  ducks?", "answer": "Six <<6*2=12>>12.\n#### 1,012"}])
+    done = prepare("gsm8k/test.jsonl", "-o", "out/problems.jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "1 rows, 0 duplicates removed\n1 problems to out/problems.jsonl\n"
+    [row] = read(tmp_path / "out" / "problems.jsonl")
+    content = row["prompt"][0]["content"]
+    assert list(row) == COLUMNS
+    assert content.startswith("Six  ducks?\n\n")
+    assert "step by step" in content
+    assert "\\boxed{}" in content
+    assert row == {
+        "id": sha256(content)[:16],
+        "prompt": [{"role": "user", "content": content}],
+        "answer": "1,012",
+        "problem_sha256": sha256("Six ducks?"),
+        "source": {"dataset": "gsm8k", "split": "test", "index": 0},
+    }
+
+
+def test_verl_and_dapo_rows_become_problems(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"content": DAPO.format(text), "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "025", "style": "rule"},
+            "extra_info": {"index": f"uuid-{i}"},
+        }
+        for i, text in enumerate(["What is $\\{5\\}^2$?", "Another?", "What is $\\{5\\}^2$?"])
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "dapo.parquet")
+    done = prepare("dapo.parquet", "--template", "Q: {problem} {x}", cwd=tmp_path)
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first == {
+        "id": "uuid-0",
+        "prompt": [{"role": "user", "content": "Q: What is $\\{5\\}^2$? {x}"}],
+        "answer": "025",
+        "problem_sha256": sha256("What is $\\{5\\}^2$?"),
+        "source": {"dataset": "math_dapo", "split": "", "index": 0},
+    }
+    assert second["id"] == "uuid-1"
+    assert "3 rows, 1 duplicates removed" in done.stderr
+    assert "2 problems taken out of DAPO's wrapper" in done.stderr
+
+
+def test_system_messages_stay_before_the_templated_problem(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    row = {"prompt": chat, "reward_model": {"ground_truth": "2"}, "extra_info": {"split": "test", "index": 7}}
+    done = prepare("-", "--template", "none", cwd=tmp_path, stdin=json.dumps(row))
+    problem = json.loads(done.stdout)
+    assert problem["prompt"] == chat
+    assert problem["problem_sha256"] == sha256("1+1?")
+    assert problem["source"] == {"dataset": "stdin", "split": "test", "index": 7}
+
+
+def test_duplicates_are_found_by_normalised_text_and_the_first_answer_wins(tmp_path):
+    rows = [
+        {"problem": "Find ½ of x\u00b2.", "answer": "1"},
+        {"problem": " Find  1⁄2 of\nx2. ", "answer": "2"},
+        {"problem": "Find ½ of x\u00b2.", "answer": "1"},
+        {"problem": "find ½ of x\u00b2.", "answer": "3"},
+    ]
+    done = prepare(write(tmp_path / "a.jsonl", rows), "-q", cwd=tmp_path)
+    assert [json.loads(line)["answer"] for line in done.stdout.splitlines()] == ["1", "3"]
+    assert done.stderr == "warning: 1 problems come with different answers; the first one is kept\n"
+
+
+def test_given_ids_are_kept_where_they_are_unique(tmp_path):
+    rows = [
+        {"id": 60, "problem": "a", "answer": 204},
+        {"unique_id": "test/algebra/1.json", "problem": "b", "answer": "1"},
+        {"id": "x", "problem": "c", "answer": "1"},
+        {"id": "x", "problem": "d", "answer": "1"},
+        {"id": None, "problem": "e", "answer": "1"},
+    ]
+    write(tmp_path / "a.jsonl", rows)
+    done = prepare("a.jsonl", "--template", "none", cwd=tmp_path)
+    ids = [json.loads(line)["id"] for line in done.stdout.splitlines()]
+    assert ids == ["60", "test/algebra/1.json", *(sha256(text)[:16] for text in "cde")]
+    assert "2 problems share their id" in done.stderr
+
+
+def test_prepared_problems_pass_through_unchanged(tmp_path):
+    write(tmp_path / "a.jsonl", toy_rows(3))
+    assert prepare("a.jsonl", "-o", "b.jsonl", cwd=tmp_path).returncode == 0
+    done = prepare("b.jsonl", "-o", "c.jsonl", cwd=tmp_path)
+    assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
+    assert "3 problems were prepared before" in done.stderr
+    mixed = prepare("b.jsonl", "a.jsonl", cwd=tmp_path)  # the raw rows are duplicates of the prepared ones
+    assert mixed.stdout == (tmp_path / "b.jsonl").read_text()
+
+
+@pytest.mark.parametrize("exclude", ["raw.csv", "prepared.jsonl", "folder"])
+def test_exclusion_is_by_the_bare_problem(tmp_path, exclude):
+    write(tmp_path / "a.jsonl", [*toy_rows(6), toy_rows(6)[2]])
+    (tmp_path / "raw.csv").write_text("question\n2  + 1\n4 + 1\n99 + 1\n")
+    write(tmp_path / "two.jsonl", [toy_rows(6)[2], toy_rows(6)[4]])
+    assert prepare("two.jsonl", "-o", "prepared.jsonl", "--template", "Another: {problem}", cwd=tmp_path).returncode == 0
+    write(tmp_path / "folder" / "test.jsonl", [{"problem": "2 + 1"}])
+    write(tmp_path / "folder" / "train.jsonl", [{"problem": "4 + 1"}])
+    done = prepare("a.jsonl", "--exclude", exclude, "--template", "none", "-o", "out.jsonl", cwd=tmp_path)
+    assert texts(tmp_path / "out.jsonl") == ["0 + 1", "1 + 1", "3 + 1", "5 + 1"]
+    assert "7 rows, 1 duplicates removed" in done.stderr
+    assert "2 problems excluded" in done.stderr
+
+
+def test_split_by_shares_is_disjoint_complete_and_repeatable(tmp_path):
+    rows = toy_rows(101)
+    write(tmp_path / "a.jsonl", [*rows, *rows])  # split before de-duplication, a problem would fall into both halves
+    write(tmp_path / "reversed.jsonl", rows[::-1])
+    options = ("--template", "none", "--split", "1H=0.5,2H=0.5")
+    for name, source, *more in (("x", "a.jsonl"), ("y", "reversed.jsonl"), ("z", "a.jsonl", "--seed", 1)):
+        assert prepare(source, "-o", name, *options, *more, cwd=tmp_path).returncode == 0
+    parts = {name: [texts(tmp_path / name / f"{part}.jsonl") for part in ("1H", "2H")] for name in "xyz"}
+    first, second = parts["x"]
+    assert (len(first), len(second)) == (50, 51)
+    assert sorted(first + second) == sorted(row["problem"] for row in rows)
+    assert [set(part) for part in parts["y"]] == [set(first), set(second)]
+    assert set(parts["z"][0]) != set(first)
+    assert first == sorted(first, key=lambda text: int(text.split()[0]))  # the order of the source
+
+
+def test_split_by_counts_says_what_is_left_over(tmp_path):
+    write(tmp_path / "a.jsonl", toy_rows(20))
+    done = prepare("a.jsonl", "-o", "out", "--split", "1H=8,2H=8,validation=3", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "1 problems are in no part of the split" in done.stderr
+    parts = [texts(tmp_path / "out" / f"{name}.jsonl") for name in ("1H", "2H", "validation")]
+    assert [len(part) for part in parts] == [8, 8, 3]
+    assert len({text for part in parts for text in part}) == 19
+
+
+def test_limit_counts_distinct_problems(tmp_path):
+    write(tmp_path / "a.jsonl", [*toy_rows(2), *toy_rows(5)])
+    done = prepare("a.jsonl", "--limit", 3, "--template", "none", "-o", "b.jsonl", cwd=tmp_path)
+    assert texts(tmp_path / "b.jsonl") == ["0 + 1", "1 + 1", "2 + 1"]
+    assert "5 rows, 2 duplicates removed" in done.stderr
+
+
+def test_unlabelled_problems_have_an_empty_answer(tmp_path):
+    write(tmp_path / "a.jsonl", [{"problem": "a", "answer": None}, {"problem": "b"}, {"problem": "c", "answer": "3"}])
+    done = prepare("a.jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: a.jsonl:1: field 'answer' is empty")
+    assert "--unlabelled" in done.stderr
+    done = prepare("a.jsonl", "--unlabelled", cwd=tmp_path)
+    assert [json.loads(line)["answer"] for line in done.stdout.splitlines()] == ["", "", "3"]
+    assert "2 problems have no answer" in done.stderr
+
+
+def test_worked_solutions_become_rollouts(tmp_path):
+    rows = [
+        {"problem": "7-1-5-6+4-5=", "answer": "4", "solution": "=6=1=5=9=4\n\\boxed{4}"},
+        {"problem": "8-1-5-6+4-5=", "answer": "=<<8-1=7>>7=2=4=8=3\n#### 3"},
+        {"problem": "9-1-5-6+4-5=", "answer": "2"},
+    ]
+    write(tmp_path / "a.jsonl", rows)
+    outputs = ("-o", "problems", "--solutions", "gold", "--split", "1H=1.0")  # two folders with a 1H.jsonl each
+    done = prepare("a.jsonl", "--template", "none", "--tokenizer", TOY_TEACHER, *outputs, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: 1 problems have no worked solution" in done.stderr
+    problems, (first, second) = read(tmp_path / "problems" / "1H.jsonl"), read(tmp_path / "gold" / "1H.jsonl")
+    assert first["completion"] == [{"role": "assistant", "content": "=6=1=5=9=4\n\\boxed{4}"}]
+    assert second["completion"] == [{"role": "assistant", "content": "=7=2=4=8=3\n\\boxed{3}"}]
+    # From the task's list of tokens: <|user|> 7 - 1 - 5 - 6 + 4 - 5 = <|assistant|>, and the end token 3.
+    assert first["prompt_ids"] == [1, 20, 10, 14, 10, 18, 10, 19, 9, 17, 10, 18, 12, 2]
+    assert first["completion_ids"] == [12, 19, 12, 14, 12, 18, 12, 22, 12, 17, 4, 6, 7, 17, 8, 3]
+    for rollout, problem in zip((first, second), problems, strict=False):
+        assert rollout["schema"] == "s2d.rollout/1"
+        assert (rollout["problem_id"], rollout["group_id"], rollout["sample_index"]) == (problem["id"], problem["id"], 0)
+        assert {key: rollout[key] for key in ("prompt", "answer", "problem_sha256", "source")} == {
+            key: problem[key] for key in ("prompt", "answer", "problem_sha256", "source")
+        }
+        assert rollout["completion_logprobs"] == [0.0] * len(rollout["completion_ids"])
+        assert (rollout["sampler"]["engine"], rollout["sampler"]["logprobs_mode"]) == ("gold", "none")
+    assert list(first) == list(second)
+
+
+def test_datasets_gives_the_strings_back(tmp_path):
+    from datasets import load_dataset
+
+    numbers = [{"id": 1, "problem": "a", "answer": 5}, {"id": "007", "problem": "b", "answer": "025"}]
+    write(tmp_path / "a.jsonl", [*numbers, {"problem": "c", "answer": "2024-01-01"}, *toy_rows(300)])
+    assert prepare("a.jsonl", "-o", "p.jsonl", "--template", "none", cwd=tmp_path).returncode == 0
+    loaded = load_dataset("json", data_files=str(tmp_path / "p.jsonl"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.to_list() == read(tmp_path / "p.jsonl")
+    assert loaded[1]["answer"] == "025"
+
+
+def test_existing_outputs_are_refused_before_anything_is_read(tmp_path):
+    write(tmp_path / "a.jsonl", toy_rows(4))
+    (tmp_path / "b.jsonl").write_text("precious")
+    done = prepare("a.jsonl", "-o", "b.jsonl", cwd=tmp_path)
+    assert (done.returncode, (tmp_path / "b.jsonl").read_text()) == (2, "precious")
+    assert "--overwrite" in done.stderr
+    assert prepare("a.jsonl", "-o", "b.jsonl", "--overwrite", cwd=tmp_path).returncode == 0
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "2H.jsonl").write_text("precious")
+    done = prepare("a.jsonl", "-o", "parts", "--split", "1H=0.5,2H=0.5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "parts/2H.jsonl: output exists" in done.stderr
+    assert os.listdir(tmp_path / "parts") == ["2H.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--split", "1H=0.5,2H=0.5"], "--split writes one file for each part"),
+        (["--split", "1H=0.5,2H=0.6", "-o", "d"], "add up to 1.1"),
+        (["--split", "1H=0.5,2H=6", "-o", "d"], "mixes shares and counts"),
+        (["--split", "1H=0.5,1h=0.5", "-o", "d"], "names a part twice"),
+        (["--split", "../x=0.5", "-o", "d"], "is not NAME=SHARE"),
+        (["--split", "1H=half", "-o", "d"], "neither a share nor a count"),
+        (["--split", "1H=5", "-o", "d"], "asks for 5 problems, there are 4"),
+        (["--split", "1H=0.9,2H=0.1", "-o", "d"], "leaves nothing for 2H"),
+        (["--split", "1H=1,2H=1", "-o", "a.jsonl", "--overwrite"], "is a file, but --split needs a folder"),
+        (["--template", "no place"], "--template has no {problem}"),
+        (["--solutions", "s.jsonl"], "--solutions needs --tokenizer"),
+        (["--solutions", "-", "--tokenizer", "x"], "same place"),
+        (["--source-split", "test"], "--source-split chooses within a folder"),
+    ],
+)
+def test_impossible_options_are_usage_errors(tmp_path, options, says):
+    write(tmp_path / "a.jsonl", toy_rows(4))
+    done = prepare("a.jsonl", *options, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) <= 2  # the counts, and one line of error
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"qestion": "a", "answer": "1"}, "a.jsonl:2: no field 'question' (did you mean 'qestion'?)"),
+        ({"question": "a", "anser": "1"}, "a.jsonl:2: no field 'answer' (did you mean 'anser'?)"),
+        ({"problem": "a", "prompt": None, "answer": ["1", "2"]}, "a.jsonl:2: field 'answer' is a list"),
+        ({"prompt": "a", "answer": "1", "completion_ids": [1]}, "a.jsonl:2: this is a rollout"),
+        ({"prompt": "a", "answer": "1", "problem_sha256": "0"}, "a.jsonl:2: no field 'id'"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, says):
+    write(tmp_path / "a.jsonl", [*toy_rows(1), row])
+    done = prepare("a.jsonl", "-o", "b.jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {says}")
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    write(tmp_path / "a.jsonl", toy_rows(2))
+    done = prepare("a.jsonl", "--exclude", "a.jsonl", "-o", "b.jsonl", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no problems are left" in done.stderr
+    (tmp_path / "empty.jsonl").write_text("")
+    assert prepare("empty.jsonl", cwd=tmp_path).returncode == 1
+
+
+def test_hub_data_sets_out_of_reach_are_one_line(tmp_path):
+    done = prepare("gsm8k", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: openai/gsm8k: ")
+
+
+def test_a_closed_pipe_is_no_failure(tmp_path):
+    write(tmp_path / "a.jsonl", toy_rows(5000))
+    command = f"set -o pipefail; {sys.executable} -m s2dcli prepare a.jsonl -q | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["answer"] == "1"
