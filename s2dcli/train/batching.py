@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -97,7 +98,7 @@ def _collate(rows: Sequence[Row], group: list[int], pad_id: int, device: torch.d
 def consecutive(names: Sequence[str]) -> list[slice]:
     """Return the runs of equal names as slices: the groups of a batch that stands group by group."""
     starts = [index for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
-    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(names)], strict=True)]
+    return [slice(start, end) for start, end in pairwise([*starts, len(names)])]
 
 
 def split(items: Sequence[int], size: int | None) -> list[list[int]]:

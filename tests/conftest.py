@@ -1,0 +1,139 @@
+"""A way to run the command line that is real but warm.
+
+Importing torch and transformers takes seconds, so each command runs in a child forked from this
+process, which has them already: own descriptors, own exit code, own signals. One thread per process
+keeps that fork safe.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("COLUMNS", "100")
+
+TOY = Path(__file__).parents[1] / "examples" / "toy"
+DEADLINE_SECONDS = 300.0  # for one command; only a hang gets there
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: bytes
+    err: str
+
+    @property
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def result(self) -> dict:
+        """The closing JSON object of a trainer or of eval."""
+        assert self.code == 0, self.err
+        return self.rows[-1]
+
+
+def _warm_up() -> None:
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def start(args: list[str], stdin: int, stdout: int, stderr: int, cwd: Path | None = None) -> int:
+    """Fork a child that runs `s2d ARGS` on the given descriptors. Returns its pid."""
+    _warm_up()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        for target, source in enumerate((stdin, stdout, stderr)):
+            os.dup2(source, target)
+        os.closerange(3, 256)
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)))
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), line_buffering=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if cwd:
+            os.chdir(cwd)
+        from s2dcli.cli import main
+
+        sys.argv = ["s2d", *args]
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1 if end.code else 0
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def wait(pid: int, deadline: float = DEADLINE_SECONDS) -> int:
+    """Return the exit code of a child (negative: the signal that ended it); kill it past the deadline."""
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise TimeoutError(f"no end after {deadline} s")
+
+
+@pytest.fixture(scope="session")
+def s2d() -> Callable[..., Result]:
+    """Run `s2d ARGS` with bytes on standard input; see `Result`."""
+
+    def run(*args: object, stdin: bytes = b"", cwd: Path | None = None) -> Result:
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            given.write(stdin)
+            given.seek(0)
+            code = wait(start([str(arg) for arg in args], given.fileno(), out.fileno(), err.fileno(), cwd))
+            out.seek(0)
+            err.seek(0)
+            return Result(code, out.read(), err.read().decode())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def toy() -> Path:
+    """The shipped toy family: teacher/, student/ and problems/."""
+    return TOY
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight toy problems."""
+    path = tmp_path_factory.mktemp("few") / "problems.jsonl"
+    path.write_bytes(b"".join((TOY / "problems" / "validation.jsonl").read_bytes().splitlines(keepends=True)[:8]))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,129 @@
+"""Sampling: noise that belongs to the row, exact distributions, and log-probs that agree with the trainer's."""
+
+import math
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny
+
+from s2dcli.engines.base import LENGTH, STOP, Request, SamplingParams
+from s2dcli.engines.transformers import TransformersEngine, choose
+from s2dcli.train.batching import Row
+from s2dcli.train.policy import Policy, score
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16], [5, 6, 7, 8, 9, 10]]
+
+
+def params(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, max_tokens: int = 12) -> SamplingParams:
+    return SamplingParams(temperature, top_p, top_k, max_tokens)
+
+
+def sample(model, requests, how, *, batch_tokens: int = 10_000, eos: tuple[int, ...] = (2,), vocabulary: int = VOCABULARY):
+    engine = TransformersEngine(model, eos_ids=eos, pad_id=0, vocabulary=vocabulary, batch_tokens=batch_tokens)
+    results = dict(engine.generate(requests, how))
+    return [results[index] for index in range(len(requests))]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
+def test_rows_do_not_depend_on_their_batch(family):
+    model = tiny(family)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS * 4)]
+    together = sample(model, requests, params())
+    alone = sample(model, requests, params(), batch_tokens=1)
+    for first, second in zip(together, alone, strict=True):
+        assert first.completion_ids == second.completion_ids
+        assert first.logprobs == pytest.approx(second.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2", "cohere"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_equal_the_trainers(family, temperature):
+    model = tiny(family)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    samples = sample(model, requests, params(temperature))
+    rows = [Row(request.prompt_ids, result.completion_ids) for request, result in zip(requests, samples, strict=True)]
+    scores = score(Policy(model, VOCABULARY), rows, tokens_per_batch=64, pad_id=0, temperature=temperature)
+    for result, ours in zip(samples, scores, strict=True):
+        assert result.logprobs == pytest.approx(ours, abs=1e-5)
+
+
+def test_greedy_equals_generate():
+    model = tiny("qwen3")
+    samples = sample(model, [Request(prompt, 0) for prompt in PROMPTS], params(temperature=0.0))
+    for prompt, result in zip(PROMPTS, samples, strict=True):
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0)[0, len(prompt) :].tolist()
+        assert result.completion_ids == expected
+
+
+def test_eos_is_kept_and_ends_the_row():
+    model = tiny("qwen3")
+    requests = [Request(PROMPTS[0], seed) for seed in range(64)]
+    samples = sample(model, requests, params(), eos=(2, 17))
+    reasons = {result.finish_reason for result in samples}
+    assert reasons == {STOP, LENGTH}
+    for result in samples:
+        assert len(result.logprobs) == len(result.completion_ids)
+        if result.finish_reason == STOP:
+            assert result.completion_ids[-1] in (2, 17)
+        else:
+            assert len(result.completion_ids) == 12
+        assert not {2, 17} & set(result.completion_ids[:-1])
+
+
+def test_an_eos_at_the_last_position_is_a_stop():
+    model = tiny("qwen3")
+    long = sample(model, [Request(PROMPTS[0], seed) for seed in range(64)], params(), eos=(2, 17))
+    seed, length = next((s, len(r.completion_ids)) for s, r in enumerate(long) if r.finish_reason == STOP)
+    (short,) = sample(model, [Request(PROMPTS[0], seed)], params(max_tokens=length), eos=(2, 17))
+    assert short.finish_reason == STOP
+
+
+def test_seeds_differ_repeat_and_change():
+    model = tiny("qwen3")
+    first, again, other = (sample(model, [Request(PROMPTS[0], seed)], params())[0] for seed in (1, 1, 2))
+    assert first.completion_ids == again.completion_ids
+    assert first.completion_ids != other.completion_ids
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled():
+    model = tiny("qwen3")
+    samples = sample(model, [Request(PROMPTS[0], seed) for seed in range(32)], params(), vocabulary=20)
+    assert max(max(result.completion_ids) for result in samples) < 20
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        (params(), [0.5, 0.25, 0.15, 0.1]),
+        (params(top_k=2), [0.5, 0.25]),
+        (params(top_p=0.6), [0.5, 0.25]),  # 0.5 alone does not reach 0.6
+        (params(top_p=0.5), [0.5]),
+        (params(temperature=0.5), [0.25, 0.0625, 0.0225, 0.01]),
+        (params(top_k=3, top_p=0.8), [0.5, 0.25]),  # of 0.9: 0.56, 0.83
+    ],
+)
+def test_tokens_are_drawn_by_inverting_the_cumulative_distribution(how, kept):
+    order = [2, 0, 3, 1]  # the likeliest token is not the first
+    probabilities = torch.zeros(4)
+    probabilities[order] = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    expected = torch.zeros(4, dtype=torch.double)
+    expected[order[: len(kept)]] = torch.tensor(kept, dtype=torch.double)
+    expected /= expected.sum()
+    count = 10_000
+    uniforms = (torch.arange(count, dtype=torch.double) + 0.5) / count
+    tokens, logprobs = choose(probabilities.log().expand(count, 4), uniforms, how)
+    shares = torch.bincount(tokens, minlength=4).double() / count
+    assert (shares - expected).abs().max() <= 2 / count
+    torch.testing.assert_close(logprobs.double(), expected.log()[tokens], atol=1e-5, rtol=0)
+
+
+def test_samples_follow_the_models_distribution():
+    model = tiny("qwen3")
+    count = 4000
+    samples = sample(model, [Request(PROMPTS[1], seed) for seed in range(count)], params(max_tokens=1))
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1].softmax(-1)
+    shares = torch.bincount(torch.tensor([result.completion_ids[0] for result in samples]), minlength=VOCABULARY) / count
+    # Five standard deviations of a binomial share.
+    assert ((shares - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3).all()
+    assert math.isclose(float(shares.sum()), 1.0, abs_tol=1e-6)

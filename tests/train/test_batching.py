@@ -1,0 +1,168 @@
+"""Micro-batches: what is kept, what is padded, and that the split never changes the gradient."""
+
+import math
+import random
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny
+
+from s2dcli.models.forward import head_of, require_known_head
+from s2dcli.options import Aggregate
+from s2dcli.train.batching import Row, consecutive, micro_batches, padding_share, split
+from s2dcli.train.losses import weights_of
+from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient
+from s2dcli.train.policy import Policy, freeze, score
+
+CPU = torch.device("cpu")
+FAMILIES = ["qwen3", "llama", "gpt2", "gemma2", "cohere"]
+
+
+def ragged_rows(count: int = 8, seed: int = 0) -> list[Row]:
+    draw = random.Random(seed)
+    ids = lambda n: [draw.randrange(3, VOCABULARY) for _ in range(n)]  # noqa: E731
+    return [Row(ids(draw.randint(1, 9)), ids(draw.randint(1, 20))) for _ in range(count)]
+
+
+def gradient(policy: Policy, rows: list[Row], objective, tokens_per_batch: int) -> torch.Tensor:
+    policy.zero_grad()
+    for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, 0, CPU):
+        policy(batch, objective(batch))[0].backward()
+    return torch.cat([parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None])
+
+
+def objectives(rows: list[Row], aggregate: Aggregate) -> dict:
+    lengths = [len(row.completion_ids) for row in rows]
+    weights = weights_of(range(len(rows)), lengths, aggregate, 32)
+    draw = random.Random(1)
+    noise = lambda: [[-draw.random() for _ in range(length)] for length in lengths]  # noqa: E731
+    advantages = [draw.uniform(-1, 1) for _ in rows]
+    teacher = freeze(Policy(tiny("llama", seed=7), VOCABULARY))
+    return {
+        "grpo": PolicyGradient(weights, advantages, noise(), None, None, 0.2, 0.2, 0.0, 1.0),
+        "grpo off-policy with KL": PolicyGradient(weights, advantages, noise(), noise(), noise(), 0.2, 0.3, 0.05, 0.8),
+        "forward KL": Distillation(teacher, weights, reverse=False, temperature=1.0),
+        "reverse KL": Distillation(teacher, weights, reverse=True, temperature=1.0),
+        "cross-entropy": CrossEntropy(weights),
+    }
+
+
+@pytest.mark.parametrize("aggregate", list(Aggregate))
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
+def test_the_split_into_micro_batches_never_changes_the_gradient(family, aggregate):
+    rows = ragged_rows()
+    policy = Policy(tiny(family), VOCABULARY)
+    for name, objective in objectives(rows, aggregate).items():
+        whole = gradient(policy, rows, objective, 10_000)
+        for budget in (60, 1):  # several rows at a time; one row at a time
+            parts = gradient(policy, rows, objective, budget)
+            assert (whole - parts).norm() <= 1e-5 * whole.norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_the_models_own_logits_row_by_row(family):
+    model = tiny(family)
+    require_known_head(model, VOCABULARY, family)
+    rows = ragged_rows()
+    scores = score(Policy(model, VOCABULARY), rows, tokens_per_batch=80, pad_id=0)
+    for row, ours in zip(rows, scores, strict=True):
+        ids = torch.tensor([row.prompt_ids + row.completion_ids])
+        with torch.no_grad():
+            logprobs = model(input_ids=ids).logits.double().log_softmax(-1)[0]
+        first = len(row.prompt_ids)
+        exact = [logprobs[first + t - 1, token].item() for t, token in enumerate(row.completion_ids)]
+        assert ours == pytest.approx(exact, abs=1e-5)
+
+
+def test_a_later_token_leaves_earlier_scores_alone():
+    policy = Policy(tiny("qwen3"), VOCABULARY)
+    row = Row([5, 6, 7], [8, 9, 10, 11])
+    changed = Row([5, 6, 7], [8, 9, 30, 11])
+    first, second = score(policy, [row, changed], tokens_per_batch=100, pad_id=0)
+    assert first[:2] == pytest.approx(second[:2], abs=1e-6)
+    assert abs(first[2] - second[2]) > 1e-3
+
+
+def test_padding_tokens_do_not_matter_even_when_pad_is_eos():
+    policy = Policy(tiny("qwen3"), VOCABULARY)
+    rows = [Row([5, 6], [7, 2]), Row([5], [6, 7, 8, 9, 2])]
+    scores = [score(policy, rows, tokens_per_batch=100, pad_id=pad) for pad in (0, 2)]
+    for first, second in zip(*scores, strict=True):
+        assert first == pytest.approx(second, abs=1e-6)
+    batch = micro_batches(rows, [0, 1], 100, 2, CPU)[0]
+    states = policy.states(batch).detach().requires_grad_()
+    CrossEntropy({0: 1.0, 1: 1.0})(batch)(states, policy.head())[0].backward()
+    assert (states.grad.norm(dim=1) > 0).all()  # the EOS positions learn too
+
+
+def test_empty_completions_are_left_out_but_keep_their_place():
+    policy = Policy(tiny("qwen3"), VOCABULARY)
+    rows = [Row([5, 6], []), Row([5], [6, 7])]
+    assert score(policy, rows, tokens_per_batch=100, pad_id=0)[0] == []
+    assert micro_batches([Row([5], [])], [0], 100, 0, CPU) == []
+
+
+def test_unequal_lists_are_refused():
+    batch = micro_batches([Row([5], [6, 7])], [0], 100, 0, CPU)[0]
+    with pytest.raises(ValueError, match="1 numbers for 2 completion tokens"):
+        batch.tokens([[0.5]])
+    with pytest.raises(ValueError, match="without prompt tokens"):
+        micro_batches([Row([], [6])], [0], 100, 0, CPU)
+
+
+def test_a_row_that_is_not_learnt_from_leaves_the_gradient_unchanged():
+    policy = Policy(tiny("qwen3"), VOCABULARY)
+    rows = ragged_rows(4)
+    extra = [*rows, Row([9], [10, 11, 12])]
+    lengths = [len(row.completion_ids) for row in extra]
+    weights = weights_of(range(4), lengths, Aggregate.token, 32)
+    expected = gradient(policy, rows, CrossEntropy(weights), 100)
+    policy.zero_grad()
+    for batch in micro_batches(extra, range(4), 100, 0, CPU):
+        policy(batch, CrossEntropy(weights)(batch))[0].backward()
+    found = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+    assert torch.equal(expected, found)
+
+
+def test_gradient_of_the_policy_loss_equals_a_dense_float64_one():
+    rows = ragged_rows(3)
+    advantages = [1.0, -0.5, 0.25]
+    weights = weights_of(range(3), [len(row.completion_ids) for row in rows], Aggregate.sequence, 32)
+    model = tiny("llama")
+    ours = gradient(Policy(model, VOCABULARY), rows, PolicyGradient(weights, advantages, [[0.0] * len(r.completion_ids) for r in rows], None, None, 0.2, 0.2, 0.0, 1.0), 50)
+    exact = tiny("llama").double()
+    total = 0.0
+    for row, advantage in zip(rows, advantages, strict=True):
+        logprobs = exact(input_ids=torch.tensor([row.prompt_ids + row.completion_ids])).logits[0].log_softmax(-1)
+        chosen = logprobs[len(row.prompt_ids) - 1 : -1].gather(1, torch.tensor(row.completion_ids)[:, None])
+        total = total - advantage * chosen.mean() / 3
+    total.backward()
+    dense = torch.cat([parameter.grad.flatten() for parameter in exact.parameters()])
+    assert (ours.double() - dense).norm() <= 1e-5 * dense.norm()
+
+
+def test_head_hides_columns_beyond_the_tokenizer():
+    model = tiny("qwen3")
+    logits = head_of(model, 30).logits(torch.randn(4, 32))
+    assert logits.shape == (4, 30)
+    rows = [Row([5], [35])]
+    with pytest.raises(ValueError, match="outside the tokenizer's 30 ids"):
+        score(Policy(model, 30), rows, tokens_per_batch=10, pad_id=0)
+
+
+def test_budget_and_padding_of_a_skewed_batch():
+    draw = random.Random(3)
+    rows = [Row([5] * 10, [6] * int(math.exp(draw.gauss(4, 1)) + 1)) for _ in range(200)]
+    batches = micro_batches(rows, range(200), 2048, 0, CPU)
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(200))
+    assert all(batch.input_ids_BT.numel() <= 2048 for batch in batches if len(batch.rows) > 1)
+    unsorted = sum(max(map(len, rows[i : i + 8])) * 8 for i in range(0, 200, 8))
+    assert padding_share(batches) < 0.3 * (1 - sum(map(len, rows)) / unsorted)
+
+
+def test_consecutive_and_split():
+    assert consecutive(["a", "a", "b", "a"]) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert consecutive([]) == []
+    assert split([4, 5, 6], 2) == [[4, 5], [6]]
+    assert split([4, 5, 6], None) == [[4, 5, 6]]
+    assert split([], None) == []
