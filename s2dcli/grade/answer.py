@@ -13,11 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise, product
 from typing import NamedTuple
 
 from s2dcli.grade import caps, exact, symbolic
-from s2dcli.grade.extract import extract, last_box
-from s2dcli.grade.normalise import normalise, split, unwrap, words
+from s2dcli.grade.extract import extract, from_prose, neighbouring_boxes
+from s2dcli.grade.normalise import bracketed, is_prose, is_words, normalise, split, unwrap, words
 
 POLICY = "s2d.math/1"  # raise the number when a verdict may change
 
@@ -35,6 +36,7 @@ NOT_JUDGED = "not judged"  # a user's function returned None
 WORKER_FAILURE = "worker failure"
 
 EXTRACTED_LENGTH = 1000  # characters of the extracted answer that the verdict carries
+MOST_SIGNS = 3  # plus-minus signs of one element
 MOST_ELEMENTS = 20  # of a list whose elements need sympy
 CACHE = 4096  # verdicts and gold answers that a worker remembers
 
@@ -42,7 +44,8 @@ _AND = re.compile(
     r"\s*,?\s*(?:\\(?:text|mbox|mathrm|textrm) ?\{[^{}]*?(?<![A-Za-z])(?:and|or),?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*"
 )
 _SET = re.compile(r"\\(?:\{|lbrace)(.*)\\(?:\}|rbrace)", re.DOTALL)
-_EQUALS = re.compile(r"(?<![\\<>!=:])=(?!=)|\\approx(?![A-Za-z])")
+_RELATION = re.compile(r"\\approx(?![A-Za-z])")
+_INEQUALITY = re.compile(r"[<>!:]=|[<>]|\\(?:leq?|geq?|neq?|lt|gt|in|subset\w*|to|equiv)(?![A-Za-z])")
 _LABEL = re.compile(r"(?=[^=]*[A-Za-z])[A-Za-z\\(][^=+*/^<>\[\]-]{0,60}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z ]{0,30}:\s*")
 _CHOICE = re.compile(r"\(?([A-J])\)?(?:[).:](?:\s.*)?)?|\(([A-J])\).*", re.DOTALL)
@@ -52,7 +55,8 @@ _DEGREES = re.compile(r"\^ ?(?:\\circ|\{ ?\\circ ?\})")
 _ADJACENT = re.compile(r"\d \.?\d")
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
-_PROSE = re.compile(r"[A-Za-z]{2,}[^=<>^_\\0-9]*")
+_FUNCTION = re.compile(r"([A-Za-z]) ?\( ?([A-Za-z]) ?\)")
+_COLUMN = re.compile(r"\\begin ?\{[pb]?matrix\}([^&]*?)(?:\\\\ ?)?\\end ?\{[pb]?matrix\}", re.DOTALL)
 
 
 class Verdict(NamedTuple):
@@ -70,9 +74,10 @@ class Refused(Exception):
 def warm_up() -> None:
     """Import math-verify and fill its parser's tables, which forked workers then share."""
     for latex in (
-        r"\frac{1}{2}", r"x^2+3x-\sqrt{2}", r"(1,2)", r"\{1,2,3\}", r"[0,1)\cup(2,\infty)", r"x=5", r"2\pi r", r"\frac{-b+\sqrt{b^2-4ac}}{2a}",
-        r"0<x\leq 3", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\log_2(x)+\sin^2(x)", r"5!", r"\binom{n}{k}", r"y=mx+b", r"90^\circ",
-        r"10\%", r"e^{i\pi}", r"\text{yes}", r"x_1+x_{2}", r"-\frac{3\sqrt{5}}{7}", r"1,2,3", r"\sum_{k=1}^{n}k", r"|x-1|", r"2\cdot3", r"f(x)=2x+1",
+        r"\frac{1}{2}", r"x^2+3x-\sqrt{2}", r"(1,2)", r"\{1,2,3\}", r"[0,1)\cup(2,\infty)", r"x=5", r"2\pi r", r"5!",
+        r"\frac{-b+\sqrt{b^2-4ac}}{2a}", r"0<x\leq 3", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\log_2(x)+\sin^2(x)", r"\binom{n}{k}",
+        r"y=mx+b", r"90^\circ", r"10\%", r"e^{i\pi}", r"\text{yes}", r"x_1+x_{2}", r"-\frac{3\sqrt{5}}{7}", r"1,2,3", r"\sum_{k=1}^{n}k",
+        r"|x-1|", r"2\cdot3", r"f(x)=2x+1",
     ):  # fmt: skip
         symbolic.parse(latex)
     for pair in (("x+1", "1+x"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt{2}", "1.5"), (r"\frac{x}{2}", "0.5x"), ("(1,2)", "(1,x)")):
@@ -82,7 +87,7 @@ def warm_up() -> None:
 @lru_cache(maxsize=CACHE)
 def gold_answer(text: str) -> str:
     """Return the normalised gold answer; of a worked solution, what it boxes (all boxes, if several)."""
-    box = last_box(text) if "\\boxed" in text or "\\fbox" in text else None
+    box = neighbouring_boxes(text)
     return normalise(text if box is None else box)
 
 
@@ -91,7 +96,7 @@ def problem_of(gold: str) -> str:
     """Return why a normalised gold answer is not understood, "" if it is."""
     elements = _elements(gold)[1] if not caps.refusal(gold) else [gold]
     for element in elements:
-        if exact.read(element) or _letter(element) or _PROSE.fullmatch(words(element)):
+        if exact.read(element) or _letter(element) or is_words(element):
             continue
         if refusal := caps.refusal(element):
             return f"{REFUSED}: {refusal}"
@@ -124,6 +129,8 @@ def grade(
     progress(True, shown)
     if found is None:
         return Verdict(0.0, "", f"{NO_ANSWER}: {why_not}")
+    if judge is is_right and is_prose(found) and not is_words(wanted):
+        found = from_prose(found) or found
     try:
         return Verdict(float(judge(wanted, normalise(found))), shown, "")
     except Refused as refusal:
@@ -156,18 +163,20 @@ def is_right(gold: str, prediction: str) -> bool:
         return exact.equal(left, right)
     if letter := _letter(gold):
         return letter == _letter(prediction)
-    if words(gold) == words(prediction) and not prediction.isdigit():
+    if is_words(gold) and words(gold) == words(prediction):
         return True
     if refusal := caps.refusal(prediction):
         raise Refused(refusal)
+    sides_wanted, sides = _sides(gold), _sides(prediction)
+    if len(sides_wanted) > 1 or len(sides) > 1:
+        return _same_sides(gold, sides_wanted, prediction, sides)
+    gold, prediction = _as_tuples(gold, prediction)
     kind, wanted = _elements(gold)
     kind_found, found = _elements(prediction)
     if len(wanted) > 1 or len(found) > 1:
         same = _same_elements(kind, wanted, kind_found, found)
         if same is not None:
             return same
-    elif _EQUALS.search(prediction) or _EQUALS.search(gold):
-        return _same_sides(gold, prediction)
     return _same_leaf(gold, prediction)
 
 
@@ -182,9 +191,11 @@ def _elements(text: str) -> tuple[str, list[str]]:
     """Return the kind of a list ("", "{", or its brackets as "(]") and its elements, labels removed."""
     text = _AND.sub(",", text)
     kind = ""
+    if bracketed(text) and len(tuples := _both_signs(text)) > 1:
+        return kind, tuples
     if match := _SET.fullmatch(text):
         kind, text = "{", match[1]
-    elif text[:1] in "([" and text[-1:] in ")]" and len(split(text)) == 1 and len(split(text[1:-1])) > 1:
+    elif bracketed(text) and len(split(text[1:-1])) > 1:
         kind, text = text[0] + text[-1], text[1:-1]
     parts = [part for part in (normalise(_NAME.sub("", part.strip(), count=1)) for part in split(text)) if part]
     if len(parts) == 1 and _SET.fullmatch(_right_side(parts[0])) and kind == "":
@@ -195,16 +206,28 @@ def _elements(text: str) -> tuple[str, list[str]]:
 
 
 def _both_signs(text: str) -> list[str]:
-    if len(_PLUS_MINUS.findall(text)) != 1 or text.startswith(("(", "[")):
+    """Return the answers that an element with plus-minus stands for; in a tuple the signs are independent."""
+    number = len(_PLUS_MINUS.findall(text))
+    if number == 0 or number > MOST_SIGNS or (number > 1 and not bracketed(text)):
         return [text]
-    return [normalise(_PLUS_MINUS.sub(sign, text)) for sign in "+-"]
+    pieces = _PLUS_MINUS.split(text)
+    return [normalise("".join(a + b for a, b in zip(pieces, (*signs, ""), strict=True))) for signs in product("+-", repeat=number)]
+
+
+def _as_tuples(gold: str, prediction: str) -> tuple[str, str]:
+    """Write a column vector as a tuple if the other answer is one."""
+    columns = [_COLUMN.fullmatch(text) for text in (gold, prediction)]
+    if bool(columns[0]) == bool(columns[1]):
+        return gold, prediction
+    return tuple(f"({','.join(column[1].split(chr(92) * 2))})" if column else text for column, text in zip(columns, (gold, prediction), strict=True))
 
 
 def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[str]) -> bool | None:
     """Compare two lists, None where math-verify should see them whole."""
     ordered = kind.startswith(("(", "[")) or kind_found.startswith(("(", "["))
-    if ordered and (kind != kind_found or len(wanted) < 2):
-        return None
+    if ordered and kind != kind_found:
+        both = all(one.startswith(("(", "[")) for one in (kind, kind_found))
+        return False if both and len(wanted) == len(found) else None
     if kind == kind_found == "{":
         wanted, found = list(dict.fromkeys(wanted)), list(dict.fromkeys(found))
     if len(wanted) != len(found):
@@ -222,29 +245,39 @@ def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[st
     return True
 
 
+def _sides(text: str) -> list[str]:
+    """Cut an answer at the equals signs outside all brackets; a list of equations is not cut."""
+    if ("=" not in text and "\\approx" not in text) or len(split(_AND.sub(",", text))) > 1:
+        return [text]
+    text = _RELATION.sub(lambda match: match[0] if match[0] != "\\approx" else "=", text)
+    return [side.strip() for side in split(text, "=")] if not _INEQUALITY.search(text) else [text]
+
+
 def _right_side(text: str) -> str:
     """Return what a label stands before: `5` of `x = 5`; other texts as they are."""
-    sides = _EQUALS.split(text, maxsplit=1)
-    return sides[1].strip() if len(sides) == 2 and _LABEL.fullmatch(sides[0].strip()) else text
+    sides = _sides(text)
+    return sides[-1] if len(sides) == 2 and _LABEL.fullmatch(sides[0]) else text
 
 
-def _same_sides(gold: str, prediction: str) -> bool:
+def _same_sides(gold: str, wanted: list[str], prediction: str, found: list[str]) -> bool:
     """Compare answers of which at least one has an equals sign.
 
     The numbers in a chain must agree with each other, so that `41 = 42` is not 42.
     """
-    members = [unwrap(member.strip()) for member in _EQUALS.split(prediction)]
-    numbers = [member for member in members if member and _is_number(member)]
-    if any(not is_right(one, other) for one, other in zip(numbers, numbers[1:], strict=False)):
+    wanted, found = ([unwrap(side) for side in sides] for sides in (wanted, found))
+    numbers = [side for side in found if _is_number(side)]
+    if any(not is_right(one, other) for one, other in pairwise(numbers)):
         return False
-    wanted = [unwrap(side.strip()) for side in _EQUALS.split(gold)]
     if len(wanted) == 1:
-        return len(members) > 1 and (bool(numbers) or bool(_LABEL.fullmatch(members[0]))) and is_right(gold, normalise(members[-1]))
-    if len(members) == 1:
-        value = _right_side(gold)
-        return value != gold and is_right(normalise(_EQUALS.split(value)[-1]), prediction)
-    if _squeeze(wanted[0]) == _squeeze(members[0]):
-        return is_right(normalise(wanted[-1]), normalise(members[-1]))
+        return (bool(numbers) or bool(_LABEL.fullmatch(found[0]))) and is_right(gold, normalise(found[-1]))
+    if len(found) == 1:
+        return bool(_LABEL.fullmatch(wanted[0])) and is_right(normalise(wanted[-1]), prediction)
+    if _squeeze(wanted[0]) == _squeeze(found[0]):
+        return is_right(normalise(wanted[-1]), normalise(found[-1]))
+    functions = [_FUNCTION.fullmatch(side) for side in (wanted[0], found[0])]
+    if all(functions) and functions[0][1] == functions[1][1]:
+        renamed = re.sub(rf"(?<![A-Za-z\\]){functions[1][2]}(?![A-Za-z])", functions[0][2], found[-1])
+        return is_right(normalise(wanted[-1]), normalise(renamed))
     return _same_leaf(gold, prediction)
 
 

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 MOST_DIGITS = 1000  # of one number; longer ones are compared as text
 MOST_POWER = 400  # of ten
+LEAST_DIGITS = 3  # significant digits from which a decimal gold answer may be a rounded one
 
 _UNSIGNED = r"(?:\d++(?:\.\d*+)?|\.\d++)"
 _NUMBER = re.compile(rf"([-+]?) ?({_UNSIGNED})")
 _FRACTION = re.compile(
     rf"([-+]?) ?(?:(\d++) ?)?\\frac ?(?:\{{ ?([-+]?) ?({_UNSIGNED}) ?\}}|(\d)) ?(?:\{{ ?([-+]?) ?({_UNSIGNED}) ?\}}|(\d))"
 )
-_SLASH = re.compile(rf"([-+]?) ?({_UNSIGNED}) ?/ ?(?:\( ?)?([-+]?) ?({_UNSIGNED})(?: ?\))?")
+_SLASH = re.compile(rf"([-+]?) ?({_UNSIGNED}) ?[/:] ?(?:\( ?)?([-+]?) ?({_UNSIGNED})(?: ?\))?")
 _MIXED_SLASH = re.compile(r"([-+]?) ?(\d++) (\d++)/(\d++)")
 _SCIENTIFIC = re.compile(rf"([-+]?) ?({_UNSIGNED}) ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{{ ?([-+]?\d++) ?\}}|\(([-+]?\d++)\)|(\d))")
 _EXPONENT = re.compile(rf"([-+]?) ?({_UNSIGNED})[eE]([-+]?\d++)")
@@ -109,7 +110,8 @@ def equal(gold: Exact, prediction: Exact) -> bool:
         values |= {prediction.value / 100} if prediction.percent else {prediction.value * 100}
     if gold.value in values:
         return True
-    return gold.decimals > 0 and gold.digits >= 3 and prediction.decimals < 0 and prediction.value.denominator > 1 and rounds_to(prediction.value, gold)
+    rounded = gold.decimals > 0 and gold.digits >= LEAST_DIGITS
+    return rounded and prediction.decimals < 0 and prediction.value.denominator > 1 and rounds_to(prediction.value, gold)
 
 
 def rounds_to(value: Fraction, gold: Exact) -> bool:

@@ -11,11 +11,16 @@ Everything here is linear in the length of the text, whatever the text holds.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections import deque
+from typing import Any, NamedTuple
+
+from s2dcli.grade.normalise import is_prose
 
 OPEN = "<think>"
 CLOSE = "</think>"
 STATED_LENGTH = 300  # characters that a stated answer may have
+BETWEEN_BOXES = 20  # characters between the boxes of one gold answer, `\\boxed{1} and \\boxed{2}`
+STATED_DEPTH = 3  # "Final answer: the answer is 42"
 STATED_TRIES = 50  # mentions of "answer", from the end, that are looked at
 
 # A box with or without its brace, a doubled backslash before a brace, an escaped brace, a brace.
@@ -23,6 +28,9 @@ _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+(\{)?|\\\\(?=[{}])|\\[{}]|
 _BARE = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*+([^\s{}$\\]++)")
 _BARE_START = re.compile(r"[-+(\[.\w]")
 _STATED = re.compile(r"[\s*_]*+(?:is|are|was|=|:|：|equals)?[\s*_]*+(?:therefore|thus)?[:：\s*_]*+")
+_FORMULA = re.compile(r"\$\$[^$]++\$\$|\$[^$\n]++\$|\\\([^\n]*?\\\)|\\\[.*?\\\]", re.DOTALL)
+_NUMBER = re.compile(r"(?<![A-Za-z0-9.,/])(-?[$€£]?[0-9]++(?:[.,][0-9]++)*+(?: ?/ ?[0-9]++)?%?)")
+_DECIMAL_COMMA = re.compile(r"-?[0-9]++,[0-9]{1,2}")
 _SENTENCE_END = re.compile(r"\n|[.;!?](?:\s|$)|(?:\*\*)")
 
 
@@ -79,35 +87,58 @@ def visible(text: str, thinking: bool) -> str | None:
     return None if thinking or OPEN in text else text
 
 
+class Box(NamedTuple):
+    """A complete box: where it starts and ends in the text, and what it holds."""
+
+    start: int
+    end: int
+    content: str
+
+
 def last_box(text: str) -> str | None:
-    """Return the content of the last complete box, None if there is none."""
-    first = min((at for at in (text.find("\\boxed"), text.find("\\fbox")) if at >= 0), default=-1)
-    if first < 0:
-        return None
+    """Return the content of the complete box that starts last, None if there is none."""
     last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    found = _last_box_from(text, last)
-    return found if found is not None or first == last else _last_box_from(text, first)
+    if last < 0:
+        return None
+    found = boxes(text, last) or boxes(text)
+    return max(found).content if found else None
 
 
-def _last_box_from(text: str, start: int) -> str | None:
-    """Return the complete box that starts last, at or after `start`: one pass, matching braces."""
-    best: tuple[int, str] | None = None
-    open_braces: list[int] = []  # where the content of a box starts, -1 for other braces
+def boxes(text: str, start: int | None = None) -> list[Box]:
+    """Return the complete boxes at or after `start`, as they end: one pass, matching braces."""
+    if start is None:
+        start = min((at for at in (text.find("\\boxed"), text.find("\\fbox")) if at >= 0), default=len(text))
+    found = []
+    opened: list[tuple[int, int]] = []  # where a box and its content start, (-1, -1) for other braces
     for token in _TOKEN.finditer(text, start):
         mark = token[0]
         if mark == "{":
-            open_braces.append(-1)
+            opened.append((-1, -1))
         elif mark == "}":
-            begin = open_braces.pop() if open_braces else -1
-            if begin >= 0 and (best is None or begin > best[0]):
-                best = (begin, text[begin : token.start()])
+            begin, content = opened.pop() if opened else (-1, -1)
+            if begin >= 0:
+                found.append(Box(begin, token.end(), text[content : token.start()]))
         elif token[1]:
-            open_braces.append(token.end())
+            opened.append((token.start(), token.end()))
         elif len(mark) > 2:  # a box without a brace
             bare = _BARE.match(text, token.start())
             if bare and _BARE_START.match(bare[1]):
-                best = (bare.start(1), bare[1].rstrip(".,;:!?"))
-    return best[1] if best else None
+                found.append(Box(token.start(), bare.end(), bare[1].rstrip(".,;:!?")))
+    return found
+
+
+def neighbouring_boxes(text: str) -> str | None:
+    """Return the last box and those right before it, as a list: how a gold answer names several."""
+    found = boxes(text)
+    if not found:
+        return None
+    last = max(found)
+    parts = [last.content]
+    for box in reversed(found[:-1]):
+        if box.end <= last.start <= box.end + BETWEEN_BOXES:
+            parts.insert(0, box.content)
+            last = box
+    return ",".join(parts)
 
 
 def last_stated(text: str) -> str | None:
@@ -128,6 +159,24 @@ def last_stated(text: str) -> str | None:
         if stated:
             return stated
     return None
+
+
+def from_prose(text: str) -> str | None:
+    """Return the answer that a sentence gives: the last stated one, or else the last formula or number."""
+    for _ in range(STATED_DEPTH):
+        stated = last_stated(text)
+        if stated is None or stated == text:
+            break
+        text = stated
+    if not is_prose(text):
+        return text
+    formula, number = (deque(pattern.finditer(text), maxlen=1) for pattern in (_FORMULA, _NUMBER))
+    formula, number = (found[0] if found else None for found in (formula, number))
+    if formula and (number is None or number.end() <= formula.end()):
+        return formula[0]
+    if number is None:
+        return None
+    return number[1].replace(",", ".") if _DECIMAL_COMMA.fullmatch(number[1]) else number[1]
 
 
 def extract(text: str, thinking: bool, lenient: bool) -> tuple[str | None, str]:

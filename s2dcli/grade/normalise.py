@@ -27,7 +27,7 @@ _SYMBOL_TABLE = {ord(k): v for k, v in _SYMBOLS.items()}
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>")
 _TOO_MANY_BACKSLASHES = re.compile(r"\\\\(?=[A-Za-z]{2})")
 _SIZES = re.compile(r"\\(?:left|right|[bB]ig[glmr]*+|displaystyle|textstyle|limits)(?![A-Za-z])\.?")
-_SPACES = re.compile(r"\\[,;:> ]|\\q?quad(?![A-Za-z])|\\(?:hspace|hfill)(?:\{[^{}]*\})?|~|\s++")
+_SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|\\(?:hspace|hfill)(?:\{[^{}]*\})?|~|\s++")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _BINOMIALS = re.compile(r"\\[dt]binom(?![A-Za-z])")
 _COMPARISONS = re.compile(r"\\(le|ge|ne)(?:qslant|qq|q)?(?![A-Za-z])")
@@ -38,9 +38,15 @@ _BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm|pmb)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<![\d.])([1-9]\d{0,2})((?:(?:,|\{,\}|,?\\!|,?\\,|,?\\ |\\;|\\:| |~|'){1,2}\d{3})++)(?![\d,])")
 _NOT_DIGIT = re.compile(r"\D")
 _GROUPED_COMMAS = re.compile(r"\{\s*,\s*\}")
+_DECIMAL_COMMA = re.compile(r"(-?)0,(\d++)")
+_HALF_BRACED = re.compile(r"\\frac ?(\{[^{}]*+\}) ?([A-Za-z0-9])(?![A-Za-z0-9])")
+_SET_BUILDER = re.compile(r"\\\{ ?([A-Za-z]) ?(?:\\mid|\||:|\\vert)(?![A-Za-z]) ?(?:\1 ?\\in ?\\mathbb ?\{?R\}? ?, ?)?([^{}]*?)\\\}")
+_SIGN_RUN = re.compile(r"[-+]\s*+[-+]")
 _SIGNS = re.compile(r"[-+\s]*[-+][-+\s]*")
 _PREFIX = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*+(?:is|:|=)?\s*+:?\s*+(?=\S)|result\s*+(?:is|:)\s*+", re.IGNORECASE)
 _PARENTHESISED_ROOT = re.compile(r"\\sqrt\s*+\(([^()]*+)\)")
+_ONE_WORD = re.compile(r"[A-Za-z]{3,}")
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-zÀ-ÿ]{2,}[,:]? +(?:[a-z]\w* +)?[A-Za-zÀ-ÿ]{2,}|[\u0600-\u06ff\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]{2}")
 _BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 
@@ -112,10 +118,37 @@ def split(text: str, separators: str = ",;") -> list[str]:
     return parts
 
 
+def bracketed(text: str) -> bool:
+    """Whether a text is one pair of round or square brackets, of any mix, and what they hold."""
+    if text[:1] not in ("(", "[") or text[-1:] not in (")", "]"):
+        return False
+    depth = 0
+    for at, mark in enumerate(text):
+        if mark in "([{":
+            depth += 1
+        elif mark in ")]}":
+            depth -= 1
+            if depth == 0:
+                return at == len(text) - 1
+    return False
+
+
+def is_prose(text: str) -> bool:
+    r"""Whether a text has two neighbouring words, or Chinese, Japanese, Korean or Arabic script, outside `\text{...}`."""
+    return bool(_PROSE.search(_TEXT.sub(" ", text)))
+
+
+def is_words(text: str) -> bool:
+    """Whether an answer is words that are no formula: prose or one word, in `\\text{...}` or not."""
+    text = _TEXT.sub(r"\1", text)
+    return bool(_PROSE.search(text) or _ONE_WORD.fullmatch(text.strip()))
+
+
 def words(text: str) -> str:
     """Return an answer as plain lower-case words, to compare answers that are prose."""
     text = _TEXT.sub(r"\1", _unicode(text)).replace("\\", " ").replace("$", " ")
-    return " ".join(re.sub(r"[^\w+\-*/=<>.]+", " ", text).lower().split()).rstrip(".")
+    text = re.sub(r"\band\b", " ", text.lower())
+    return " ".join(re.sub(r"[^\w+\-*/=<>.]+", " ", text).split()).rstrip(".")
 
 
 def signs(text: str) -> str:
@@ -143,6 +176,10 @@ def normalise(text: str) -> str:
     text = text.strip()
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     text = text.strip().strip("*").rstrip(".。,;:!?").strip()
-    text = unwrap(text)
-    text = text.rstrip(".,;: ")
-    return signs(unwrap(text)) if text[:1] in "-+({" or "--" in text else text
+    text = unwrap(unwrap(text).rstrip(".,;: "))
+    if match := _DECIMAL_COMMA.fullmatch(text):
+        text = f"{match[1]}0.{match[2]}"
+    if match := _SET_BUILDER.fullmatch(text):
+        text = match[2].strip()
+    text = _HALF_BRACED.sub(r"\\frac\1{\2}", text)
+    return signs(text) if _SIGN_RUN.search(text) else text

@@ -8,6 +8,7 @@ relative tolerance: math-verify rounds to six decimals, so that all tiny numbers
 from __future__ import annotations
 
 import logging
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,10 @@ GUARD_DIGITS = 40  # digits to which two numbers are worked out again
 EXACT_TOLERANCE = 1e-20  # relative, between two exact numbers
 FLOAT_TOLERANCE = 1e-4  # relative, where one is a decimal; six decimals of 0.01 are this exact
 CACHE = 2048  # parsed answers that a worker remembers
+
+_COMMAND = re.compile(r"\\(?:text|mbox|mathrm) ?\{[^{}]*+\}|\\[A-Za-z]++")
+_IMAGINARY = re.compile(r"[0-9}]i(?![A-Za-z])")
+_LAST_WORD = re.compile(r"[A-Za-z ]++(?:\^\{?\d\}?)?$")
 
 
 @lru_cache(maxsize=1)
@@ -38,11 +43,14 @@ def _tools() -> Any:
 
     class Tools:
         normalise = staticmethod(math_normalization.normalize_latex)
-        normalisation = math_normalization.NormalizationConfig(
-            basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
+        with_units, without_units = (
+            math_normalization.NormalizationConfig(
+                basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="none", equations=False
+            )
+            for units in (True, False)
         )
         latex_parser = WholeParser
-        is_complex = staticmethod(grader.should_treat_as_complex)
+        looks_complex = staticmethod(grader.should_treat_as_complex)
         last_equation = staticmethod(parser.get_last_eq)
         equal = staticmethod(grader.sympy_expr_eq)
 
@@ -53,7 +61,7 @@ def _tools() -> Any:
 def parse(text: str) -> Any:
     """Return the sympy expression of a normalised answer, None if math-verify cannot read all of it."""
     tools = _tools()
-    latex = tools.normalise(text, tools.normalisation)
+    latex = tools.normalise(text, tools.without_units if _has_variables(text) else tools.with_units)
     if not latex:
         return None
     expression = _parse(latex)
@@ -62,9 +70,14 @@ def parse(text: str) -> Any:
     return expression
 
 
+def _has_variables(text: str) -> bool:
+    """Whether letters stand before the last word: then that is a variable, too, and no unit."""
+    return any(mark.isalpha() for mark in _LAST_WORD.sub("", _COMMAND.sub("", text)))
+
+
 def _parse(latex: str) -> Any:
     tools = _tools()
-    converter = tools.latex_parser(is_real=not tools.is_complex(latex))
+    converter = tools.latex_parser(is_real=not (tools.looks_complex(latex) or _IMAGINARY.search(latex)))
     try:
         expression = converter.parse(latex)
     except (MemoryError, RecursionError):
@@ -81,7 +94,7 @@ def equal(gold: str, prediction: str) -> bool:
     if left is None or right is None:
         return False
     try:
-        same = _tools().equal(left, right, FLOAT_ROUNDING, NUMERIC_PRECISION, allow_set_relation_comp=True)
+        same = _tools().equal(left, right, FLOAT_ROUNDING, NUMERIC_PRECISION)
     except (MemoryError, RecursionError):
         raise
     except Exception:
@@ -93,7 +106,7 @@ def _numbers_agree(left: Any, right: Any) -> bool:
     """Whether two expressions that were called equal are no numbers, or numbers that are close."""
     import sympy
 
-    if isinstance(left, sympy.Eq) or isinstance(right, sympy.Eq):
+    if isinstance(left, sympy.Eq) != isinstance(right, sympy.Eq):
         left, right = (side.rhs if isinstance(side, sympy.Eq) else side for side in (left, right))
     if not (isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr)) or left.free_symbols or right.free_symbols:
         return True
@@ -102,9 +115,9 @@ def _numbers_agree(left: Any, right: Any) -> bool:
     tolerance = FLOAT_TOLERANCE if left.has(sympy.Float) or right.has(sympy.Float) else EXACT_TOLERANCE
     try:
         a, b = (sympy.N(side.doit(), GUARD_DIGITS) for side in (left, right))
-        percent = 1 if left.has(sympy.UnevaluatedExpr) == right.has(sympy.UnevaluatedExpr) else 100
-        size = max(abs(a), abs(b))
-        return size == 0 or any(bool(abs(a - b * factor) <= tolerance * size * factor) for factor in {1, percent, 1 / sympy.Integer(percent)})
+        if left.has(sympy.UnevaluatedExpr) != right.has(sympy.UnevaluatedExpr):
+            return True  # a percentage on one side only: both readings are math-verify's to decide
+        return bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))
     except (MemoryError, RecursionError):
         raise
     except Exception:
