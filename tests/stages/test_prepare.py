@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,10 +18,21 @@ DAPO = (
 COLUMNS = ["id", "prompt", "answer", "problem_sha256", "source"]
 
 
-def prepare(*arguments, cwd, stdin="", **environment):
-    command = [sys.executable, "-m", "s2dcli", "prepare", *map(str, arguments)]
-    env = {**os.environ, **environment}
-    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, encoding="utf-8", env=env, check=False)
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def prepare(s2d, tmp_path):
+    """Run `s2d prepare` in the test's folder."""
+
+    def run(*arguments, stdin=""):
+        done = s2d("prepare", *arguments, stdin=stdin.encode(), cwd=tmp_path)
+        return Done(done.code, done.out.decode(), done.err)
+
+    return run
 
 
 def sha256(text):
@@ -45,11 +57,11 @@ def toy_rows(count):
     return [{"problem": f"{i} + 1", "answer": str(i + 1)} for i in range(count)]
 
 
-def test_gsm8k_rows_become_problems(tmp_path):
+def test_gsm8k_rows_become_problems(prepare, tmp_path):
     write(tmp_path / "gsm8k" / "test.jsonl", [{"question": "Six  ducks?", "answer": "Six <<6*2=12>>12.\n#### 1,012"}])
-    done = prepare("gsm8k/test.jsonl", "-o", "out/problems.jsonl", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == "1 rows, 0 duplicates removed\n1 problems to out/problems.jsonl\n"
+    done = prepare("gsm8k/test.jsonl", "-o", "out/problems.jsonl")
+    assert (done.code, done.out) == (0, "")
+    assert done.err == "1 rows, 0 duplicates removed\n1 problems to out/problems.jsonl\n"
     [row] = read(tmp_path / "out" / "problems.jsonl")
     content = row["prompt"][0]["content"]
     assert list(row) == COLUMNS
@@ -65,7 +77,7 @@ def test_gsm8k_rows_become_problems(tmp_path):
     }
 
 
-def test_verl_and_dapo_rows_become_problems(tmp_path):
+def test_verl_and_dapo_rows_become_problems(prepare, tmp_path):
     import pyarrow
     from pyarrow import parquet
 
@@ -80,8 +92,8 @@ def test_verl_and_dapo_rows_become_problems(tmp_path):
         for i, text in enumerate(["What is $\\{5\\}^2$?", "Another?", "What is $\\{5\\}^2$?"])
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "dapo.parquet")
-    done = prepare("dapo.parquet", "--template", "Q: {problem} {x}", cwd=tmp_path)
-    first, second = map(json.loads, done.stdout.splitlines())
+    done = prepare("dapo.parquet", "--template", "Q: {problem} {x}")
+    first, second = map(json.loads, done.out.splitlines())
     assert first == {
         "id": "uuid-0",
         "prompt": [{"role": "user", "content": "Q: What is $\\{5\\}^2$? {x}"}],
@@ -90,33 +102,33 @@ def test_verl_and_dapo_rows_become_problems(tmp_path):
         "source": {"dataset": "math_dapo", "split": "", "index": 0},
     }
     assert second["id"] == "uuid-1"
-    assert "3 rows, 1 duplicates removed" in done.stderr
-    assert "2 problems taken out of DAPO's wrapper" in done.stderr
+    assert "3 rows, 1 duplicates removed" in done.err
+    assert "2 problems taken out of DAPO's wrapper" in done.err
 
 
-def test_system_messages_stay_before_the_templated_problem(tmp_path):
+def test_system_messages_stay_before_the_templated_problem(prepare):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
     row = {"prompt": chat, "reward_model": {"ground_truth": "2"}, "extra_info": {"split": "test", "index": 7}}
-    done = prepare("-", "--template", "none", cwd=tmp_path, stdin=json.dumps(row))
-    problem = json.loads(done.stdout)
+    done = prepare("-", "--template", "none", stdin=json.dumps(row))
+    problem = json.loads(done.out)
     assert problem["prompt"] == chat
     assert problem["problem_sha256"] == sha256("1+1?")
     assert problem["source"] == {"dataset": "stdin", "split": "test", "index": 7}
 
 
-def test_duplicates_are_found_by_normalised_text_and_the_first_answer_wins(tmp_path):
+def test_duplicates_are_found_by_normalised_text_and_the_first_answer_wins(prepare, tmp_path):
     rows = [
         {"problem": "Find ½ of x\u00b2.", "answer": "1"},
         {"problem": " Find  1⁄2 of\nx2. ", "answer": "2"},
         {"problem": "Find ½ of x\u00b2.", "answer": "1"},
         {"problem": "find ½ of x\u00b2.", "answer": "3"},
     ]
-    done = prepare(write(tmp_path / "a.jsonl", rows), "-q", cwd=tmp_path)
-    assert [json.loads(line)["answer"] for line in done.stdout.splitlines()] == ["1", "3"]
-    assert done.stderr == "warning: 1 problems come with different answers; the first one is kept\n"
+    done = prepare(write(tmp_path / "a.jsonl", rows), "-q")
+    assert [json.loads(line)["answer"] for line in done.out.splitlines()] == ["1", "3"]
+    assert done.err == "warning: 1 problems come with different answers; the first one is kept\n"
 
 
-def test_given_ids_are_kept_where_they_are_unique(tmp_path):
+def test_given_ids_are_kept_where_they_are_unique(prepare, tmp_path):
     rows = [
         {"id": 60, "problem": "a", "answer": 204},
         {"unique_id": "test/algebra/1.json", "problem": "b", "answer": "1"},
@@ -125,43 +137,43 @@ def test_given_ids_are_kept_where_they_are_unique(tmp_path):
         {"id": None, "problem": "e", "answer": "1"},
     ]
     write(tmp_path / "a.jsonl", rows)
-    done = prepare("a.jsonl", "--template", "none", cwd=tmp_path)
-    ids = [json.loads(line)["id"] for line in done.stdout.splitlines()]
+    done = prepare("a.jsonl", "--template", "none")
+    ids = [json.loads(line)["id"] for line in done.out.splitlines()]
     assert ids == ["60", "test/algebra/1.json", *(sha256(text)[:16] for text in "cde")]
-    assert "2 problems share their id" in done.stderr
+    assert "2 problems share their id" in done.err
 
 
-def test_prepared_problems_pass_through_unchanged(tmp_path):
+def test_prepared_problems_pass_through_unchanged(prepare, tmp_path):
     write(tmp_path / "a.jsonl", toy_rows(3))
-    assert prepare("a.jsonl", "-o", "b.jsonl", cwd=tmp_path).returncode == 0
-    done = prepare("b.jsonl", "-o", "c.jsonl", cwd=tmp_path)
+    assert prepare("a.jsonl", "-o", "b.jsonl").code == 0
+    done = prepare("b.jsonl", "-o", "c.jsonl")
     assert (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
-    assert "3 problems were prepared before" in done.stderr
-    mixed = prepare("b.jsonl", "a.jsonl", cwd=tmp_path)  # the raw rows are duplicates of the prepared ones
-    assert mixed.stdout == (tmp_path / "b.jsonl").read_text()
+    assert "3 problems were prepared before" in done.err
+    mixed = prepare("b.jsonl", "a.jsonl")  # the raw rows are duplicates of the prepared ones
+    assert mixed.out == (tmp_path / "b.jsonl").read_text()
 
 
 @pytest.mark.parametrize("exclude", ["raw.csv", "prepared.jsonl", "folder"])
-def test_exclusion_is_by_the_bare_problem(tmp_path, exclude):
+def test_exclusion_is_by_the_bare_problem(prepare, tmp_path, exclude):
     write(tmp_path / "a.jsonl", [*toy_rows(6), toy_rows(6)[2]])
     (tmp_path / "raw.csv").write_text("question\n2  + 1\n4 + 1\n99 + 1\n")
     write(tmp_path / "two.jsonl", [toy_rows(6)[2], toy_rows(6)[4]])
-    assert prepare("two.jsonl", "-o", "prepared.jsonl", "--template", "Another: {problem}", cwd=tmp_path).returncode == 0
+    assert prepare("two.jsonl", "-o", "prepared.jsonl", "--template", "Another: {problem}").code == 0
     write(tmp_path / "folder" / "test.jsonl", [{"problem": "2 + 1"}])
     write(tmp_path / "folder" / "train.jsonl", [{"problem": "4 + 1"}])
-    done = prepare("a.jsonl", "--exclude", exclude, "--template", "none", "-o", "out.jsonl", cwd=tmp_path)
+    done = prepare("a.jsonl", "--exclude", exclude, "--template", "none", "-o", "out.jsonl")
     assert texts(tmp_path / "out.jsonl") == ["0 + 1", "1 + 1", "3 + 1", "5 + 1"]
-    assert "7 rows, 1 duplicates removed" in done.stderr
-    assert "2 problems excluded" in done.stderr
+    assert "7 rows, 1 duplicates removed" in done.err
+    assert "2 problems excluded" in done.err
 
 
-def test_split_by_shares_is_disjoint_complete_and_repeatable(tmp_path):
+def test_split_by_shares_is_disjoint_complete_and_repeatable(prepare, tmp_path):
     rows = toy_rows(101)
     write(tmp_path / "a.jsonl", [*rows, *rows])  # split before de-duplication, a problem would fall into both halves
     write(tmp_path / "reversed.jsonl", rows[::-1])
     options = ("--template", "none", "--split", "1H=0.5,2H=0.5")
     for name, source, *more in (("x", "a.jsonl"), ("y", "reversed.jsonl"), ("z", "a.jsonl", "--seed", 1)):
-        assert prepare(source, "-o", name, *options, *more, cwd=tmp_path).returncode == 0
+        assert prepare(source, "-o", name, *options, *more).code == 0
     parts = {name: [texts(tmp_path / name / f"{part}.jsonl") for part in ("1H", "2H")] for name in "xyz"}
     first, second = parts["x"]
     assert (len(first), len(second)) == (50, 51)
@@ -171,35 +183,35 @@ def test_split_by_shares_is_disjoint_complete_and_repeatable(tmp_path):
     assert first == sorted(first, key=lambda text: int(text.split()[0]))  # the order of the source
 
 
-def test_split_by_counts_says_what_is_left_over(tmp_path):
+def test_split_by_counts_says_what_is_left_over(prepare, tmp_path):
     write(tmp_path / "a.jsonl", toy_rows(20))
-    done = prepare("a.jsonl", "-o", "out", "--split", "1H=8,2H=8,validation=3", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "1 problems are in no part of the split" in done.stderr
+    done = prepare("a.jsonl", "-o", "out", "--split", "1H=8,2H=8,validation=3")
+    assert done.code == 0
+    assert "1 problems are in no part of the split" in done.err
     parts = [texts(tmp_path / "out" / f"{name}.jsonl") for name in ("1H", "2H", "validation")]
     assert [len(part) for part in parts] == [8, 8, 3]
     assert len({text for part in parts for text in part}) == 19
 
 
-def test_limit_counts_distinct_problems(tmp_path):
+def test_limit_counts_distinct_problems(prepare, tmp_path):
     write(tmp_path / "a.jsonl", [*toy_rows(2), *toy_rows(5)])
-    done = prepare("a.jsonl", "--limit", 3, "--template", "none", "-o", "b.jsonl", cwd=tmp_path)
+    done = prepare("a.jsonl", "--limit", 3, "--template", "none", "-o", "b.jsonl")
     assert texts(tmp_path / "b.jsonl") == ["0 + 1", "1 + 1", "2 + 1"]
-    assert "5 rows, 2 duplicates removed" in done.stderr
+    assert "5 rows, 2 duplicates removed" in done.err
 
 
-def test_unlabelled_problems_have_an_empty_answer(tmp_path):
+def test_unlabelled_problems_have_an_empty_answer(prepare, tmp_path):
     write(tmp_path / "a.jsonl", [{"problem": "a", "answer": None}, {"problem": "b"}, {"problem": "c", "answer": "3"}])
-    done = prepare("a.jsonl", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: a.jsonl:1: field 'answer' is empty")
-    assert "--unlabelled" in done.stderr
-    done = prepare("a.jsonl", "--unlabelled", cwd=tmp_path)
-    assert [json.loads(line)["answer"] for line in done.stdout.splitlines()] == ["", "", "3"]
-    assert "2 problems have no answer" in done.stderr
+    done = prepare("a.jsonl")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: a.jsonl:1: field 'answer' is empty")
+    assert "--unlabelled" in done.err
+    done = prepare("a.jsonl", "--unlabelled")
+    assert [json.loads(line)["answer"] for line in done.out.splitlines()] == ["", "", "3"]
+    assert "2 problems have no answer" in done.err
 
 
-def test_worked_solutions_become_rollouts(tmp_path):
+def test_worked_solutions_become_rollouts(prepare, tmp_path):
     rows = [
         {"problem": "7-1-5-6+4-5=", "answer": "4", "solution": "=6=1=5=9=4\n\\boxed{4}"},
         {"problem": "8-1-5-6+4-5=", "answer": "=<<8-1=7>>7=2=4=8=3\n#### 3"},
@@ -207,9 +219,9 @@ def test_worked_solutions_become_rollouts(tmp_path):
     ]
     write(tmp_path / "a.jsonl", rows)
     outputs = ("-o", "problems", "--solutions", "gold", "--split", "1H=1.0")  # two folders with a 1H.jsonl each
-    done = prepare("a.jsonl", "--template", "none", "--tokenizer", TOY_TEACHER, *outputs, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "warning: 1 problems have no worked solution" in done.stderr
+    done = prepare("a.jsonl", "--template", "none", "--tokenizer", TOY_TEACHER, *outputs)
+    assert done.code == 0, done.err
+    assert "warning: 1 problems have no worked solution" in done.err
     problems, (first, second) = read(tmp_path / "problems" / "1H.jsonl"), read(tmp_path / "gold" / "1H.jsonl")
     assert first["completion"] == [{"role": "assistant", "content": "=6=1=5=9=4\n\\boxed{4}"}]
     assert second["completion"] == [{"role": "assistant", "content": "=7=2=4=8=3\n\\boxed{3}"}]
@@ -227,29 +239,29 @@ def test_worked_solutions_become_rollouts(tmp_path):
     assert list(first) == list(second)
 
 
-def test_datasets_gives_the_strings_back(tmp_path):
+def test_datasets_gives_the_strings_back(prepare, tmp_path):
     from datasets import load_dataset
 
     numbers = [{"id": 1, "problem": "a", "answer": 5}, {"id": "007", "problem": "b", "answer": "025"}]
     write(tmp_path / "a.jsonl", [*numbers, {"problem": "c", "answer": "2024-01-01"}, *toy_rows(300)])
-    assert prepare("a.jsonl", "-o", "p.jsonl", "--template", "none", cwd=tmp_path).returncode == 0
+    assert prepare("a.jsonl", "-o", "p.jsonl", "--template", "none").code == 0
     loaded = load_dataset("json", data_files=str(tmp_path / "p.jsonl"), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.to_list() == read(tmp_path / "p.jsonl")
     assert loaded[1]["answer"] == "025"
 
 
-def test_existing_outputs_are_refused_before_anything_is_read(tmp_path):
+def test_existing_outputs_are_refused_before_anything_is_read(prepare, tmp_path):
     write(tmp_path / "a.jsonl", toy_rows(4))
     (tmp_path / "b.jsonl").write_text("precious")
-    done = prepare("a.jsonl", "-o", "b.jsonl", cwd=tmp_path)
-    assert (done.returncode, (tmp_path / "b.jsonl").read_text()) == (2, "precious")
-    assert "--overwrite" in done.stderr
-    assert prepare("a.jsonl", "-o", "b.jsonl", "--overwrite", cwd=tmp_path).returncode == 0
+    done = prepare("a.jsonl", "-o", "b.jsonl")
+    assert (done.code, (tmp_path / "b.jsonl").read_text()) == (2, "precious")
+    assert "--overwrite" in done.err
+    assert prepare("a.jsonl", "-o", "b.jsonl", "--overwrite").code == 0
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "2H.jsonl").write_text("precious")
-    done = prepare("a.jsonl", "-o", "parts", "--split", "1H=0.5,2H=0.5", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "parts/2H.jsonl: output exists" in done.stderr
+    done = prepare("a.jsonl", "-o", "parts", "--split", "1H=0.5,2H=0.5")
+    assert done.code == 2
+    assert "parts/2H.jsonl: output exists" in done.err
     assert os.listdir(tmp_path / "parts") == ["2H.jsonl"]
 
 
@@ -271,12 +283,12 @@ def test_existing_outputs_are_refused_before_anything_is_read(tmp_path):
         (["--source-split", "test"], "--source-split chooses within a folder"),
     ],
 )
-def test_impossible_options_are_usage_errors(tmp_path, options, says):
+def test_impossible_options_are_usage_errors(prepare, tmp_path, options, says):
     write(tmp_path / "a.jsonl", toy_rows(4))
-    done = prepare("a.jsonl", *options, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert says in done.stderr
-    assert len(done.stderr.splitlines()) <= 2  # the counts, and one line of error
+    done = prepare("a.jsonl", *options)
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err
+    assert len(done.err.splitlines()) <= 2  # the counts, and one line of error
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
@@ -290,25 +302,27 @@ def test_impossible_options_are_usage_errors(tmp_path, options, says):
         ({"prompt": "a", "answer": "1", "problem_sha256": "0"}, "a.jsonl:2: no field 'id'"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, row, says):
+def test_bad_rows_are_named(prepare, tmp_path, row, says):
     write(tmp_path / "a.jsonl", [*toy_rows(1), row])
-    done = prepare("a.jsonl", "-o", "b.jsonl", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"error: {says}")
+    done = prepare("a.jsonl", "-o", "b.jsonl")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"error: {says}")
     assert not (tmp_path / "b.jsonl").exists()
 
 
-def test_nothing_left_is_an_error(tmp_path):
+def test_nothing_left_is_an_error(prepare, tmp_path):
     write(tmp_path / "a.jsonl", toy_rows(2))
-    done = prepare("a.jsonl", "--exclude", "a.jsonl", "-o", "b.jsonl", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "no problems are left" in done.stderr
+    done = prepare("a.jsonl", "--exclude", "a.jsonl", "-o", "b.jsonl")
+    assert done.code == 1
+    assert "no problems are left" in done.err
     (tmp_path / "empty.jsonl").write_text("")
-    assert prepare("empty.jsonl", cwd=tmp_path).returncode == 1
+    assert prepare("empty.jsonl").code == 1
 
 
 def test_hub_data_sets_out_of_reach_are_one_line(tmp_path):
-    done = prepare("gsm8k", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "s2dcli", "prepare", "gsm8k"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: openai/gsm8k: ")

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 
@@ -30,9 +31,21 @@ GREEDY = {"temperature": 0.0, "k": 1, "avg_at_k": 0.87, "se": 0.019}
 BRIDGE = {"name": "RL-teacher bridge", "checkpoint": "bbbb", "avg_at_k": 0.773, "se": 0.015}
 
 
-def report(*arguments, cwd, stdin=""):
-    command = [sys.executable, "-m", "s2dcli", "report", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, encoding="utf-8", check=False)
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def report(s2d, tmp_path):
+    """Run `s2d report` in the test's folder."""
+
+    def run(*arguments, stdin=""):
+        done = s2d("report", *arguments, stdin=stdin.encode(), cwd=tmp_path)
+        return Done(done.code, done.out.decode(), done.err)
+
+    return run
 
 
 @pytest.fixture
@@ -47,12 +60,12 @@ def result(tmp_path):
     return write
 
 
-def test_table_has_a_row_for_each_name_and_a_column_for_each_decoding(tmp_path, result):
+def test_table_has_a_row_for_each_name_and_a_column_for_each_decoding(report, result):
     runs = [result("a"), result("b", **GREEDY), result("c", **BRIDGE)]
-    done = report(*runs[:2], "c/results.json", cwd=tmp_path)
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert done.stdout == (
+    done = report(*runs[:2], "c/results.json")
+    assert done.code == 0
+    assert done.err == ""
+    assert done.out == (
         "|                   | test avg@4 (T=1) | test avg@1 (greedy) |\n"
         "| ----------------- | ---------------: | ------------------: |\n"
         "| direct GRPO       |       59.3 ± 1.8 |          87.0 ± 1.9 |\n"
@@ -63,21 +76,21 @@ def test_table_has_a_row_for_each_name_and_a_column_for_each_decoding(tmp_path, 
     )
 
 
-def test_columns_all_adds_pass_at_k_and_truncation(tmp_path, result):
-    done = report(result("a"), "--columns", "all", cwd=tmp_path)
-    head, _, row = (line.strip("| ").split(" | ") for line in done.stdout.splitlines()[:3])
+def test_columns_all_adds_pass_at_k_and_truncation(report, result):
+    done = report(result("a"), "--columns", "all")
+    head, _, row = (line.strip("| ").split(" | ") for line in done.out.splitlines()[:3])
     assert [cell.strip() for cell in head] == ["test avg@4 (T=1)", "test pass@4 (T=1)", "test truncated (T=1)"]
     assert [cell.strip() for cell in row] == ["direct GRPO", "59.3 ± 1.8", "90.0", "1.2"]
 
 
-def test_unlike_settings_never_share_a_column(tmp_path, result):
+def test_unlike_settings_never_share_a_column(report, result):
     runs = [
         result("a"),
         result("b", name="longer", max_tokens=32),
         result("c", name="fewer", problems=100),
         result("d", name="nucleus", top_p=0.95, temperature=0.6, top_k=20),
     ]
-    header = report(*runs, cwd=tmp_path).stdout.splitlines()[0]
+    header = report(*runs).out.splitlines()[0]
     assert [cell.strip() for cell in header.strip("|").split("|")] == [
         "",
         "test avg@4 (T=1, 16 tokens, 320 problems)",
@@ -87,18 +100,18 @@ def test_unlike_settings_never_share_a_column(tmp_path, result):
     ]
 
 
-def test_csv_is_in_per_cent_with_the_error_in_a_column_of_its_own(tmp_path, result):
-    done = report(result("a"), result("b", **GREEDY), result("c", **BRIDGE), "--format", "csv", cwd=tmp_path)
-    assert list(csv.reader(io.StringIO(done.stdout))) == [
+def test_csv_is_in_per_cent_with_the_error_in_a_column_of_its_own(report, result):
+    done = report(result("a"), result("b", **GREEDY), result("c", **BRIDGE), "--format", "csv")
+    assert list(csv.reader(io.StringIO(done.out))) == [
         ["name", "test avg@4 (T=1)", "test avg@4 (T=1) se", "test avg@1 (greedy)", "test avg@1 (greedy) se"],
         ["direct GRPO", "59.3000", "1.8000", "87.0000", "1.9000"],
         ["RL-teacher bridge", "77.3000", "1.5000", "", ""],
     ]
 
 
-def test_json_gives_fractions_and_null_for_what_is_missing(tmp_path, result):
-    done = report(result("a"), result("b", **GREEDY), result("c", **BRIDGE), "--format", "json", cwd=tmp_path)
-    table = json.loads(done.stdout)
+def test_json_gives_fractions_and_null_for_what_is_missing(report, result):
+    done = report(result("a"), result("b", **GREEDY), result("c", **BRIDGE), "--format", "json")
+    table = json.loads(done.out)
     assert [column["label"] for column in table["columns"]] == ["test avg@4 (T=1)", "test avg@1 (greedy)"]
     first, second = (row["cells"] for row in table["rows"])
     assert first["test avg@1 (greedy)"]["avg_at_k"] == 0.87
@@ -106,68 +119,68 @@ def test_json_gives_fractions_and_null_for_what_is_missing(tmp_path, result):
     assert second["test avg@1 (greedy)"] is None
 
 
-def test_two_results_for_one_cell_name_both_files(tmp_path, result):
-    done = report(result("a"), result("b", seed=1), cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "a/results.json" in done.stderr
-    assert "b/results.json" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_two_results_for_one_cell_name_both_files(report, result):
+    done = report(result("a"), result("b", seed=1))
+    assert (done.code, done.out) == (1, "")
+    assert "a/results.json" in done.err
+    assert "b/results.json" in done.err
+    assert len(done.err.splitlines()) == 1
 
 
-def test_missing_and_misspelt_fields_name_file_and_field(tmp_path, result):
+def test_missing_and_misspelt_fields_name_file_and_field(report, tmp_path, result):
     result("a")
     path = tmp_path / "a" / "results.json"
     record = {("avg_at_K" if key == "avg_at_k" else key): value for key, value in RESULT.items()}
     path.write_text(json.dumps(record))
-    done = report("a", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "a/results.json: no field 'avg_at_k' (did you mean 'avg_at_K'?)" in done.stderr
+    done = report("a")
+    assert (done.code, done.out) == (1, "")
+    assert "a/results.json: no field 'avg_at_k' (did you mean 'avg_at_K'?)" in done.err
 
 
 @pytest.mark.parametrize(
     ("content", "says"), [('{"name": "x"', "not a line of JSON"), ("[]", "JSON object was expected"), (None, "cannot read")]
 )
-def test_broken_results_say_where(tmp_path, content, says):
+def test_broken_results_say_where(report, tmp_path, content, says):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    done = report("results.json", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: results.json: ")
-    assert says in done.stderr
+    done = report("results.json")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: results.json: ")
+    assert says in done.err
 
 
-def test_folder_without_results_and_nan_are_refused(tmp_path, result):
+def test_folder_without_results_and_nan_are_refused(report, tmp_path, result):
     (tmp_path / "empty").mkdir()
-    assert "no results.json" in report("empty", cwd=tmp_path).stderr
-    done = report(result("nan", se=float("nan")), cwd=tmp_path)
-    assert done.returncode == 1
-    assert "field 'se' is not a finite number" in done.stderr
+    assert "no results.json" in report("empty").err
+    done = report(result("nan", se=float("nan")))
+    assert done.code == 1
+    assert "field 'se' is not a finite number" in done.err
 
 
 @pytest.mark.parametrize("form", ["markdown", "csv", "json"])
-def test_control_characters_never_reach_the_terminal(tmp_path, result, form):
+def test_control_characters_never_reach_the_terminal(report, result, form):
     name = result("a", name="evil\x1b[2J|\r\nname\x9b", dataset="te\x07st\t")
-    done = report(name, "--format", form, cwd=tmp_path)
-    assert done.returncode == 0
-    assert not {char for char in done.stdout + done.stderr if (ord(char) < 32 and char != "\n") or 127 <= ord(char) < 160}
-    assert "evil" in done.stdout
+    done = report(name, "--format", form)
+    assert done.code == 0
+    assert not {char for char in done.out + done.err if (ord(char) < 32 and char != "\n") or 127 <= ord(char) < 160}
+    assert "evil" in done.out
     if form == "markdown":
-        assert done.stdout.splitlines()[2].count("|") == 4  # one of them escaped
+        assert done.out.splitlines()[2].count("|") == 4  # one of them escaped
 
 
-def test_a_row_of_two_checkpoints_and_ungraded_answers_are_warned_about(tmp_path, result):
-    done = report(result("a"), result("b", **GREEDY, ungraded=3), "-q", cwd=tmp_path)
-    assert "3 answers could not be graded" in done.stderr
-    assert "mixes checkpoints" not in done.stderr
-    done = report("a", result("c", **{**GREEDY, "checkpoint": "cccc"}), cwd=tmp_path)
-    assert "row 'direct GRPO' mixes checkpoints: a/results.json, c/results.json" in done.stderr
+def test_a_row_of_two_checkpoints_and_ungraded_answers_are_warned_about(report, result):
+    done = report(result("a"), result("b", **GREEDY, ungraded=3), "-q")
+    assert "3 answers could not be graded" in done.err
+    assert "mixes checkpoints" not in done.err
+    done = report("a", result("c", **{**GREEDY, "checkpoint": "cccc"}))
+    assert "row 'direct GRPO' mixes checkpoints: a/results.json, c/results.json" in done.err
 
 
-def test_results_come_from_standard_input_too(tmp_path, result):
+def test_results_come_from_standard_input_too(report, result):
     lines = "\n".join(json.dumps({**RESULT, **changes}) for changes in ({}, BRIDGE))
     result("b", **GREEDY)
-    done = report("-", "b", cwd=tmp_path, stdin=lines)
-    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:4]] == ["direct GRPO", "RL-teacher bridge"]
+    done = report("-", "b", stdin=lines)
+    assert [line.split("|")[1].strip() for line in done.out.splitlines()[2:4]] == ["direct GRPO", "RL-teacher bridge"]
 
 
 def test_no_heavy_package_is_imported(tmp_path, result):
