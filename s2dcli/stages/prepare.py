@@ -229,7 +229,7 @@ class Found(NamedTuple):
     counts: Counts
 
 
-def _hash_of_texts():
+def _hash_of_texts() -> Callable[[str], str]:
     """Return `problem_sha256` with a memory, since data sets may repeat their problems a hundred times."""
     return functools.lru_cache(HASHES_KEPT)(problem_sha256)
 
