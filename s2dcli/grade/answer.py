@@ -38,7 +38,8 @@ WORKER_FAILURE = "worker failure"
 EXTRACTED_LENGTH = 1000  # characters of the extracted answer that the verdict carries
 MOST_SIGNS = 3  # plus-minus signs of one element
 MOST_ELEMENTS = 20  # of a list whose elements need sympy
-CACHE = 4096  # verdicts and gold answers that a worker remembers
+CACHE = 4096  # verdicts and gold answers that a worker remembers: groups share them
+CACHED_LENGTH = 300  # characters of an answer whose verdict is remembered
 
 _AND = re.compile(
     r"\s*,?\s*(?:\\(?:text|mbox|mathrm|textrm) ?\{[^{}]*?(?<![A-Za-z])(?:and|or),?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*"
@@ -118,9 +119,15 @@ def grade(
     if not gold.strip():
         return Verdict(None, "", GOLD_MISSING)
     found, why_not = extract(completion, thinking, lenient)
+    if found is not None and len(found) <= CACHED_LENGTH and len(gold) <= CACHED_LENGTH:
+        return _cached_verdict(gold, found, "", judge, progress)
+    return _verdict(gold, found, why_not, judge, progress)
+
+
+def _verdict(gold: str, found: str | None, why_not: str, judge: Callable[[str, str], bool], progress: Callable[[bool, str], None]) -> Verdict:
     shown = _shown(found or "")
     wanted = gold_answer(gold)
-    if found is not None and wanted and _squeeze(wanted) == _squeeze(normalise(found)):
+    if found is not None and wanted and is_same(wanted, normalise(found)):
         return Verdict(1.0, shown, "")
     if judge is is_right:
         problem = problem_of(wanted) if wanted else "empty"
@@ -135,6 +142,9 @@ def grade(
         return Verdict(float(judge(wanted, normalise(found))), shown, "")
     except Refused as refusal:
         return Verdict(0.0, shown, f"{REFUSED}: {refusal}")
+
+
+_cached_verdict = lru_cache(maxsize=CACHE)(_verdict)
 
 
 def _shown(found: str) -> str:

@@ -155,7 +155,7 @@ def last_stated(text: str) -> str | None:
         connective = _STATED.match(text, begin)
         begin = connective.end() if connective else begin
         end = _SENTENCE_END.search(text, begin, begin + STATED_LENGTH)
-        stated = text[begin : end.start() if end else begin + STATED_LENGTH].strip(" \t*_]")
+        stated = text[begin : end.start() if end else begin + STATED_LENGTH].strip(" \t*_").removesuffix("\\]").removesuffix("]").rstrip()
         if stated:
             return stated
     return None

@@ -159,6 +159,10 @@ class Grader:
                 row.parts = [None] * len(self.rewards)
                 self._unsent += wire.pack(wire.ROW, row.body, id=row.id)
 
+    @property
+    def supervisor_pid(self) -> int:
+        return self._process.pid
+
     # Rows and verdicts
 
     def grade(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

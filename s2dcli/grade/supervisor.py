@@ -27,7 +27,7 @@ from s2dcli.grade import worker as worker_process
 
 HARD_GRACE = 1.0  # seconds between a worker's soft deadline and SIGKILL
 START_DEADLINE = 120.0  # seconds that a worker may take to import the user's functions
-RECYCLE_AFTER = 4000  # rewards that one worker grades before a fresh one takes over
+RECYCLE_AFTER = 5000  # rewards that one worker grades before a fresh one takes over
 BATCH = 16  # rows that wait in one worker: two groups of eight share its cache
 REFILL = 4  # a worker with this many rows left gets more, so that it never idles
 START_PAUSE = 0.2  # seconds before the next try after a worker could not be started
@@ -47,7 +47,7 @@ class Task:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One forked process: the rows it has been given, oldest first, and since when it is on the first."""
+    """One forked process: the rows it has been given, oldest first, and since when it is at work on them."""
 
     pid: int
     channel: socket.socket
@@ -206,7 +206,6 @@ class Supervisor:
             if frame.kind == wire.VERDICT:
                 worker.tasks.popleft()
                 worker.served += 1
-                worker.started = time.monotonic()
                 self._tell(wire.pack(wire.VERDICT, frame.body, id=frame.id, part=frame.part))
             elif frame.kind == wire.READY:
                 worker.ready = True
@@ -249,20 +248,25 @@ class Supervisor:
         if not worker.ready:
             self._start_failed(f"a worker died while starting ({_cause(status)})")
         elif worker.tasks and status != 0:
-            task = worker.tasks[0]
-            task.attempts += 1
-            understood, extracted = worker.note.read()
-            if worker.ended_by_us:
-                worker.tasks.popleft()
-                error = worker.ended_by_us if understood else f"{answer.GOLD_UNPARSABLE}: {worker.ended_by_us}"
-                self._answer(task, 0.0 if understood else None, extracted, error)
-            elif task.attempts >= ATTEMPTS:
-                worker.tasks.popleft()
-                error = f"{answer.CRASHED}: {_cause(status)}" if understood else f"{answer.WORKER_FAILURE}: {_cause(status)}"
-                self._answer(task, 0.0 if understood else None, extracted, error)
+            self._settle(worker, status)
         self.queue.extendleft(reversed(worker.tasks))
         worker.channel.close()
         worker.note.close()
+
+    def _settle(self, worker: Worker, status: int) -> None:
+        """Answer the row on which a worker died, or leave it for one more try."""
+        id, part, _ = worker.note.row()
+        task = next((task for task in worker.tasks if (task.id, task.part) == (id, part)), worker.tasks[0])
+        task.attempts += 1
+        understood, extracted = worker.note.read()
+        if worker.ended_by_us:
+            error = worker.ended_by_us if understood else f"{answer.GOLD_UNPARSABLE}: {worker.ended_by_us}"
+        elif task.attempts >= ATTEMPTS:
+            error = f"{answer.CRASHED if understood else answer.WORKER_FAILURE}: {_cause(status)}"
+        else:
+            return
+        worker.tasks.remove(task)
+        self._answer(task, 0.0 if understood else None, extracted, error)
 
     def _start_failed(self, problem: str) -> None:
         self.failed_starts += 1
@@ -280,8 +284,10 @@ class Supervisor:
         """Return the seconds until a worker's hard deadline, None if it has none."""
         if worker.ended_by_us or (worker.ready and not worker.tasks):
             return None
-        limit = self.config["timeout"] + HARD_GRACE if worker.ready else START_DEADLINE
-        return worker.started + limit - time.monotonic()
+        if not worker.ready:
+            return worker.started + START_DEADLINE - time.monotonic()
+        started = max(worker.started, worker.note.row()[2])
+        return started + self.config["timeout"] + HARD_GRACE - time.monotonic()
 
     def _enforce_deadlines(self) -> float | None:
         """Kill what is late; return the seconds until the next deadline, None if there is none."""

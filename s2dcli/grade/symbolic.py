@@ -76,10 +76,15 @@ def _has_variables(text: str) -> bool:
 
 
 def _parse(latex: str) -> Any:
+    import sympy
+
     tools = _tools()
-    converter = tools.latex_parser(is_real=not (tools.looks_complex(latex) or _IMAGINARY.search(latex)))
+    is_complex = bool(tools.looks_complex(latex) or _IMAGINARY.search(latex))
+    converter = tools.latex_parser(is_real=not is_complex)
     try:
         expression = converter.parse(latex)
+        if is_complex and "\\sum" not in latex and isinstance(expression, sympy.Expr):
+            expression = expression.subs(sympy.Symbol("i"), sympy.I)
     except (MemoryError, RecursionError):
         raise
     except Exception:  # the parser raises bare Exception, sympy anything

@@ -15,13 +15,17 @@ import os
 import resource
 import signal
 import socket
+import struct
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from s2dcli.grade import answer, rewards, wire
 
-REFIRE = 0.2  # seconds between two alarms, once the deadline has passed
+FIRST_TICK = 0.02  # seconds after which a row counts as slow: what waits behind it is sent
+TICK = 0.1  # seconds between two alarms; the deadline is met to within one, and fires until it is heard
+TOGETHER = 0.001  # seconds for which verdicts are collected
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _NOTE_TEXT = 4000  # bytes of the extracted answer that the shared note holds
 
@@ -31,49 +35,84 @@ class Deadline(BaseException):
 
 
 class Note:
-    """A page shared by worker and supervisor: how far the row got on which the worker is."""
+    """A page shared by worker and supervisor: the row the worker is on, since when, and how far it got."""
+
+    _HEAD = struct.Struct("<QHd?H")  # row, reward, start on the monotonic clock, gold understood, bytes of text
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
 
-    def reset(self) -> None:
-        self._page[0:3] = b"\0\0\0"
+    def begin(self, id: int, part: int) -> None:
+        self._HEAD.pack_into(self._page, 0, id, part, time.monotonic(), False, 0)
 
-    def write(self, understood: bool, extracted: str) -> None:
+    def progress(self, understood: bool, extracted: str) -> None:
         data = extracted.encode("utf-8", "surrogatepass")[:_NOTE_TEXT]
-        self._page[3 : 3 + len(data)] = data
-        self._page[1:3] = len(data).to_bytes(2, "little")
-        self._page[0] = understood
+        id, part, started, _, _ = self._HEAD.unpack_from(self._page)
+        self._page[self._HEAD.size : self._HEAD.size + len(data)] = data
+        self._HEAD.pack_into(self._page, 0, id, part, started, understood, len(data))
+
+    def row(self) -> tuple[int, int, float]:
+        """Return the id, the reward and the start of the row that was begun last."""
+        return self._HEAD.unpack_from(self._page)[:3]
 
     def read(self) -> tuple[bool, str]:
-        size = int.from_bytes(self._page[1:3], "little")
-        return bool(self._page[0]), self._page[3 : 3 + size].decode("utf-8", "replace")
+        """Return whether the gold answer was understood, and what was extracted."""
+        *_, understood, size = self._HEAD.unpack_from(self._page)
+        return understood, self._page[self._HEAD.size : self._HEAD.size + size].decode("utf-8", "replace")
 
     def close(self) -> None:
         self._page.close()
 
 
-class _Timer:
-    """The soft deadline of one call."""
+class Outbox:
+    """Verdicts on their way to the supervisor: quick ones travel together, none waits for a slow row."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._frames: list[bytes] = []
+        self._flushed = 0.0
+
+    def put(self, frame: bytes) -> None:
+        self._frames.append(frame)
+        if time.monotonic() - self._flushed > TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._frames:
+            data = b"".join(self._frames)
+            self._frames.clear()
+            self._channel.sendall(data)
+        self._flushed = time.monotonic()
+
+
+class _Timer:
+    """The soft deadline of one call. Early on it fires once to send the verdicts that wait."""
+
+    def __init__(self, seconds: float, outbox: Outbox) -> None:
+        self._seconds = seconds
+        self._outbox = outbox
+        self._supervisor = os.getppid()
+        self._ends = 0.0
         self.armed = False
         self.expired = False
-        self._supervisor = os.getppid()
         signal.signal(signal.SIGALRM, self._fire)
 
     def _fire(self, signum: int, frame: object) -> None:
         if os.getppid() != self._supervisor:
             os._exit(1)
-        if self.armed:
-            self.expired = True
-            raise Deadline
+        if not self.armed:
+            return
+        if time.monotonic() < self._ends:
+            self._outbox.flush()
+            return
+        self.expired = True
+        raise Deadline
 
     def __enter__(self) -> _Timer:
         self.expired = False
+        self._ends = time.monotonic() + self._seconds
         self.armed = True
-        signal.setitimer(signal.ITIMER_REAL, self.seconds, REFIRE)
+        signal.setitimer(signal.ITIMER_REAL, FIRST_TICK, TICK)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -103,7 +142,7 @@ def _built_in(name: str, lenient: bool, note: Note) -> Callable[[list], tuple[fl
     judge = answer.is_right if name == rewards.MATH else answer.is_same
 
     def grade(row: list) -> tuple[float | None, str, str]:
-        verdict = answer.grade(row[0], row[1], row[2], judge=judge, lenient=lenient, progress=note.write)
+        verdict = answer.grade(row[0], row[1], row[2], judge=judge, lenient=lenient, progress=note.progress)
         return verdict.score, verdict.extracted, verdict.error
 
     return grade
@@ -113,7 +152,7 @@ def _function(name: str, note: Note) -> Callable[[list], tuple[float | None, str
     function = rewards.load(name)
 
     def grade(row: list) -> tuple[float | None, str, str]:
-        note.write(True, "")
+        note.progress(True, "")
         gold, completion, _, record = row
         try:
             score = rewards.score_of(function(completion, gold, record))
@@ -131,11 +170,11 @@ def _graders(config: dict[str, Any], note: Note) -> list[Callable[[list], tuple[
     return [_built_in(name, lenient, note) if name in rewards.BUILT_IN else _function(name, note) for name in config["rewards"]]
 
 
-def _grade(grader: Callable, row: list, timer: _Timer, note: Note) -> tuple[float | None, str, str]:
+def _grade(grader: Callable, body: bytes, timer: _Timer, note: Note) -> tuple[float | None, str, str]:
     """Run one reward on one row; whatever goes wrong becomes part of the verdict."""
     try:
         with timer:
-            verdict = grader(row)
+            verdict = grader(wire.decode(body))
         if not timer.expired:
             return verdict
         problem = answer.TIMEOUT
@@ -162,12 +201,14 @@ def main(channel: socket.socket, note: Note, config: dict[str, Any]) -> None:
         channel.sendall(wire.pack(wire.FATAL, wire.encode(f"cannot load a reward: {problem}")))
         return
     channel.sendall(wire.pack(wire.READY))
-    timer = _Timer(config["timeout"])
+    outbox = Outbox(channel)
+    timer = _Timer(config["timeout"], outbox)
     while data := channel.recv(wire.CHUNK):
         for frame in unpacker.feed(data):
-            note.reset()
-            verdict = _grade(graders[frame.part], wire.decode(frame.body), timer, note)
-            body = wire.encode(verdict)
-            channel.sendall(wire.pack(wire.VERDICT, body, id=frame.id, part=frame.part))
+            note.begin(frame.id, frame.part)
+            verdict = _grade(graders[frame.part], frame.body, timer, note)
+            outbox.put(wire.pack(wire.VERDICT, wire.encode(verdict), id=frame.id, part=frame.part))
             if verdict[2] == answer.MEMORY:
+                outbox.flush()
                 return  # the heap is in pieces: a fresh worker takes over
+        outbox.flush()
