@@ -101,10 +101,12 @@ class Sampler:
         """Yield the groups of one planned batch, in order, each as soon as it and its predecessors are done."""
         requests = [Request(task.prompt_ids, row_seed(self.seed, task.group_id, index)) for task in batch for index in range(num_samples)]
         done: dict[int, Sample] = {}
+        missing = [num_samples] * len(batch)
         group = 0
         for index, sample in self.engine.generate(requests, self.params):
             done[index] = sample
-            while group < len(batch) and all(group * num_samples + i in done for i in range(num_samples)):
+            missing[index // num_samples] -= 1
+            while group < len(batch) and not missing[group]:
                 rows = range(group * num_samples, (group + 1) * num_samples)
                 yield [self._rollout(batch[group], i, requests[row], done.pop(row)) for i, row in enumerate(rows)]
                 group += 1

@@ -6,6 +6,7 @@ out/ s2d.json problems.jsonl metrics.jsonl evals.jsonl rollouts/ latest
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -92,11 +93,14 @@ def _save_weights(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> N
             state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
         else:
             state[name] = tensor
-    compute, model.config.dtype = model.config.dtype, dtype
-    try:
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.config.dtype = compute
+    model.save_pretrained(folder, state_dict=state)
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype  # save_pretrained has written the dtype of the masters
+    config.save_pretrained(folder)
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+        path.chmod(0o666 & ~mask)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,78 @@
+"""`s2d eval` through the command line."""
+
+import json
+import math
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def measured(s2d, toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("eval") / "teacher"
+    result = s2d("eval", "--model", toy / "teacher", toy / "problems" / "validation.jsonl", "-k", 4, "--max-tokens", 16, "-o", out)
+    return out, result.result
+
+
+def test_figures_follow_from_the_graded_rollouts(measured):
+    out, result = measured
+    assert json.loads((out / "results.json").read_text()) == result
+    scores: dict[str, list[float]] = {}
+    rows = read_jsonl(out / "rollouts.jsonl")
+    for row in rows:
+        scores.setdefault(row["problem_id"], []).append(row["reward"])
+    means = [sum(values) / 4 for values in scores.values()]
+    average = sum(means) / len(means)
+    deviation = math.sqrt(sum((mean - average) ** 2 for mean in means) / (len(means) - 1))
+    assert (result["problems"], result["k"]) == (200, 4)
+    assert result["avg_at_k"] == pytest.approx(average)
+    assert result["se"] == pytest.approx(deviation / math.sqrt(len(means)))
+    assert result["pass_at_k"] == pytest.approx(sum(any(values) for values in scores.values()) / 200)
+    assert result["truncated"] == pytest.approx(sum(row["finish_reason"] == "length" for row in rows) / 800)
+    assert result["dataset"] == "toy-arithmetic/validation"
+
+
+def test_a_pipe_gives_the_same_figures(s2d, toy, measured):
+    rolled = s2d("rollout", "-m", toy / "teacher", toy / "problems" / "validation.jsonl", "-n", 4, "--max-tokens", 16)
+    verified = s2d("verify", stdin=rolled.out)
+    piped = s2d("eval", "--rollouts", "-", stdin=verified.out).result
+    assert {**piped, "name": ""} == {**measured[1], "name": ""}
+
+
+def test_greedy_takes_one_sample(s2d, toy, few):
+    assert s2d("eval", "-m", toy / "teacher", few, "--temperature", 0, "--max-tokens", 16).result["k"] == 1
+    refused = s2d("eval", "-m", toy / "teacher", few, "--temperature", 0, "-k", 4)
+    assert refused.code == 2
+    assert "greedy samples are all equal" in refused.err
+
+
+def test_null_rewards_count_as_wrong_and_are_told(s2d, measured, tmp_path):
+    rows = read_jsonl(measured[0] / "rollouts.jsonl")
+    right = next(i for i, row in enumerate(rows) if row["reward"] == 1.0)
+    rows[right]["reward"] = None
+    result = s2d("eval", "--rollouts", write_jsonl(tmp_path / "nulls.jsonl", rows))
+    assert result.result["ungraded"] == 1
+    assert result.result["avg_at_k"] == pytest.approx(measured[1]["avg_at_k"] - 1 / 800)
+    assert "1 answers could not be graded" in result.err
+
+
+def test_bad_input(s2d, toy, few, measured, tmp_path):
+    rows = read_jsonl(measured[0] / "rollouts.jsonl")
+    ungraded = [{key: value for key, value in row.items() if key != "reward"} for row in rows]
+    uneven = rows[:-1]
+    other = [*rows[:4], *[{**row, "sampler": {**row["sampler"], "checkpoint": "f" * 64}} for row in rows[4:]]]
+    for name, content, message in (
+        ("ungraded", ungraded, "ungraded.jsonl:1: no field 'reward'"),
+        ("uneven", uneven, "has 3 samples"),
+        ("other", other, "rollouts of different samplers"),
+        ("twice", [rows[0], rows[0]], "has sample 0 twice"),
+    ):
+        result = s2d("eval", "--rollouts", write_jsonl(tmp_path / f"{name}.jsonl", content))
+        assert result.code == 1
+        assert message in result.err
+        assert result.out == b""
+    (tmp_path / "half.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1])[:200])
+    assert "half.jsonl:2: not a line of JSON" in s2d("eval", "--rollouts", tmp_path / "half.jsonl").err
+    for arguments in ([], ["-m", toy / "teacher", "--rollouts", "-"], ["--rollouts", "-", "-k", 3], ["--rollouts", "-", few]):
+        assert s2d("eval", *arguments).code == 2
+    assert s2d("eval", "-m", toy / "teacher", few, "-o", measured[0]).code == 2

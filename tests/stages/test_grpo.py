@@ -1,0 +1,211 @@
+"""`s2d grpo` through the command line."""
+
+import json
+
+import pytest
+import torch
+from conftest import read_jsonl, write_jsonl
+
+SHORT = ["--steps", 2, "--problems-per-step", 4, "-n", 4, "--max-tokens", 16, "--lr", "1e-3", "--adam-beta2", 0.95]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def train(s2d, toy, out, *more, model=None):
+    result = s2d("grpo", "--model", model or toy / "teacher", toy / "problems" / "1H.jsonl", "-o", out, *SHORT, *more)
+    assert result.code == 0, result.err
+    return result.result
+
+
+@pytest.fixture(scope="module")
+def trained(s2d, toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("grpo") / "run"
+    more = ["--eval-problems", toy / "problems" / "validation.jsonl", "--eval-every", 1, "--eval-samples", 1, "--keep-rollouts", "--save-every", 1]
+    return out, train(s2d, toy, out, *more)
+
+
+def test_run_folder_and_closing_line(trained):
+    out, result = trained
+    assert {path.name for path in out.iterdir()} == {"s2d.json", "metrics.jsonl", "evals.jsonl", "latest", "rollouts", "step-000001", "step-000002"}
+    assert (out / "latest").read_text() == "step-000002\n"
+    assert result["checkpoint"] == str(out / "step-000002")
+    manifest = json.loads((out / "s2d.json").read_text())
+    assert manifest["complete"] is True
+    assert manifest["command"] == "grpo"
+    assert manifest["options"]["lr"] == 1e-3
+    assert manifest["parents"][0]["weights_sha256"]
+    assert manifest["counts"] == {"steps": 2, "updates": 2, "tokens": sum(row["tokens"] for row in read_jsonl(out / "metrics.jsonl"))}
+
+
+def test_metrics_hold_the_contracts_fields(trained):
+    rows = read_jsonl(trained[0] / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert list(row) == list(rows[0])
+        assert {"loss", "lr", "grad_norm", "seconds", "tokens", "reward", "mixed_groups", "kl", "entropy", "clip_fraction", "padding"} <= row.keys()
+        assert row["sampler_gap"] < 1e-5
+        assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert row["rollouts"] == 16
+    assert [row["labels"] for row in rows] == [4, 8]
+
+
+def test_metrics_agree_with_the_kept_rollouts(trained):
+    out, _ = trained
+    for row in read_jsonl(out / "metrics.jsonl"):
+        kept = read_jsonl(out / "rollouts" / f"step-{row['step']:06d}.jsonl")
+        assert row["reward"] == pytest.approx(sum(record["reward"] for record in kept) / 16)
+        assert row["mean_tokens"] == pytest.approx(sum(len(record["completion_ids"]) for record in kept) / 16)
+        assert all(record["group_id"] == f"{record['problem_id']}@{row['step']}" for record in kept)
+
+
+def test_evaluations_stand_before_the_first_and_after_every_step(trained):
+    rows = read_jsonl(trained[0] / "evals.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(row["problems"] == 200 and 0 <= row["avg_at_k"] <= 1 for row in rows)
+
+
+def test_checkpoint_loads_in_plain_transformers_with_the_same_tokenizer(trained, toy):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    step = trained[0] / "step-000002"
+    model = AutoModelForCausalLM.from_pretrained(step)
+    assert model.dtype == torch.float32
+    ids = AutoTokenizer.from_pretrained(step).apply_chat_template([{"role": "user", "content": "7-1-5-6+4-5="}], add_generation_prompt=True)["input_ids"]
+    assert len(ids) == 14
+    assert model.generate(torch.tensor([ids]), max_new_tokens=4).shape[1] > 14
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (step / name).read_bytes() == (toy / "teacher" / name).read_bytes()
+    assert (step / "model.safetensors").stat().st_mode & 0o444 == 0o444
+
+
+def test_parameters_move_even_at_the_papers_learning_rate_on_bfloat16(s2d, toy, tmp_path):
+    before = weights(toy / "teacher")
+    train(s2d, toy, tmp_path / "run", "--dtype", "bfloat16", "--lr", "1e-6")
+    after = weights(tmp_path / "run" / "step-000002")
+    assert after.keys() == before.keys()
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_checkpoints_keep_the_parents_dtype(s2d, toy, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(toy / "student", dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(toy / "student").save_pretrained(half)
+    train(s2d, toy, tmp_path / "run", model=half)
+    saved = weights(tmp_path / "run" / "step-000002")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert "lm_head.weight" not in saved  # tied: saved once
+    assert json.loads((tmp_path / "run" / "step-000002" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_same_command_gives_the_same_weights(s2d, toy, tmp_path):
+    train(s2d, toy, tmp_path / "a")
+    train(s2d, toy, tmp_path / "b", "--tokens-per-batch", 100000)
+    assert (tmp_path / "a" / "step-000002" / "model.safetensors").read_bytes() == (tmp_path / "b" / "step-000002" / "model.safetensors").read_bytes()
+
+
+def test_mini_batches_make_several_updates_from_old_log_probs(s2d, toy, tmp_path):
+    train(s2d, toy, tmp_path / "run", "--mini-batch-size", 4)
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["updates"] > 1 for row in rows)
+    assert all(abs(row["ratio"] - 1.0) > 1e-7 for row in rows)  # the policy has moved between the updates
+
+
+def test_reference_kl_starts_at_zero_and_grows(s2d, toy, tmp_path):
+    train(s2d, toy, tmp_path / "run", "--kl-coef", "5e-4")
+    first, second = (row["kl"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert first == pytest.approx(0.0, abs=1e-9)
+    assert second > 1e-6
+
+
+@pytest.fixture(scope="module")
+def graded(s2d, toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graded")
+    rolled = s2d("rollout", "-m", toy / "teacher", toy / "problems" / "validation.jsonl", "-n", 4, "--max-tokens", 16)
+    verified = s2d("verify", "-", "-o", folder / "graded.jsonl", stdin=rolled.out)
+    assert verified.code == 0, verified.err
+    return folder / "graded.jsonl"
+
+
+def test_one_pass_over_graded_rollouts_from_disk(s2d, toy, graded, tmp_path):
+    result = s2d("grpo", "-m", toy / "teacher", "--rollouts", graded, "-o", tmp_path / "run", "--lr", "1e-4", "--problems-per-step", 64)
+    assert result.code == 0, result.err
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["rollouts"] for row in rows] == [256, 256, 256, 32]
+    assert rows[0]["sampler_gap"] < 1e-5
+    assert rows[-1]["labels"] == 200
+
+
+def test_rollouts_of_another_temperature_or_without_rewards_are_refused(s2d, toy, graded, tmp_path):
+    wrong = s2d("grpo", "-m", toy / "teacher", "--rollouts", graded, "-o", tmp_path / "run", "--temperature", 0.6)
+    assert wrong.code == 1
+    assert "graded.jsonl:1: sampled at temperature 1.0" in wrong.err
+    rows = [{key: value for key, value in row.items() if key != "reward"} for row in read_jsonl(graded)]
+    bare = s2d("grpo", "-m", toy / "teacher", "--rollouts", write_jsonl(tmp_path / "bare.jsonl", rows), "-o", tmp_path / "run")
+    assert bare.code == 1
+    assert "s2d verify" in bare.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_without_signal_makes_no_update_and_says_so(s2d, toy, graded, tmp_path):
+    rows = [{**row, "reward": 1.0} for row in read_jsonl(graded)[:16]]
+    result = s2d("grpo", "-m", toy / "teacher", "--rollouts", write_jsonl(tmp_path / "flat.jsonl", rows), "-o", tmp_path / "run", "--lr", "1e-2")
+    assert result.code == 0, result.err
+    assert "no update was made" in result.err
+    (row,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert (row["updates"], row["tokens"], row["mixed_groups"]) == (0, 0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "run" / "step-000001").values(), weights(toy / "teacher").values(), strict=True))
+
+
+def test_null_rewards_change_nothing(s2d, toy, graded, tmp_path):
+    rows = read_jsonl(graded)[:32]
+    extra = [{**row, "sample_index": 99, "reward": None} for row in rows[::4]]
+    mixed = sorted([*rows, *extra], key=lambda row: row["problem_id"])
+    for name, content in (("plain", rows), ("nulls", mixed)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", content)
+        assert s2d("grpo", "-m", toy / "teacher", "--rollouts", path, "-o", tmp_path / name, "--lr", "1e-3", "--aggregate", "token").code == 0
+    plain, nulls = weights(tmp_path / "plain" / "step-000001"), weights(tmp_path / "nulls" / "step-000001")
+    assert read_jsonl(tmp_path / "nulls" / "metrics.jsonl")[0]["ungraded"] == 8
+    assert all(torch.equal(plain[name], nulls[name]) for name in plain)
+
+
+def test_dry_run_loads_no_weights_and_writes_nothing(s2d, toy, tmp_path):
+    result = s2d("grpo", "-m", toy / "teacher", toy / "problems" / "1H.jsonl", "-o", tmp_path / "run", "--dry-run", "--epochs", 10)
+    assert result.result["steps"] == 160
+    assert result.result["parameters"] == 109056
+    assert result.result["rollouts"] == 160 * 32 * 8
+    assert not (tmp_path / "run").exists()
+
+
+def test_refusals(s2d, toy, few, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("do not delete")
+    for more in ([], ["--overwrite"]):
+        result = s2d("grpo", "-m", toy / "teacher", few, "-o", full, *more)
+        assert result.code == 2
+        assert (full / "thesis.tex").exists()
+    unlabelled = write_jsonl(tmp_path / "unlabelled.jsonl", [{**row, "answer": ""} for row in read_jsonl(few)])
+    result = s2d("grpo", "-m", toy / "teacher", unlabelled, "-o", tmp_path / "run")
+    assert result.code == 1
+    assert "8 of 8 problems have no answer" in result.err
+    assert s2d("grpo", "-m", toy / "teacher", few, "--rollouts", few, "-o", tmp_path / "run").code == 2
+
+
+def test_overwrite_replaces_a_run(s2d, toy, tmp_path):
+    train(s2d, toy, tmp_path / "run")
+    (tmp_path / "run" / "step-000099").mkdir()
+    train(s2d, toy, tmp_path / "run", "--overwrite")
+    assert not (tmp_path / "run" / "step-000099").exists()
+
+
+def test_an_exploding_gradient_stops_the_run_and_names_the_step(s2d, toy, graded, tmp_path):
+    rows = [{**row, "completion_logprobs": [-3e38] * len(row["completion_ids"])} for row in read_jsonl(graded)[:16]]
+    result = s2d("grpo", "-m", toy / "teacher", "--rollouts", write_jsonl(tmp_path / "bad.jsonl", rows), "-o", tmp_path / "run")
+    assert result.code == 1
+    assert "the gradient of step 1 is not finite" in result.err

@@ -1,0 +1,92 @@
+"""`s2d opd` through the command line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import read_jsonl
+
+SHORT = ["--steps", 3, "--problems-per-step", 4, "-n", 4, "--max-tokens", 16, "--lr", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def distilled(s2d, toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("opd") / "run"
+    checksum = (toy / "teacher" / "model.safetensors").read_bytes()
+    held_out = ["--eval-problems", toy / "problems" / "validation.jsonl", "--eval-every", 3, "--eval-samples", 1, "--keep-rollouts"]
+    result = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", toy / "problems" / "1H.jsonl", "-o", out, *SHORT, *held_out)
+    assert (toy / "teacher" / "model.safetensors").read_bytes() == checksum
+    return out, result.result
+
+
+def test_run_folder(distilled):
+    out, result = distilled
+    assert result["checkpoint"] == str(out / "step-000003")
+    assert [parent["name"].split("/")[-1] for parent in json.loads((out / "s2d.json").read_text())["parents"]] == ["student", "teacher"]
+    assert [row["step"] for row in read_jsonl(out / "evals.jsonl")] == [0, 3]
+    assert len(read_jsonl(out / "rollouts" / "step-000003.jsonl")) == 16
+
+
+def test_metrics(distilled):
+    rows = read_jsonl(distilled[0] / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["kl"] > 0 and row["labels"] == 0 and row["loss"] == pytest.approx(row["kl"], rel=1e-5) for row in rows)
+
+
+def test_the_first_kl_equals_a_dense_float64_one(distilled, toy):
+    from transformers import AutoModelForCausalLM
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(toy / name, dtype=torch.float64) for name in ("student", "teacher"))
+    total, tokens = 0.0, 0
+    for row in read_jsonl(distilled[0] / "rollouts" / "step-000001.jsonl"):
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        with torch.no_grad():
+            q, p = (model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1].log_softmax(-1) for model in (student, teacher))
+        total += (q.exp() * (q - p)).sum().item()
+        tokens += len(row["completion_ids"])
+    (first, *_) = read_jsonl(distilled[0] / "metrics.jsonl")
+    assert first["kl"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_answers_are_not_needed(s2d, toy, tmp_path):
+    problems = [{**row, "answer": ""} for row in read_jsonl(toy / "problems" / "1H.jsonl")[:8]]
+    lines = "".join(json.dumps(row) + "\n" for row in problems).encode()
+    result = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", "-o", tmp_path / "run", *SHORT, stdin=lines)
+    assert result.code == 0, result.err
+
+
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(s2d, toy, few, tmp_path):
+    result = s2d("opd", "--teacher", toy / "student", "--student", toy / "student", few, "-o", tmp_path / "run", *SHORT, "--steps", 1)
+    assert result.result["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_mini_batches_and_temperature(s2d, toy, few, tmp_path):
+    result = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", *SHORT, "--mini-batch-size", 6, "--temperature", 0.7)
+    assert result.result["updates"] == 3  # 6 + 6 + 4 rollouts
+
+
+def test_another_tokenizer_is_refused_naming_the_first_id_that_differs(s2d, toy, few, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(toy / "teacher", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["+"], vocabulary["-"] = vocabulary["-"], vocabulary["+"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = s2d("opd", "--teacher", other, "--student", toy / "student", few, "-o", tmp_path / "run", *SHORT)
+    assert result.code == 1
+    assert "different tokenizers: id 9 is '-' in the teacher and '+' in the student" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_teacher_is_a_usage_error(s2d, toy, few, tmp_path):
+    result = s2d("opd", "--teacher", toy / "nobody", "--student", toy / "student", few, "-o", tmp_path / "run")
+    assert result.code == 2
+    assert "nobody: no such checkpoint folder" in result.err
+
+
+def test_dry_run(s2d, toy, few, tmp_path):
+    plan = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", "--dry-run").result
+    assert (plan["steps"], plan["rollouts_per_step"], plan["parameters"]) == (1, 64, 36160)
+    assert plan["frozen_bytes"] == 4 * 109056
+    assert not (tmp_path / "run").exists()

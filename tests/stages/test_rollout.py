@@ -1,0 +1,200 @@
+"""`s2d rollout` through the command line."""
+
+import json
+import os
+import signal
+import tempfile
+import time
+
+import pytest
+import torch
+from conftest import read_jsonl, start, wait, write_jsonl
+
+COLUMNS = [
+    "schema",
+    "problem_id",
+    "problem_sha256",
+    "group_id",
+    "sample_index",
+    "prompt",
+    "completion",
+    "answer",
+    "prompt_ids",
+    "completion_ids",
+    "completion_logprobs",
+    "finish_reason",
+    "seed",
+    "source",
+    "sampler",
+    "template_sha256",
+]
+
+
+@pytest.fixture(scope="module")
+def rolled(s2d, toy, few):
+    result = s2d("rollout", "--model", toy / "teacher", few, "-n", 3, "--max-tokens", 16)
+    assert result.code == 0, result.err
+    return result
+
+
+def test_rows_hold_the_contracts_columns_in_input_order(rolled, few):
+    rows = rolled.rows
+    assert all(list(row) == COLUMNS for row in rows)
+    expected = [(problem["id"], i) for problem in read_jsonl(few) for i in range(3)]
+    assert [(row["group_id"], row["sample_index"]) for row in rows] == expected
+    for row in rows:
+        assert row["schema"] == "s2d.rollout/1"
+        assert len(row["completion_ids"]) == len(row["completion_logprobs"])
+        assert 0 <= row["seed"] < 2**53
+        assert all(value <= 0 and round(value, 6) == value for value in row["completion_logprobs"])
+        assert row["sampler"]["temperature"] == 1.0
+        assert len(row["sampler"]["checkpoint"]) == 64
+
+
+def test_stored_ids_are_what_a_chat_template_gives_and_the_text_decodes_from_them(rolled, toy):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(toy / "teacher")
+    for row in rolled.rows:
+        assert row["prompt_ids"] == tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        assert row["completion"] == [{"role": "assistant", "content": tokenizer.decode(row["completion_ids"], skip_special_tokens=True)}]
+        assert (row["completion_ids"][-1] == tokenizer.eos_token_id) == (row["finish_reason"] == "stop")
+
+
+def test_log_probs_equal_plain_transformers(rolled, toy):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(toy / "teacher", dtype=torch.float64)
+    for row in rolled.rows[:6]:
+        ids = row["prompt_ids"] + row["completion_ids"]
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        first = len(row["prompt_ids"])
+        exact = [logprobs[first + t - 1, token].item() for t, token in enumerate(row["completion_ids"])]
+        assert row["completion_logprobs"] == pytest.approx(exact, abs=2e-5)
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_does_not(s2d, toy, few, rolled, tmp_path):
+    out = tmp_path / "again.jsonl"
+    assert s2d("rollout", "-m", toy / "teacher", "-n", 3, "--max-tokens", 16, "-o", out, stdin=few.read_bytes()).code == 0
+    assert out.read_bytes() == rolled.out
+    other = s2d("rollout", "-m", toy / "teacher", few, "-n", 3, "--max-tokens", 16, "--seed", 1)
+    assert other.code == 0
+    assert [row["completion_ids"] for row in other.rows] != [row["completion_ids"] for row in rolled.rows]
+
+
+def test_shards_put_together_are_the_whole(s2d, toy, few, tmp_path):
+    sampling = ["-m", toy / "student", few, "-n", 2, "--max-tokens", 16, "--sample-tokens", 200]
+    whole = s2d("rollout", *sampling)
+    parts = [s2d("rollout", *sampling, "--shard", f"{i}/3") for i in (1, 2, 3)]
+    assert all(part.code == 0 and part.out for part in parts)
+    assert b"".join(part.out for part in parts) == whole.out
+
+
+def test_greedy_repeats_itself_whatever_the_seed(s2d, toy, few):
+    first, second = (s2d("rollout", "-m", toy / "student", few, "-n", 1, "--temperature", 0, "--max-tokens", 16, "--seed", seed) for seed in (0, 5))
+    assert [row["completion_ids"] for row in first.rows] == [row["completion_ids"] for row in second.rows]
+    assert first.rows[0]["sampler"]["logprobs_mode"] == "raw_logprobs"
+
+
+def test_long_prompts_are_dropped_and_counted(s2d, toy, few, tmp_path):
+    problems = read_jsonl(few)
+    problems[2]["prompt"][0]["content"] = "7-1-5-6+4-5=7-1-5-6+4-5="
+    path = write_jsonl(tmp_path / "problems.jsonl", problems)
+    result = s2d("rollout", "-m", toy / "student", path, "-n", 1, "--max-tokens", 4, "--max-prompt-tokens", 14)
+    assert "1 of 8 prompts are longer than 14 tokens" in result.err
+    assert [row["problem_id"] for row in result.rows] == [p["id"] for i, p in enumerate(problems) if i != 2]
+
+
+def test_plain_template_needs_no_template_of_the_model(s2d, toy, few, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in (toy / "student").iterdir():
+        if path.name != "chat_template.jinja":
+            (bare / path.name).write_bytes(path.read_bytes())
+    refused = s2d("rollout", "-m", bare, few, "-n", 1)
+    assert refused.code == 2
+    assert "no chat template; --chat-template plain" in refused.err
+    plain = s2d("rollout", "-m", bare, few, "-n", 1, "--max-tokens", 4, "--chat-template", "plain")
+    assert plain.code == 0, plain.err
+    assert plain.rows[0]["sampler"]["template"] == "plain"
+    assert len(plain.rows[0]["prompt_ids"]) == 12  # the digits and operators, no role tokens
+    by_file = s2d("rollout", "-m", bare, few, "-n", 1, "--max-tokens", 4, "--chat-template", toy / "student" / "chat_template.jinja")
+    assert len(by_file.rows[0]["prompt_ids"]) == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-m", "{toy}/nowhere", "{few}"], 2, "no such checkpoint folder"),
+        (["-m", "{toy}/problems", "{few}"], 1, "neither a checkpoint (no config.json) nor a run folder"),
+        (["-m", "{toy}/teacher", "{tmp}/missing.jsonl"], 1, "missing.jsonl: cannot read problems: No such file"),
+        (["-m", "{toy}/teacher", "{tmp}/half.jsonl"], 1, "half.jsonl:2: not a line of JSON"),
+        (["-m", "{toy}/teacher", "{tmp}/typo.jsonl"], 1, "typo.jsonl:1: no field 'answer' (did you mean 'anwser'?)"),
+        (["-m", "{toy}/teacher", "{tmp}/raw.jsonl"], 1, "s2d prepare"),
+        (["-m", "{toy}/teacher", "{tmp}/twice.jsonl"], 1, "was already used at"),
+        (["-m", "{toy}/teacher", "{tmp}/empty.jsonl"], 1, "holds no problems"),
+        (["-m", "{toy}/teacher", "{few}", "-o", "{few}"], 2, "output exists; --overwrite"),
+        (["-m", "{toy}/teacher", "{few}", "--shard", "3/2"], 2, "is not I/N"),
+        (["-m", "{toy}/teacher", "{few}", "--device", "tpu9"], 2, "no such device"),
+        (["-m", "{toy}/teacher", "{few}", "--chat-template-kwargs", "[1]"], 2, "must be a JSON object"),
+    ],
+)
+def test_bad_input_gets_one_line_and_an_exit_code(s2d, toy, few, tmp_path, arguments, code, message):
+    problem = read_jsonl(few)[0]
+    good = json.dumps(problem)
+    (tmp_path / "half.jsonl").write_text(good + "\n" + good[:40])
+    (tmp_path / "typo.jsonl").write_text(good.replace('"answer"', '"anwser"'))
+    (tmp_path / "raw.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    (tmp_path / "twice.jsonl").write_text(good + "\n" + good + "\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    filled = [argument.format(toy=toy, few=few, tmp=tmp_path) for argument in arguments]
+    before = few.read_bytes()
+    result = s2d("rollout", *filled)
+    assert result.code == code, result.err
+    assert message in result.err
+    assert "Traceback" not in result.err
+    assert result.err.count("\n") == 1
+    assert result.out == b""
+    assert few.read_bytes() == before
+
+
+def test_datasets_and_trl_read_what_was_written(rolled, tmp_path):
+    import datasets
+    from trl.data_utils import is_conversational
+
+    path = tmp_path / "rollouts.jsonl"
+    path.write_bytes(rolled.out)
+    table = datasets.load_dataset("json", data_files=str(path), cache_dir=str(tmp_path / "cache"), split="train")
+    assert len(table) == len(rolled.rows)
+    assert table[0]["answer"] == rolled.rows[0]["answer"]
+    assert table.features["answer"].dtype == "string"
+    assert table.features["seed"].dtype == "int64"
+    assert [row["seed"] for row in table] == [row["seed"] for row in rolled.rows]
+    assert is_conversational(table[0])
+
+
+def test_a_reader_that_leaves_is_no_failure(toy, few):
+    read, write = os.pipe()
+    with tempfile.TemporaryFile() as err, open(few, "rb") as given:
+        pid = start(["rollout", "-m", str(toy / "student"), "-", "-n", "64", "--max-tokens", "16", "--sample-tokens", "500"], given.fileno(), write, err.fileno())
+        os.close(write)
+        assert os.read(read, 100)
+        os.close(read)
+        assert wait(pid) == 0
+        err.seek(0)
+        assert err.read() == b""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_with_their_exit_code(toy, tmp_path, sent, code):
+    out = tmp_path / "out.jsonl"
+    with tempfile.TemporaryFile() as err, open(toy / "problems" / "1H.jsonl", "rb") as given, open(os.devnull, "wb") as null:
+        arguments = ["rollout", "-m", str(toy / "student"), "-", "-n", "256", "--max-tokens", "16", "--sample-tokens", "1", "-o", str(out)]
+        pid = start(arguments, given.fileno(), null.fileno(), err.fileno())
+        while not (out.exists() and out.stat().st_size):
+            time.sleep(0.02)
+        os.kill(pid, sent)
+        assert wait(pid) == code
+        err.seek(0)
+        assert b"Traceback" not in err.read()
