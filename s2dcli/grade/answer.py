@@ -60,6 +60,10 @@ _FUNCTION = re.compile(r"([A-Za-z]) ?\( ?([A-Za-z]) ?\)")
 _COLUMN = re.compile(r"\\begin ?\{[pb]?matrix\}([^&]*?)(?:\\\\ ?)?\\end ?\{[pb]?matrix\}", re.DOTALL)
 
 
+Judge = Callable[[str, str], bool]
+Progress = Callable[[bool, str], None]
+
+
 class Verdict(NamedTuple):
     """`score` is None where the gold answer is missing or not understood."""
 
@@ -111,9 +115,9 @@ def grade(
     completion: str,
     thinking: bool,
     *,
-    judge: Callable[[str, str], bool],
+    judge: Judge,
     lenient: bool,
-    progress: Callable[[bool, str], None],
+    progress: Progress,
 ) -> Verdict:
     """Return the verdict on one completion. `progress(understood, extracted)` is told how far it got."""
     if not gold.strip():
@@ -124,7 +128,7 @@ def grade(
     return _verdict(gold, found, why_not, judge, progress)
 
 
-def _verdict(gold: str, found: str | None, why_not: str, judge: Callable[[str, str], bool], progress: Callable[[bool, str], None]) -> Verdict:
+def _verdict(gold: str, found: str | None, why_not: str, judge: Judge, progress: Progress) -> Verdict:
     shown = _shown(found or "")
     wanted = gold_answer(gold)
     if found is not None and wanted and is_same(wanted, normalise(found)):
@@ -173,8 +177,11 @@ def is_right(gold: str, prediction: str) -> bool:
         return exact.equal(left, right)
     if letter := _letter(gold):
         return letter == _letter(prediction)
-    if is_words(gold) and words(gold) == words(prediction):
-        return True
+    if is_words(gold):
+        if words(gold) == words(prediction):
+            return True
+        if is_prose(gold) or gold.startswith("\\text"):
+            return False
     if refusal := caps.refusal(prediction):
         raise Refused(refusal)
     sides_wanted, sides = _sides(gold), _sides(prediction)
@@ -184,6 +191,8 @@ def is_right(gold: str, prediction: str) -> bool:
     kind, wanted = _elements(gold)
     kind_found, found = _elements(prediction)
     if len(wanted) > 1 or len(found) > 1:
+        if (len(wanted) == 1 and left) or (len(found) == 1 and right):
+            return False  # a number is no list
         same = _same_elements(kind, wanted, kind_found, found)
         if same is not None:
             return same
@@ -229,7 +238,8 @@ def _as_tuples(gold: str, prediction: str) -> tuple[str, str]:
     columns = [_COLUMN.fullmatch(text) for text in (gold, prediction)]
     if bool(columns[0]) == bool(columns[1]):
         return gold, prediction
-    return tuple(f"({','.join(column[1].split(chr(92) * 2))})" if column else text for column, text in zip(columns, (gold, prediction), strict=True))
+    tuples = [f"({','.join(column[1].split(chr(92) * 2))})" if column else "" for column in columns]
+    return tuples[0] or gold, tuples[1] or prediction
 
 
 def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[str]) -> bool | None:

@@ -32,7 +32,9 @@ _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _BINOMIALS = re.compile(r"\\[dt]binom(?![A-Za-z])")
 _COMPARISONS = re.compile(r"\\(le|ge|ne)(?:qslant|qq|q)?(?![A-Za-z])")
 _FONTS = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|text|textbf|textit|textrm|operatorname|rm|bf)\s*+\{\s*+([A-Za-z])\s*+\}")
-_FUNCTIONS = re.compile(r"\\(?:mathrm|text|operatorname)\s*+\{\s*+(sin|cos|tan|cot|sec|csc|log|ln|lg|exp|arcsin|arccos|arctan|max|min|gcd|lcm)\s*+\}")
+_FUNCTIONS = re.compile(
+    r"\\(?:mathrm|text|operatorname)\s*+\{\s*+(sin|cos|tan|cot|sec|csc|log|ln|lg|exp|arcsin|arccos|arctan|max|min|gcd|lcm)\s*+\}"
+)
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*+\{([^{}]*+)\}")
 _BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm|pmb)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<![\d.])([1-9]\d{0,2})((?:(?:,|\{,\}|,?\\!|,?\\,|,?\\ |\\;|\\:| |~|'){1,2}\d{3})++)(?![\d,])")
@@ -46,7 +48,10 @@ _SIGNS = re.compile(r"[-+\s]*[-+][-+\s]*")
 _PREFIX = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*+(?:is|:|=)?\s*+:?\s*+(?=\S)|result\s*+(?:is|:)\s*+", re.IGNORECASE)
 _PARENTHESISED_ROOT = re.compile(r"\\sqrt\s*+\(([^()]*+)\)")
 _ONE_WORD = re.compile(r"[A-Za-z]{3,}")
-_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-zÀ-ÿ]{2,}[,:]? +(?:[a-z]\w* +)?[A-Za-zÀ-ÿ]{2,}|[\u0600-\u06ff\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]{2}")
+_PROSE = re.compile(
+    r"(?<![\\A-Za-z])[A-Za-zÀ-ÿ]{2,}[,:]? +(?:[a-z]\w* +)?[A-Za-zÀ-ÿ]{2,}"
+    r"|[\u0600-\u06ff\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]{2}"
+)
 _BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 

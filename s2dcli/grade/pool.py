@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from s2dcli import console
 from s2dcli.errors import GradingError, UsageError
 from s2dcli.grade import answer, wire
 from s2dcli.grade.extract import opens_thinking, text_of_answer, text_of_completion
@@ -153,6 +154,7 @@ class Grader:
                 f"the grading supervisor died {self._restarts} times in a row (exit code {self._process.returncode})",
                 hint="is the machine out of memory?",
             )
+        console.warn(f"the grading supervisor died (exit code {self._process.returncode}); a new one takes over")
         self._start()
         for row in pending:
             if not row.done:

@@ -17,6 +17,8 @@ NUMERIC_PRECISION = 15  # digits; math-verify's default
 GUARD_DIGITS = 40  # digits to which two numbers are worked out again
 EXACT_TOLERANCE = 1e-20  # relative, between two exact numbers
 FLOAT_TOLERANCE = 1e-4  # relative, where one is a decimal; six decimals of 0.01 are this exact
+PLAIN_DIFFERENCE = 1e-4  # relative above 1, absolute below: far more than six decimals round away
+POINT, STEP = 1.3719, 0.2357  # where expressions are tried: no special values, all positive
 CACHE = 2048  # parsed answers that a worker remembers
 
 _COMMAND = re.compile(r"\\(?:text|mbox|mathrm) ?\{[^{}]*+\}|\\[A-Za-z]++")
@@ -84,7 +86,7 @@ def _parse(latex: str) -> Any:
     try:
         expression = converter.parse(latex)
         if is_complex and "\\sum" not in latex and isinstance(expression, sympy.Expr):
-            expression = expression.subs(sympy.Symbol("i"), sympy.I)
+            expression = expression.subs({symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"})
     except (MemoryError, RecursionError):
         raise
     except Exception:  # the parser raises bare Exception, sympy anything
@@ -96,7 +98,7 @@ def _parse(latex: str) -> Any:
 def equal(gold: str, prediction: str) -> bool:
     """Whether math-verify calls two normalised answers equal, and numbers bear it out."""
     left, right = parse(gold), parse(prediction)
-    if left is None or right is None:
+    if left is None or right is None or _differ_somewhere(left, right):
         return False
     try:
         same = _tools().equal(left, right, FLOAT_ROUNDING, NUMERIC_PRECISION)
@@ -105,6 +107,26 @@ def equal(gold: str, prediction: str) -> bool:
     except Exception:
         return False
     return bool(same) and _numbers_agree(left, right)
+
+
+def _differ_somewhere(left: Any, right: Any) -> bool:
+    """Whether two expressions plainly differ in value at one point: that spares sympy the search for a proof."""
+    import sympy
+
+    sides = (left, right)
+    if not all(isinstance(side, sympy.Expr) and not side.has(sympy.UnevaluatedExpr) for side in sides):
+        return False
+    names, other_names = left.free_symbols, right.free_symbols
+    if any(side.is_Symbol for side in sides) or (names and other_names and names != other_names):
+        return False  # names: `odd`, `a_1` and `a_{1}`, are math-verify's to compare
+    point = {symbol: sympy.Float(f"{POINT + STEP * number:.4f}") for number, symbol in enumerate(sorted(names | other_names, key=str))}
+    try:
+        a, b = (complex(side.evalf(NUMERIC_PRECISION, subs=point)) for side in sides)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # no number comes out: a sum, a limit, an unknown function
+        return False
+    return abs(a - b) > PLAIN_DIFFERENCE * max(1.0, abs(a), abs(b))
 
 
 def _numbers_agree(left: Any, right: Any) -> bool:

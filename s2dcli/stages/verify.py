@@ -125,10 +125,13 @@ class Changes:
         self.counts[change] += 1
         if self.counts.total() <= SHOWN_LINES:
             gold, found = (str(text)[:SHOWN_CHARACTERS] for text in (record.get("answer"), verdict["extracted"]))
-            console.info(f"{where}: {change} (answer {gold!r}, extracted {found!r}{', ' if verdict['verify_error'] else ''}{verdict['verify_error']})")
+            why = f", {verdict['verify_error']}" if verdict["verify_error"] else ""
+            console.info(f"{where}: {change} (answer {gold!r}, extracted {found!r}{why})")
 
     def report(self, total: int) -> None:
-        console.info(f"{self.counts.total()} of {total} verdicts changed" + "".join(f"\n  {n:6} {what}" for what, n in self.counts.most_common()))
+        console.info(f"{self.counts.total()} of {total} verdicts changed")
+        for change, number in self.counts.most_common():
+            console.info(f"  {number:6} {change}")
         if self.num_missing:
             console.warn(f"{self.num_missing} rows have no earlier verdict")
 
@@ -140,7 +143,7 @@ def _name(verdict: dict) -> str:
 
 
 def _same_file(one: str, other: str) -> bool:
-    return not jsonl.is_stream(one) and not jsonl.is_stream(other) and os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+    return all(not jsonl.is_stream(path) and os.path.exists(path) for path in (one, other)) and os.path.samefile(one, other)
 
 
 def _report(tally: Counter[str], errors: Counter[str], rows: Rows, num_mute: int, unlike: str) -> None:
@@ -163,10 +166,12 @@ def verify(
     workers: Workers = None,
     timeout: Timeout = 5.0,
     memory_limit: MemoryLimit = "2GiB",
-    extract: Annotated[Extract, typer.Option("--extract", help="strict: boxes only; lenient: without a box the last stated answer.")] = Extract.strict,
+    extract: Annotated[
+        Extract, typer.Option("--extract", help="strict: boxes only; lenient: without a box, the last stated answer.")
+    ] = Extract.strict,
     reward: Annotated[
         list[str] | None,
-        typer.Option("--reward", metavar="math|exact|python:MODULE:FUNCTION[=WEIGHT]", help="What is rewarded; repeatable, summed.", show_default="math"),
+        typer.Option("--reward", metavar="REWARD", help="math, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", show_default="math"),
     ] = None,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Exit with 0 although some lines were no JSON objects.")] = False,
     diff: Annotated[str | None, typer.Option("--diff", metavar="OLD.jsonl", help="Grade again and say which verdicts changed.")] = None,
@@ -211,6 +216,5 @@ def verify(
     if changes:
         changes.report(tally.total())
     if rows.num_bad and not skip_invalid:
-        raise DataError(
-            f"{rows.num_bad} lines are no JSON objects; all others were graded", where=jsonl.input_name(source), hint="--skip-invalid accepts that"
-        )
+        problem = f"{rows.num_bad} lines are no JSON objects; all others were graded"
+        raise DataError(problem, where=jsonl.input_name(source), hint="--skip-invalid accepts that")

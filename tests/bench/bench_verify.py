@@ -32,14 +32,16 @@ from s2dcli.grade.supervisor import HARD_GRACE
 
 GROUP = 8
 FILLER = (
-    "Let us set up the equation first and simplify it step by step. We have \\(a_1 = 3\\) and \\(a_{n+1} = 2a_n - 1\\), so that \\[a_n = 2^n + 1.\\] ",
+    "Let us set up the equation first. We have \\(a_1 = 3\\) and \\(a_{n+1} = 2a_n - 1\\), so that \\[a_n = 2^n + 1.\\] ",
     "Substituting back, we find $x^2 - 5x + 6 = (x-2)(x-3)$, which vanishes at $x = 2$ and at $x = 3$. ",
     "Wait, let me check that again: 12 + 30 = 42, and 42 / 6 = 7, so the intermediate result is 7. ",
     "By symmetry the two triangles are congruent, and the ratio of their areas is $\\frac{4}{9}$. ",
     "There are $\\binom{6}{2} = 15$ ways to choose the pair, of which 5 do not meet the condition. ",
 )
 # Gold answers with right and wrong spellings; the shares follow what competition sets hold.
-INTEGERS = [(str(n), [str(n), f"{n}.", f"x = {n}", f"{n}\\text{{ units}}"], [str(n + 1), str(n - 7), str(2 * n + 1)]) for n in range(3, 900, 7)]
+INTEGERS = [
+    (str(n), [str(n), str(n), f"x = {n}", f"{n}\\text{{ units}}"], [str(n + 1), str(n - 7), str(2 * n + 1)]) for n in range(3, 900, 7)
+]
 OTHERS = [
     (r"\frac{3}{7}", [r"\frac{3}{7}", r"\dfrac{3}{7}", "3/7", r"\frac{6}{14}"], [r"\frac{7}{3}", "0.43", r"\frac{3}{8}"]),
     (r"2\sqrt{3}", [r"2\sqrt{3}", r"\sqrt{12}", r"2 \sqrt 3"], [r"3\sqrt{2}", "3.46", r"\sqrt{3}"]),
@@ -52,8 +54,8 @@ OTHERS = [
     ("0.125", ["0.125", r"\frac18", "1/8"], ["0.12", "0.0125", r"\frac{1}{9}"]),
     (r"\text{even}", [r"\text{even}", "even", r"\textbf{even}"], [r"\text{odd}", "odd", r"\text{neither}"]),
     ("B", ["B", r"\text{B}", "(B)"], ["C", "A", r"\text{(D)}"]),
-    (r"\frac{1+\sqrt{5}}{2}", [r"\frac{1+\sqrt{5}}{2}", r"\frac{\sqrt{5}+1}{2}", r"\frac12+\frac{\sqrt5}{2}"], [r"\frac{1-\sqrt{5}}{2}", "1.6", r"\sqrt{5}"]),
-]  # fmt: skip
+    (r"\frac{1+\sqrt{5}}{2}", [r"\frac{1+\sqrt{5}}{2}", r"\frac{\sqrt{5}+1}{2}"], [r"\frac{1-\sqrt{5}}{2}", "1.6", r"\sqrt{5}"]),
+]
 
 
 def groups(number: int, answers: list[str], draw: random.Random) -> Iterator[dict]:
@@ -62,13 +64,14 @@ def groups(number: int, answers: list[str], draw: random.Random) -> Iterator[dic
     for group in range(number):
         if answers:
             gold = answers[group % len(answers)]
-            right, wrong = [gold, gold, f"{gold}."], [answers[(group + step) % len(answers)] for step in (1, 2, 3)]
+            right, wrong = [gold], [answers[(group + step) % len(answers)] for step in (1, 2, 3)]
         else:
             gold, right, wrong = draw.choice(INTEGERS) if draw.random() < 0.6 else next(others)
         for sample in range(GROUP):
             found = draw.choice(right if draw.random() < 0.5 else wrong)
             thoughts = "".join(draw.choices(FILLER, k=draw.randint(8, 16)))
-            yield {"group_id": str(group), "sample_index": sample, "completion": f"{thoughts}The answer is \\(\\boxed{{{found}}}\\).", "answer": gold}
+            completion = f"{thoughts}The answer is \\(\\boxed{{{found}}}\\)."
+            yield {"group_id": str(group), "sample_index": sample, "completion": completion, "answer": gold}
 
 
 def plain(rows: list[dict]) -> list[bool]:
