@@ -7,7 +7,20 @@ import sys
 
 import pytest
 
-HEAVY = ["torch", "transformers", "vllm", "datasets", "accelerate", "math_verify", "peft", "matplotlib", "sympy", "click", "pyarrow", "numpy"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "vllm",
+    "datasets",
+    "accelerate",
+    "math_verify",
+    "peft",
+    "matplotlib",
+    "sympy",
+    "click",
+    "pyarrow",
+    "numpy",
+]
 COMMANDS = ["rollout", "verify", "grpo", "fkl-warmup", "opd", "eval", "prepare", "report"]
 
 PROBE = """
@@ -104,7 +117,9 @@ def test_standard_input_from_a_terminal_is_a_usage_error(toy):
     import pty
 
     controller, terminal = pty.openpty()
-    result = subprocess.run([sys.executable, "-m", "s2dcli", "rollout", "-m", str(toy / "student")], stdin=terminal, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "s2dcli", "rollout", "-m", str(toy / "student")], stdin=terminal, capture_output=True, text=True, check=False
+    )
     os.close(controller)
     os.close(terminal)
     assert result.returncode == 2

@@ -13,7 +13,15 @@ def tiny(family: str, seed: int = 0) -> torch.nn.Module:
 
     torch.manual_seed(seed)
     common = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    rope = {**common, "intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    rope = {
+        **common,
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     if family == "qwen3":
         config = transformers.Qwen3Config(**rope, head_dim=16, tie_word_embeddings=True)
     elif family == "llama":
@@ -24,6 +32,14 @@ def tiny(family: str, seed: int = 0) -> torch.nn.Module:
         config = transformers.CohereConfig(**rope, logit_scale=0.25)
     else:
         config = transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            initializer_range=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
     return transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -24,13 +24,31 @@ def train(s2d, toy, out, *more, model=None):
 @pytest.fixture(scope="module")
 def trained(s2d, toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("grpo") / "run"
-    more = ["--eval-problems", toy / "problems" / "validation.jsonl", "--eval-every", 1, "--eval-samples", 1, "--keep-rollouts", "--save-every", 1]
+    more = [
+        "--eval-problems",
+        toy / "problems" / "validation.jsonl",
+        "--eval-every",
+        1,
+        "--eval-samples",
+        1,
+        "--keep-rollouts",
+        "--save-every",
+        1,
+    ]
     return out, train(s2d, toy, out, *more)
 
 
 def test_run_folder_and_closing_line(trained):
     out, result = trained
-    assert {path.name for path in out.iterdir()} == {"s2d.json", "metrics.jsonl", "evals.jsonl", "latest", "rollouts", "step-000001", "step-000002"}
+    assert {path.name for path in out.iterdir()} == {
+        "s2d.json",
+        "metrics.jsonl",
+        "evals.jsonl",
+        "latest",
+        "rollouts",
+        "step-000001",
+        "step-000002",
+    }
     assert (out / "latest").read_text() == "step-000002\n"
     assert result["checkpoint"] == str(out / "step-000002")
     manifest = json.loads((out / "s2d.json").read_text())
@@ -46,7 +64,19 @@ def test_metrics_hold_the_contracts_fields(trained):
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert list(row) == list(rows[0])
-        assert {"loss", "lr", "grad_norm", "seconds", "tokens", "reward", "mixed_groups", "kl", "entropy", "clip_fraction", "padding"} <= row.keys()
+        assert {
+            "loss",
+            "lr",
+            "grad_norm",
+            "seconds",
+            "tokens",
+            "reward",
+            "mixed_groups",
+            "kl",
+            "entropy",
+            "clip_fraction",
+            "padding",
+        } <= row.keys()
         assert row["sampler_gap"] < 1e-5
         assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
         assert row["rollouts"] == 16
@@ -74,7 +104,9 @@ def test_checkpoint_loads_in_plain_transformers_with_the_same_tokenizer(trained,
     step = trained[0] / "step-000002"
     model = AutoModelForCausalLM.from_pretrained(step)
     assert model.dtype == torch.float32
-    ids = AutoTokenizer.from_pretrained(step).apply_chat_template([{"role": "user", "content": "7-1-5-6+4-5="}], add_generation_prompt=True)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(step).apply_chat_template(
+        [{"role": "user", "content": "7-1-5-6+4-5="}], add_generation_prompt=True
+    )["input_ids"]
     assert len(ids) == 14
     assert model.generate(torch.tensor([ids]), max_new_tokens=4).shape[1] > 14
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
@@ -106,7 +138,9 @@ def test_checkpoints_keep_the_parents_dtype(s2d, toy, tmp_path):
 def test_the_same_command_gives_the_same_weights(s2d, toy, tmp_path):
     train(s2d, toy, tmp_path / "a")
     train(s2d, toy, tmp_path / "b", "--tokens-per-batch", 100000)
-    assert (tmp_path / "a" / "step-000002" / "model.safetensors").read_bytes() == (tmp_path / "b" / "step-000002" / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "step-000002" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "step-000002" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_mini_batches_make_several_updates_from_old_log_probs(s2d, toy, tmp_path):
@@ -154,12 +188,17 @@ def test_rollouts_of_another_temperature_or_without_rewards_are_refused(s2d, toy
 
 def test_a_step_without_signal_makes_no_update_and_says_so(s2d, toy, graded, tmp_path):
     rows = [{**row, "reward": 1.0} for row in read_jsonl(graded)[:16]]
-    result = s2d("grpo", "-m", toy / "teacher", "--rollouts", write_jsonl(tmp_path / "flat.jsonl", rows), "-o", tmp_path / "run", "--lr", "1e-2")
+    result = s2d(
+        "grpo", "-m", toy / "teacher", "--rollouts", write_jsonl(tmp_path / "flat.jsonl", rows), "-o", tmp_path / "run", "--lr", "1e-2"
+    )
     assert result.code == 0, result.err
     assert "no update was made" in result.err
     (row,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert (row["updates"], row["tokens"], row["mixed_groups"]) == (0, 0, 0.0)
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "run" / "step-000001").values(), weights(toy / "teacher").values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "run" / "step-000001").values(), weights(toy / "teacher").values(), strict=True)
+    )
 
 
 def test_null_rewards_change_nothing(s2d, toy, graded, tmp_path):
@@ -168,7 +207,9 @@ def test_null_rewards_change_nothing(s2d, toy, graded, tmp_path):
     mixed = sorted([*rows, *extra], key=lambda row: row["problem_id"])
     for name, content in (("plain", rows), ("nulls", mixed)):
         path = write_jsonl(tmp_path / f"{name}.jsonl", content)
-        assert s2d("grpo", "-m", toy / "teacher", "--rollouts", path, "-o", tmp_path / name, "--lr", "1e-3", "--aggregate", "token").code == 0
+        assert (
+            s2d("grpo", "-m", toy / "teacher", "--rollouts", path, "-o", tmp_path / name, "--lr", "1e-3", "--aggregate", "token").code == 0
+        )
     plain, nulls = weights(tmp_path / "plain" / "step-000001"), weights(tmp_path / "nulls" / "step-000001")
     assert read_jsonl(tmp_path / "nulls" / "metrics.jsonl")[0]["ungraded"] == 8
     assert all(torch.equal(plain[name], nulls[name]) for name in plain)

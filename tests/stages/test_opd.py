@@ -15,7 +15,9 @@ def distilled(s2d, toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("opd") / "run"
     checksum = (toy / "teacher" / "model.safetensors").read_bytes()
     held_out = ["--eval-problems", toy / "problems" / "validation.jsonl", "--eval-every", 3, "--eval-samples", 1, "--keep-rollouts"]
-    result = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", toy / "problems" / "1H.jsonl", "-o", out, *SHORT, *held_out)
+    result = s2d(
+        "opd", "--teacher", toy / "teacher", "--student", toy / "student", toy / "problems" / "1H.jsonl", "-o", out, *SHORT, *held_out
+    )
     assert (toy / "teacher" / "model.safetensors").read_bytes() == checksum
     return out, result.result
 
@@ -62,7 +64,21 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(s2d, toy, few, t
 
 
 def test_mini_batches_and_temperature(s2d, toy, few, tmp_path):
-    result = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", *SHORT, "--mini-batch-size", 6, "--temperature", 0.7)
+    result = s2d(
+        "opd",
+        "--teacher",
+        toy / "teacher",
+        "--student",
+        toy / "student",
+        few,
+        "-o",
+        tmp_path / "run",
+        *SHORT,
+        "--mini-batch-size",
+        6,
+        "--temperature",
+        0.7,
+    )
     assert result.result["updates"] == 3  # 6 + 6 + 4 rollouts
 
 

@@ -92,7 +92,9 @@ def test_shards_put_together_are_the_whole(s2d, toy, few, tmp_path):
 
 
 def test_greedy_repeats_itself_whatever_the_seed(s2d, toy, few):
-    first, second = (s2d("rollout", "-m", toy / "student", few, "-n", 1, "--temperature", 0, "--max-tokens", 16, "--seed", seed) for seed in (0, 5))
+    first, second = (
+        s2d("rollout", "-m", toy / "student", few, "-n", 1, "--temperature", 0, "--max-tokens", 16, "--seed", seed) for seed in (0, 5)
+    )
     assert [row["completion_ids"] for row in first.rows] == [row["completion_ids"] for row in second.rows]
     assert first.rows[0]["sampler"]["logprobs_mode"] == "raw_logprobs"
 
@@ -177,7 +179,12 @@ def test_datasets_and_trl_read_what_was_written(rolled, tmp_path):
 def test_a_reader_that_leaves_is_no_failure(toy, few):
     read, write = os.pipe()
     with tempfile.TemporaryFile() as err, open(few, "rb") as given:
-        pid = start(["rollout", "-m", str(toy / "student"), "-", "-n", "64", "--max-tokens", "16", "--sample-tokens", "500"], given.fileno(), write, err.fileno())
+        pid = start(
+            ["rollout", "-m", str(toy / "student"), "-", "-n", "64", "--max-tokens", "16", "--sample-tokens", "500"],
+            given.fileno(),
+            write,
+            err.fileno(),
+        )
         os.close(write)
         assert os.read(read, 100)
         os.close(read)

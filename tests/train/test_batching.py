@@ -129,7 +129,12 @@ def test_gradient_of_the_policy_loss_equals_a_dense_float64_one():
     advantages = [1.0, -0.5, 0.25]
     weights = weights_of(range(3), [len(row.completion_ids) for row in rows], Aggregate.sequence, 32)
     model = tiny("llama")
-    ours = gradient(Policy(model, VOCABULARY), rows, PolicyGradient(weights, advantages, [[0.0] * len(r.completion_ids) for r in rows], None, None, 0.2, 0.2, 0.0, 1.0), 50)
+    ours = gradient(
+        Policy(model, VOCABULARY),
+        rows,
+        PolicyGradient(weights, advantages, [[0.0] * len(r.completion_ids) for r in rows], None, None, 0.2, 0.2, 0.0, 1.0),
+        50,
+    )
     exact = tiny("llama").double()
     total = 0.0
     for row, advantage in zip(rows, advantages, strict=True):

@@ -1,0 +1,56 @@
+"""Problems and rollouts: identities, seeds, and errors that name file, line and field."""
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+
+from s2dcli.errors import DataError
+from s2dcli.files.records import Problem, problem_sha256, read_problems, read_rollouts, take
+
+
+def test_problem_hash_ignores_spacing_and_compatibility_forms_only():
+    assert problem_sha256(" What is\n  1 + 1? ") == problem_sha256("What is 1 + 1?")
+    assert problem_sha256("１+1") == problem_sha256("1+1")
+    assert problem_sha256("what is 1 + 1?") != problem_sha256("What is 1 + 1?")
+
+
+def test_problems_round_trip(toy):
+    path = toy / "problems" / "test.jsonl"
+    assert [problem.to_record() for problem in read_problems(path)] == read_jsonl(path)
+
+
+def problem(**changes) -> dict:
+    return {**Problem("a", [{"role": "user", "content": "1+1"}], "2", "f" * 64, {"dataset": "d"}).to_record(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (problem(answer=2), "field 'answer' is integer, text was expected"),
+        (problem(answer=None), "field 'answer' is null, text was expected"),
+        (problem(prompt="1+1"), "field 'prompt' is text, list was expected"),
+        (problem(prompt=[{"role": "user"}]), "objects with role and content"),
+        ({key: value for key, value in problem(problem_sha="f").items() if key != "problem_sha256"}, "did you mean 'problem_sha'"),
+    ],
+)
+def test_bad_problems(tmp_path, row, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read_problems(write_jsonl(tmp_path / "p.jsonl", [problem(id="b"), row]))
+    assert caught.value.where == f"{tmp_path}/p.jsonl:2"
+
+
+def test_a_boolean_is_no_number():
+    with pytest.raises(DataError, match="boolean"):
+        take({"reward": True}, "reward", (float, int), "x:1")
+
+
+def test_rollouts_are_checked(s2d, toy, few, tmp_path):
+    rows = s2d("rollout", "-m", toy / "student", few, "-n", 1, "--max-tokens", 8).rows
+    assert [row.to_record() for _, row, _ in read_rollouts(write_jsonl(tmp_path / "r.jsonl", rows))] == rows
+    for change, message in (
+        ({"completion_ids": ["1"]}, "must be a list of token ids"),
+        ({"completion_ids": [-1]}, "must be a list of token ids"),
+        ({"completion_logprobs": []}, "completion_ids but 0 completion_logprobs"),
+        ({"sample_index": "0"}, "field 'sample_index' is text"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(read_rollouts(write_jsonl(tmp_path / "bad.jsonl", [{**rows[0], **change}])))
