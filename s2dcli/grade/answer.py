@@ -53,6 +53,7 @@ _CHOICE = re.compile(r"\(?([A-J])\)?(?:[).:](?:\s.*)?)?|\(([A-J])\).*", re.DOTAL
 _CHOICE_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*(\(?[A-J]\)?[^{}]*)\}")
 _BASE = re.compile(r"(\d+)\s*_\s*\{?\s*(\d+)\s*\}?")
 _DEGREES = re.compile(r"\^ ?(?:\\circ|\{ ?\\circ ?\})")
+_DOTS = re.compile(r"\\[lc]?dots(?![A-Za-z])|\.\.\.")
 _ADJACENT = re.compile(r"\d \.?\d")
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -101,7 +102,7 @@ def problem_of(gold: str) -> str:
     """Return why a normalised gold answer is not understood, "" if it is."""
     elements = _elements(gold)[1] if not caps.refusal(gold) else [gold]
     for element in elements:
-        if exact.read(element) or _letter(element) or is_words(element):
+        if exact.read(element) or _letter(element) or is_words(element) or _DOTS.fullmatch(element):
             continue
         if refusal := caps.refusal(element):
             return f"{REFUSED}: {refusal}"
@@ -308,6 +309,8 @@ def _is_number(text: str) -> bool:
 
 def _same_leaf(gold: str, prediction: str) -> bool:
     """Ask math-verify about two answers that are no lists."""
+    if _DOTS.search(gold) or _DOTS.search(prediction):
+        return False  # math-verify leaves the dots out
     base, base_found = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)
     if base or base_found:
         digits = [match[1] if match else text for match, text in ((base, gold), (base_found, prediction))]

@@ -123,7 +123,7 @@ def boxes(text: str, start: int | None = None) -> list[Box]:
         elif len(mark) > 2:  # a box without a brace
             bare = _BARE.match(text, token.start())
             if bare and _BARE_START.match(bare[1]):
-                found.append(Box(token.start(), bare.end(), bare[1].rstrip(".,;:!?")))
+                found.append(Box(token.start(), bare.end(), bare[1].rstrip(".,;:?")))
     return found
 
 

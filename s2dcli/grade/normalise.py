@@ -180,7 +180,7 @@ def normalise(text: str) -> str:
     text = _PARENTHESISED_ROOT.sub(r"\\sqrt{\1}", text)
     text = text.strip()
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
-    text = text.strip().strip("*").rstrip(".。,;:!?").strip()
+    text = text.strip().strip("*").rstrip(".。,;:?").strip()
     text = unwrap(unwrap(text).rstrip(".,;: "))
     if match := _DECIMAL_COMMA.fullmatch(text):
         text = f"{match[1]}0.{match[2]}"

@@ -1,0 +1,89 @@
+r"""Where verdicts differ from math-verify's on purpose.
+
+Every row is a test (`tests/grade/test_deviations.py`): math-verify 0.9.0, given the gold answer in
+a box and the completion, must still give `math_verify`, and the grader must give `here`. A row
+that math-verify has mended turns its test red and can go.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Deviation(NamedTuple):
+    """One case: gold answer, completion, math-verify's verdict, ours, and the rule behind it."""
+
+    rule: str
+    gold: str
+    completion: str
+    math_verify: bool
+    here: bool
+
+
+LAST_BOX = "the last complete box counts; boxes are not merged and prose does not outvote them"
+EMPTY_BOX = "an empty box is no answer, whatever stands before it"
+REASONING = "what stands before the last </think> is dropped; an unclosed <think> means no answer"
+STRICT = "without a box there is no answer, unless --extract lenient"
+INCOMPLETE = "a box that is never closed is no box"
+CHAIN = "the numbers in a chain of equations must agree with each other"
+EXACT = "rational numbers are decided exactly, not to six decimals"
+ROUNDED_GOLD = "a decimal gold answer of three digits or more may be a fraction rounded to it"
+SMALL = "numbers must agree relative to their size: tiny ones are not all zero"
+COUNT = "every element of a list counts, also one that is there twice"
+BASE = "a number's base belongs to it, where both name one"
+SPACED = "a number may be grouped by blanks, `1\\,234` and `1 234`; it is not a mixed number"
+WHOLE = "what is parsed must be all of the answer"
+UNICODE = "full-width, invisible and typographic characters are read as what they look like"
+FULL_STOP = "a full stop behind an answer is none of it"
+SIGNS = "a run of signs is folded into one"
+ROOT = "\\sqrt(2) is the root of 2"
+DEGREES = "degrees equal radians where one side names pi"
+IMAGINARY = "i is the imaginary unit where nothing else is named so"
+VARIABLE = "a last letter is a variable, not a unit, where other variables stand before it"
+LABELS = "names before the elements of a list are labels"
+FUNCTION = "the name of a function's variable does not matter"
+COLUMN = "a column vector is the tuple of its entries"
+INDEPENDENT_SIGNS = "plus-minus signs in a tuple are independent"
+SET_BUILDER = "a set in builder notation is its condition"
+LETTER = "a choice is its letter, with or without the text of the choice"
+DOTS = "a list with dots is not compared by the elements it happens to name"
+RATIO = "a ratio of two integers is a fraction; a decimal gold answer may be it rounded"
+PROSE = "of a sentence in the box, the last formula or number is the answer"
+
+TABLE = (
+    Deviation(LAST_BOX, "7", r"First \boxed{6}. No: \boxed{7}.", False, True),
+    Deviation(LAST_BOX, "3,4", r"\boxed{3} and \boxed{4}", True, False),
+    Deviation(LAST_BOX, "8", r"It is \boxed{9}. The final answer is $8$. I hope it is correct.", True, False),
+    Deviation(EMPTY_BOX, "11", r"About 11, I think. \boxed{}", True, False),
+    Deviation(REASONING, "5", r"<think>Maybe \boxed{5}", True, False),
+    Deviation(STRICT, "12", "The answer is 12", True, False),
+    Deviation(INCOMPLETE, r"\frac{1}{3}", r"So \boxed{\frac{1}{3}", True, False),
+    Deviation(CHAIN, "17", r"\boxed{16=17}", True, False),
+    Deviation(CHAIN, "17", r"\boxed{y=16=17}", True, False),
+    Deviation(EXACT, r"\frac{2}{3}", r"\boxed{0.666667}", True, False),
+    Deviation(ROUNDED_GOLD, "14.29", r"\boxed{\frac{100}{7}}", False, True),
+    Deviation(SMALL, r"\frac{1}{3^{90}}", r"\boxed{\frac{1}{3^{91}}}", True, False),
+    Deviation(COUNT, "4,4", r"\boxed{4}", True, False),
+    Deviation(BASE, "101_2", r"\boxed{101_3}", True, False),
+    Deviation(SPACED, "5678", r"\boxed{5\,678}", False, True),
+    Deviation(SPACED, "5678", r"\boxed{5 678}", False, True),
+    Deviation(SPACED, "583", r"\boxed{5\,578}", True, False),
+    Deviation(WHOLE, r"2 + \frac{3}{\mathrm{e}}", r"\boxed{\frac{3}{e} + 2}", False, True),
+    Deviation(UNICODE, "25", "\\boxed{２５}", False, True),
+    Deviation(UNICODE, "25", "\\boxed{2\u200b5}", False, True),
+    Deviation(FULL_STOP, "81", r"\boxed{81.}", False, True),
+    Deviation(SIGNS, "14-i", r"\boxed{14.0 + -1.0i}", False, True),
+    Deviation(ROOT, r"5\sqrt{7}", r"\boxed{5\sqrt(7)}", False, True),
+    Deviation(DEGREES, r"60^\circ", r"\boxed{\frac{\pi}{3}}", False, True),
+    Deviation(IMAGINARY, r"e^{i\pi}", r"\boxed{-1}", False, True),
+    Deviation(VARIABLE, r"\frac{5}{2}a + \frac{1}{2}m", r"\boxed{\frac{5a+m}{2}}", False, True),
+    Deviation(LABELS, "9,4,1", r"\boxed{\text{Ann: } 9, \text{Bob: } 4, \text{Cy: } 1}", False, True),
+    Deviation(FUNCTION, "g(t)=3t+1", r"\boxed{g(s)=3s+1}", False, True),
+    Deviation(COLUMN, r"\begin{pmatrix} 1 \\ -4 \\ 6 \end{pmatrix}", r"\boxed{(1,-4,6)}", False, True),
+    Deviation(INDEPENDENT_SIGNS, "(1,2),(1,-2),(-1,2),(-1,-2)", r"\boxed{(\pm 1, \pm 2)}", False, True),
+    Deviation(SET_BUILDER, r"\{x \mid x > 3\}", r"\boxed{(3,\infty)}", False, True),
+    Deviation(LETTER, "C", r"\boxed{(C) nine apples}", False, True),
+    Deviation(DOTS, "4", r"\boxed{2, 4, \ldots, m}", True, False),
+    Deviation(RATIO, "1.67", r"\boxed{5:3}", False, True),
+    Deviation(PROSE, "30", r"\boxed{Anne has 30 $ left}", False, True),
+)
