@@ -139,7 +139,7 @@ class Rollout:
         return row
 
     def to_record(self) -> dict:
-        return {"schema": ROLLOUT_SCHEMA, **asdict(self)}
+        return {"schema": ROLLOUT_SCHEMA, **{name: getattr(self, name) for name in self.__slots__}}
 
     @property
     def truncated(self) -> bool:

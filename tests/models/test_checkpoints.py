@@ -33,7 +33,7 @@ def test_latest_cannot_lead_out_of_the_run_folder(tmp_path, named):
 def test_pickled_weights_are_not_read(toy, tmp_path):
     (tmp_path / "config.json").write_text((toy / "student" / "config.json").read_text())
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="holds no \\*.safetensors"):
+    with pytest.raises(ModelError, match=r"holds no \*\.safetensors"):
         resolve(str(tmp_path))
 
 
