@@ -31,7 +31,8 @@ ROUNDED_GOLD = "a decimal gold answer of three digits or more may be a fraction 
 SMALL = "numbers must agree relative to their size: tiny ones are not all zero"
 COUNT = "every element of a list counts, also one that is there twice"
 BASE = "a number's base belongs to it, where both name one"
-SPACED = "a number may be grouped by blanks, `1\\,234` and `1 234`; it is not a mixed number"
+SPACED = "a number may be grouped, `1\\,234`, `1 234`, `x = 1,234`; it is no mixed number and no list"
+BRACES = "braces around the whole answer are none of it"
 WHOLE = "what is parsed must be all of the answer"
 UNICODE = "full-width, invisible and typographic characters are read as what they look like"
 FULL_STOP = "a full stop behind an answer is none of it"
@@ -61,6 +62,7 @@ TABLE = (
     Deviation(CHAIN, "17", r"\boxed{16=17}", True, False),
     Deviation(CHAIN, "17", r"\boxed{y=16=17}", True, False),
     Deviation(EXACT, r"\frac{2}{3}", r"\boxed{0.666667}", True, False),
+    Deviation(EXACT, "0.0000451", r"\boxed{0.0000452}", True, False),
     Deviation(ROUNDED_GOLD, "14.29", r"\boxed{\frac{100}{7}}", False, True),
     Deviation(SMALL, r"\frac{1}{3^{90}}", r"\boxed{\frac{1}{3^{91}}}", True, False),
     Deviation(COUNT, "4,4", r"\boxed{4}", True, False),
@@ -68,6 +70,8 @@ TABLE = (
     Deviation(SPACED, "5678", r"\boxed{5\,678}", False, True),
     Deviation(SPACED, "5678", r"\boxed{5 678}", False, True),
     Deviation(SPACED, "583", r"\boxed{5\,578}", True, False),
+    Deviation(SPACED, "41,200", r"\boxed{x = 41,200}", False, True),
+    Deviation(BRACES, r"(3,\infty)", r"\boxed{{(3,\infty)}}", False, True),
     Deviation(WHOLE, r"2 + \frac{3}{\mathrm{e}}", r"\boxed{\frac{3}{e} + 2}", False, True),
     Deviation(UNICODE, "25", "\\boxed{２５}", False, True),
     Deviation(UNICODE, "25", "\\boxed{2\u200b5}", False, True),
