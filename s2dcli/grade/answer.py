@@ -3,8 +3,8 @@ r"""What is right: the verdict on one completion against one gold answer.
 The gold answer comes first. It is normalised and understood, as an exact number, a choice letter,
 words, or what math-verify can parse; only then is the completion looked at, so that whatever goes
 wrong from there on is the completion's doing and scores 0.0. Comparisons go from cheap to dear:
-equal text, exact rationals, letters and words, lists element by element, equation chains, and
-sympy last, behind the caps of `caps.py`. Where this differs from math-verify on purpose stands in
+equal text, exact rationals, letters and words, floating-point values that plainly differ, lists
+element by element, equation chains, and sympy last, behind the caps of `caps.py`. Where this differs from math-verify on purpose stands in
 `deviations.py`, each row with its test.
 """
 
@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import pairwise, product
 from typing import NamedTuple
 
-from s2dcli.grade import caps, exact, symbolic
+from s2dcli.grade import caps, estimate, exact, symbolic
 from s2dcli.grade.extract import extract, from_prose, neighbouring_boxes
 from s2dcli.grade.normalise import bracketed, is_prose, is_words, normalise, split, unwrap, words
 
@@ -104,6 +104,8 @@ def problem_of(gold: str) -> str:
     for element in elements:
         if exact.read(element) or _letter(element) or is_words(element) or _DOTS.fullmatch(element):
             continue
+        if estimate.estimate(_right_side(element)) is not None:
+            continue
         if refusal := caps.refusal(element):
             return f"{REFUSED}: {refusal}"
         if symbolic.parse(_right_side(element)) is None and symbolic.parse(gold) is None:
@@ -183,6 +185,8 @@ def is_right(gold: str, prediction: str) -> bool:
             return True
         if is_prose(gold) or gold.startswith("\\text"):
             return False
+    if estimate.differ(gold, prediction):
+        return False
     if refusal := caps.refusal(prediction):
         raise Refused(refusal)
     sides_wanted, sides = _sides(gold), _sides(prediction)
@@ -192,8 +196,8 @@ def is_right(gold: str, prediction: str) -> bool:
     kind, wanted = _elements(gold)
     kind_found, found = _elements(prediction)
     if len(wanted) > 1 or len(found) > 1:
-        if (len(wanted) == 1 and left) or (len(found) == 1 and right):
-            return False  # a number is no list
+        if any(len(parts) == 1 and estimate.estimate(text) is not None for parts, text in ((wanted, gold), (found, prediction))):
+            return False  # one value is no list
         same = _same_elements(kind, wanted, kind_found, found)
         if same is not None:
             return same

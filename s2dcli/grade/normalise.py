@@ -37,7 +37,10 @@ _FUNCTIONS = re.compile(
 )
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*+\{([^{}]*+)\}")
 _BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm|pmb)(?![A-Za-z])")
-_THOUSANDS = re.compile(r"(?<![\d.])([1-9]\d{0,2})((?:(?:,|\{,\}|,?\\!|,?\\,|,?\\ |\\;|\\:| |~|'){1,2}\d{3})++)(?![\d,])")
+_GROUP = r"(?<![\d.,])([1-9]\d{0,2})((?:%s\d{3})++)(?!\d|,\d)"
+_SPACED = re.compile(_GROUP % r"(?:\{,\}|,\\! *|\\! *|\\,|\\ |\\;|\\:| |~|')")
+_THOUSANDS = re.compile(_GROUP % ",")
+_BRACKET = re.compile(r"[(\[{]")
 _NOT_DIGIT = re.compile(r"\D")
 _GROUPED_COMMAS = re.compile(r"\{\s*,\s*\}")
 _DECIMAL_COMMA = re.compile(r"(-?)0,(\d++)")
@@ -156,6 +159,10 @@ def words(text: str) -> str:
     return " ".join(re.sub(r"[^\w+\-*/=<>.]+", " ", text).split()).rstrip(".")
 
 
+def _digits(match: re.Match[str]) -> str:
+    return match[1] + _NOT_DIGIT.sub("", match[2])
+
+
 def signs(text: str) -> str:
     """Fold runs of signs: an even number of minus is none."""
     return _SIGNS.sub(lambda m: ("-" if m[0].count("-") % 2 else "+") if len(m[0].strip()) > 1 else m[0], text)
@@ -167,8 +174,8 @@ def normalise(text: str) -> str:
     text = _SPECIAL_TOKEN.sub("", text).strip()
     text = _TOO_MANY_BACKSLASHES.sub(r"\\", text) if "matrix" not in text and "cases" not in text else text
     text = _SIZES.sub("", text)
+    text = _SPACED.sub(_digits, text)
     text = _GROUPED_COMMAS.sub(",", text)
-    text = _THOUSANDS.sub(lambda m: m[1] + _NOT_DIGIT.sub("", m[2]), text)
     text = text.replace(r"\!", "")
     text = _SPACES.sub(" ", text)
     text = _FRACTIONS.sub(r"\\frac", text)
@@ -182,6 +189,8 @@ def normalise(text: str) -> str:
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     text = text.strip().strip("*").rstrip(".。,;:?").strip()
     text = unwrap(unwrap(text).rstrip(".,;: "))
+    if "," in text and not _BRACKET.search(_TEXT.sub("", text)):
+        text = _THOUSANDS.sub(_digits, text)  # in brackets, a comma separates
     if match := _DECIMAL_COMMA.fullmatch(text):
         text = f"{match[1]}0.{match[2]}"
     if match := _SET_BUILDER.fullmatch(text):

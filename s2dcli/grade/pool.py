@@ -63,11 +63,8 @@ class _Row:
 
     id: int
     body: bytes
-    parts: list[tuple[float | None, str, str] | None] = field(default_factory=list)
-
-    @property
-    def done(self) -> bool:
-        return all(part is not None for part in self.parts)
+    num_missing: int
+    parts: dict[int, tuple[float | None, str, str]] = field(default_factory=dict)
 
 
 class Grader:
@@ -97,6 +94,7 @@ class Grader:
         if os.getcwd() not in self._config["path"]:
             self._config["path"].append(os.getcwd())  # where the user's own functions lie
         self.verifier = self._describe(memory_limit)
+        self._judge = next((reward.name for reward in self.rewards if reward.built_in), self.rewards[0].name)  # whose verdict `label` is
         self._whole_records = not all(reward.built_in for reward in self.rewards)
         self._ids = count(1)
         self._start()
@@ -157,8 +155,9 @@ class Grader:
         console.warn(f"the grading supervisor died (exit code {self._process.returncode}); a new one takes over")
         self._start()
         for row in pending:
-            if not row.done:
-                row.parts = [None] * len(self.rewards)
+            if row.num_missing:
+                row.num_missing = len(self.rewards)
+                row.parts.clear()
                 self._unsent += wire.pack(wire.ROW, row.body, id=row.id)
 
     @property
@@ -195,15 +194,15 @@ class Grader:
                     except StopIteration:
                         exhausted = True
                         break
-                    row = _Row(next(self._ids), wire.encode(self._request(record)), [None] * len(self.rewards))
+                    row = _Row(next(self._ids), self._request(record), len(self.rewards))
                     size += len(row.body)
                     pending.append(row)
                     rows[row.id] = row
                     self._unsent += wire.pack(wire.ROW, row.body, id=row.id)
                     if len(self._unsent) >= wire.CHUNK:
                         self._exchange(rows, pending, wait=False)
-                self._exchange(rows, pending, wait=not (pending and pending[0].done), also=records if starved else None)
-                while pending and pending[0].done:
+                self._exchange(rows, pending, wait=not pending or pending[0].num_missing > 0, also=records if starved else None)
+                while pending and not pending[0].num_missing:
                     row = pending.popleft()
                     del rows[row.id]
                     size -= len(row.body)
@@ -212,14 +211,14 @@ class Grader:
             if pending:
                 self._unsent += wire.pack(wire.CANCEL)
 
-    def _request(self, record: dict[str, Any]) -> list:
-        """Return what a worker needs to know of a record."""
+    def _request(self, record: dict[str, Any]) -> bytes:
+        """Return what a worker needs to know of a record, as JSON."""
         gold = text_of_answer(record.get("answer"))
         completion = text_of_completion(record.get("completion"))
         thinking = opens_thinking(record.get("prompt"))
         if self._whole_records:
-            return [gold, completion, thinking, record]
-        return [gold, completion, thinking]
+            return wire.encode([gold, completion, thinking, record])
+        return wire.encode([gold, completion, thinking])
 
     def _exchange(self, rows: dict[int, _Row], pending: deque[_Row], *, wait: bool, also: Any = None) -> None:
         """Send what can be sent, take the verdicts that are there; `wait` for one (or for `also`)."""
@@ -243,23 +242,29 @@ class Grader:
             if frame.kind == wire.FATAL:
                 raise UsageError(wire.decode(frame.body), hint="see --reward")
             if frame.kind == wire.VERDICT and frame.id in rows:
-                rows[frame.id].parts[frame.part] = tuple(wire.decode(frame.body))
+                row = rows[frame.id]
+                if frame.part not in row.parts:
+                    row.parts[frame.part] = wire.decode(frame.body)
+                    row.num_missing -= 1
                 self._restarts = 0
 
     def _verdict(self, row: _Row) -> dict[str, Any]:
         """Put the rewards of one row together; one null makes the total null."""
-        scores = {reward.name: part[0] for reward, part in zip(self.rewards, row.parts, strict=True)}
+        parts = [row.parts[number] for number in range(len(self.rewards))]
+        scores = {reward.name: part[0] for reward, part in zip(self.rewards, parts, strict=True)}
+        if len(parts) == 1:
+            error = parts[0][2]
+        else:
+            error = "; ".join(f"{name}: {part[2]}" for name, part in zip(scores, parts, strict=True) if part[2])
         total = None
-        if all(score is not None for score in scores.values()):
+        if None not in scores.values():
             total = sum(reward.weight * scores[reward.name] for reward in self.rewards)
-        judge = next((reward.name for reward in self.rewards if reward.built_in), self.rewards[0].name)
-        errors = [(reward.name, part[2]) for reward, part in zip(self.rewards, row.parts, strict=True) if part[2]]
-        alone = len(self.rewards) == 1
+        judged = scores[self._judge]
         return {
             "reward": total,
             "rewards": scores,
-            "label": None if scores[judge] is None else scores[judge] >= 1.0,
-            "extracted": next((part[1] for part in row.parts if part[1]), ""),
+            "label": None if judged is None else judged >= 1.0,
+            "extracted": next((part[1] for part in parts if part[1]), ""),
             "verifier": self.verifier,
-            "verify_error": "; ".join(error if alone else f"{name}: {error}" for name, error in errors),
+            "verify_error": error,
         }

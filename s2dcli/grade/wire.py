@@ -35,8 +35,11 @@ def pack(kind: int, body: bytes = b"", *, id: int = 0, part: int = 0) -> bytes:
     return _HEADER.pack(kind, part, id, len(body)) + body
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
 def encode(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def decode(body: bytes) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import mmap
 import os
 import resource
@@ -25,6 +26,7 @@ from s2dcli.grade import answer, rewards, wire
 
 FIRST_TICK = 0.02  # seconds after which a row counts as slow: what waits behind it is sent
 TICK = 0.1  # seconds between two alarms; the deadline is met to within one, and fires until it is heard
+GC_THRESHOLD = 50_000  # objects between two collections: parsing makes many and keeps few
 TOGETHER = 0.001  # seconds for which verdicts are collected
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _NOTE_TEXT = 4000  # bytes of the extracted answer that the shared note holds
@@ -201,6 +203,7 @@ def main(channel: socket.socket, note: Note, config: dict[str, Any]) -> None:
         channel.sendall(wire.pack(wire.FATAL, wire.encode(f"cannot load a reward: {problem}")))
         return
     channel.sendall(wire.pack(wire.READY))
+    gc.set_threshold(GC_THRESHOLD)
     outbox = Outbox(channel)
     timer = _Timer(config["timeout"], outbox)
     while data := channel.recv(wire.CHUNK):
