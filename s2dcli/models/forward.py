@@ -46,6 +46,12 @@ class Head:
             logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
         return logits_NV
 
+    def slope(self, logits_NV: torch.Tensor) -> torch.Tensor | None:
+        """Derivative of the logits with respect to the raw products: scale * (1 - (logits / cap)^2); None where it is 1."""
+        if self.soft_cap is not None:
+            return (logits_NV / self.soft_cap).square_().neg_().add_(1.0).mul_(self.scale)
+        return None if self.scale == 1.0 else torch.full_like(logits_NV[:1, :1], self.scale)
+
 
 def head_of(model: PreTrainedModel, vocabulary: int) -> Head:
     """Return the model's head over the first `vocabulary` ids. Raises ModelError if it has none."""
@@ -62,11 +68,16 @@ def head_of(model: PreTrainedModel, vocabulary: int) -> Head:
         scale = 1.0 / float(config.logits_scaling)
     bias = getattr(layer, "bias", None)
     return Head(
-        weight_VD=layer.weight[:vocabulary],
-        bias_V=None if bias is None else bias[:vocabulary],
+        weight_VD=_first(layer.weight, vocabulary),
+        bias_V=None if bias is None else _first(bias, vocabulary),
         scale=scale,
         soft_cap=getattr(config, "final_logit_softcapping", None),  # Gemma
     )
+
+
+def _first(parameter: torch.Tensor, rows: int) -> torch.Tensor:
+    """Cut a parameter to its first rows; as it is where there are no more, so that its gradient needs no second buffer."""
+    return parameter if parameter.shape[0] == rows else parameter[:rows]
 
 
 def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from s2dcli.models.forward import Head
 from s2dcli.train.batching import MicroBatch
 from s2dcli.train.losses import clipped_policy_loss, k3
 from s2dcli.train.policy import Loss, Policy
-from s2dcli.train.vocab import forward_kl, reverse_kl, token_logprobs
+from s2dcli.train.vocab import Sums, kl_loss, token_loss
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,17 @@ class PolicyGradient:
         old_N = None if self.old_R is None else batch.tokens(self.old_R)
         reference_N = None if self.reference_R is None else batch.tokens(self.reference_R)
 
-        def loss(hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            logprobs_N, entropy_N = token_logprobs(hidden_ND, head, batch.targets_N, self.temperature)
-            before_N = logprobs_N.detach() if old_N is None else old_N
-            total, sums = clipped_policy_loss(logprobs_N, before_N, advantages_N, weights_N, self.clip_low, self.clip_high)
-            sums["entropy"] = entropy_N.sum()
-            sums["sampler_gap"] = (logprobs_N.detach() - sampler_N).abs().sum()
+        def per_token(logprobs_C: torch.Tensor, rows: slice) -> tuple[torch.Tensor, Sums]:
+            old_C = logprobs_C.detach() if old_N is None else old_N[rows]
+            total, sums = clipped_policy_loss(logprobs_C, old_C, advantages_N[rows], weights_N[rows], self.clip_low, self.clip_high)
+            sums["sampler_gap"] = (logprobs_C.detach() - sampler_N[rows]).abs().sum()
             if reference_N is not None:
-                kl_N = k3(logprobs_N, reference_N)
-                total = total + self.kl_coef * (weights_N * kl_N).sum()
-                sums["kl"] = kl_N.detach().sum()
+                kl_C = k3(logprobs_C, reference_N[rows])
+                total = total + self.kl_coef * (weights_N[rows] * kl_C).sum()
+                sums["kl"] = kl_C.detach().sum()
             return total, sums
 
-        return loss
+        return lambda hidden_ND, head: token_loss(hidden_ND, head, batch.targets_N, per_token, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,11 @@ class Distillation:
     def __call__(self, batch: MicroBatch) -> Loss:
         weights_N = batch.spread(self.weights_R)
 
-        def loss(hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def loss(hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, Sums]:
             with torch.no_grad():
                 teacher_NE = self.teacher.states(batch)
-            divergence = reverse_kl if self.reverse else forward_kl
-            kl_N, entropy_N = divergence(hidden_ND, head, teacher_NE, self.teacher.head(), self.temperature)
-            return (weights_N * kl_N).sum(), {"kl": kl_N.detach().sum(), "entropy": entropy_N.sum()}
+            guide = self.teacher.head()
+            return kl_loss(hidden_ND, head, teacher_NE, guide, weights_N, reverse=self.reverse, temperature=self.temperature)
 
         return loss
 
@@ -95,8 +92,7 @@ class CrossEntropy:
     def __call__(self, batch: MicroBatch) -> Loss:
         weights_N = batch.spread(self.weights_R)
 
-        def loss(hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            logprobs_N, entropy_N = token_logprobs(hidden_ND, head, batch.targets_N)
-            return -(weights_N * logprobs_N).sum(), {"cross_entropy": -logprobs_N.detach().sum(), "entropy": entropy_N.sum()}
+        def per_token(logprobs_C: torch.Tensor, rows: slice) -> tuple[torch.Tensor, Sums]:
+            return -(weights_N[rows] * logprobs_C).sum(), {"cross_entropy": -logprobs_C.detach().sum()}
 
-        return loss
+        return lambda hidden_ND, head: token_loss(hidden_ND, head, batch.targets_N, per_token)

@@ -56,7 +56,7 @@ def score(policy: Policy, rows: Sequence[Row], *, tokens_per_batch: int, pad_id:
     device = next(policy.parameters()).device
     scores: list[list[float]] = [[] for _ in rows]
     for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, pad_id, device):
-        logprobs_N, _ = token_logprobs(policy.states(batch), policy.head(), batch.targets_N, temperature)
+        logprobs_N = token_logprobs(policy.states(batch), policy.head(), batch.targets_N, temperature)
         for row, values in zip(batch.rows, logprobs_N.split(batch.lengths_B), strict=True):
             scores[row] = values.tolist()
     return scores

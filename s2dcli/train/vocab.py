@@ -1,26 +1,32 @@
-"""Log-probs, entropy and KL straight from hidden states and head weights, a chunk of tokens at a time.
+"""Losses over the vocabulary straight from hidden states and head weights, a chunk of tokens at a time.
 
-The logits of a whole batch never exist. One autograd function serves every loss: the forward pass
-keeps only one number per token; the backward pass makes the chunk's logits again, differentiates
-the same few lines with respect to them, and adds the head's gradient into one buffer.
+The logits of a whole batch never exist, and every logit is computed once. All losses here are sums
+over tokens of something that depends on one token's logits and on numbers fixed before the pass.
+So the gradient with respect to a chunk's logits is known as soon as the chunk's logits are, and is
+pushed into the hidden states' and the head's gradients at once, inside the forward pass; the backward
+pass only hands these over. One autograd function serves every loss; a loss is a `Kernel`.
 
-Shapes: N completion tokens, C tokens of a chunk, D hidden width, V vocabulary, K numbers per token.
+Shapes: N completion tokens, C tokens of a chunk, D hidden width, E the teacher's, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from s2dcli.models.forward import Head
 
-# Bytes of one chunk of float32 logits. A loss holds about five tensors of this size at its peak,
-# so the bound of 200 MB beyond weights, gradients and activations is kept with room to spare.
-CHUNK_BYTES = 24 * 2**20
+# Bytes of one chunk of float32 logits. A pass holds at most four tensors of this size at once (two
+# models' logits and what is made of them), which stays under 200 MB whatever the batch and length.
+CHUNK_BYTES = 48 * 2**20
 
-# (float32 logits of the chunk [C, V], slice of the chunk) -> numbers per token [C, K], float32
-PerToken = Callable[[torch.Tensor, slice], torch.Tensor]
+Sums = dict[str, torch.Tensor]
+# (logits of the chunk [C, V], slice of the chunk) -> (loss of the chunk, its gradient with respect to the
+# logits [C, V], sums over its tokens for the metrics). May overwrite the logits.
+Kernel = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, Sums]]
+# (log-probs of the chunk's tokens [C], slice) -> (loss of the chunk, sums for the metrics)
+TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, Sums]]
 
 
 def chunk_tokens(vocabulary: int) -> int:
@@ -28,114 +34,155 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
-class _FromHead(torch.autograd.Function):
-    """values[N, K] = per_token(head.logits(hidden)), chunk by chunk, with gradients for hidden, weight and bias."""
-
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, head: Head, per_token: PerToken, width: int):
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
-        ctx.head, ctx.per_token = head, per_token
-        values_NK = hidden_ND.new_empty(len(hidden_ND), width, dtype=torch.float32)
-        for rows in _chunks(len(hidden_ND), weight_VD.shape[0]):
-            values_NK[rows] = per_token(head.logits(hidden_ND[rows]), rows)
-        return values_NK
-
-    @staticmethod
-    def backward(ctx, grad_NK):
-        hidden_ND, weight_VD, bias_V = ctx.saved_tensors
-        head, per_token = ctx.head, ctx.per_token
-        product_weight_VD = weight_VD.to(hidden_ND.dtype)
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-        for rows in _chunks(len(hidden_ND), weight_VD.shape[0]):
-            hidden_CD = hidden_ND[rows]
-            bias = None if bias_V is None else bias_V.to(hidden_ND.dtype)
-            raw_CV = torch.nn.functional.linear(hidden_CD, product_weight_VD, bias).detach().requires_grad_()
-            with torch.enable_grad():
-                values_CK = per_token(head.shape_logits(raw_CV), rows)
-            (grad_raw_CV,) = torch.autograd.grad(values_CK, raw_CV, grad_NK[rows])
-            grad_hidden_ND[rows] = grad_raw_CV @ product_weight_VD
-            if grad_raw_CV.dtype == torch.float32:
-                grad_weight_VD.addmm_(grad_raw_CV.T, hidden_CD)
-            else:
-                grad_weight_VD += grad_raw_CV.T @ hidden_CD
-            if grad_bias_V is not None:
-                grad_bias_V += grad_raw_CV.sum(0, dtype=torch.float32)
-        return (
-            grad_hidden_ND,
-            grad_weight_VD.to(weight_VD.dtype),
-            None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
-            None,
-            None,
-            None,
-        )
-
-
-def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
+def _chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
     size = chunk_tokens(vocabulary)
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+    return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
-def _apply(hidden_ND: torch.Tensor, head: Head, per_token: PerToken, width: int) -> torch.Tensor:
-    # The custom function decides the dtypes of its products itself.
+class _FusedLoss(torch.autograd.Function):
+    """loss = sum over chunks of kernel(head.logits(hidden)); gradients are formed chunk by chunk in forward."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, head: Head, kernel: Kernel, sums: Sums):
+        wanted = any(ctx.needs_input_grad[:3])
+        product_weight_VD = weight_VD.to(hidden_ND.dtype)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if wanted else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wanted and bias_V is not None else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        for rows in _chunks(len(hidden_ND), weight_VD.shape[0]):
+            logits_CV = head.logits(hidden_ND[rows])
+            slope_CV = head.slope(logits_CV) if wanted else None
+            part, grad_CV, metrics = kernel(logits_CV, rows)
+            del logits_CV
+            loss += part
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if not wanted:
+                continue
+            if slope_CV is not None:
+                grad_CV = grad_CV.mul_(slope_CV)
+            grad_CV = grad_CV.to(hidden_ND.dtype)
+            torch.mm(grad_CV, product_weight_VD, out=grad_hidden_ND[rows])
+            if grad_CV.dtype == torch.float32:
+                grad_weight_VD.addmm_(grad_CV.T, hidden_ND[rows])
+            else:
+                grad_weight_VD += grad_CV.T @ hidden_ND[rows]
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(0, dtype=torch.float32)
+        ctx.gradients = (grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (hidden_ND, weight_VD, bias_V), ctx.gradients = ctx.gradients, None
+        weight_dtype, bias_dtype = ctx.dtypes
+        if upstream != 1:
+            hidden_ND, weight_VD = hidden_ND.mul_(upstream), weight_VD.mul_(upstream)
+            bias_V = None if bias_V is None else bias_V.mul_(upstream)
+        return hidden_ND, weight_VD.to(weight_dtype), None if bias_V is None else bias_V.to(bias_dtype), None, None, None
+
+
+def _apply(hidden_ND: torch.Tensor, head: Head, kernel: Kernel) -> tuple[torch.Tensor, Sums]:
+    sums: Sums = {}
+    # The function decides the dtypes of its products itself.
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        return _FromHead.apply(hidden_ND, head.weight_VD, head.bias_V, head, per_token, width)
+        loss = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, kernel, sums)
+    return loss, sums
 
 
-def _entropy(logprobs_CV: torch.Tensor) -> torch.Tensor:
-    return -(logprobs_CV.exp() * logprobs_CV).sum(-1)
+def _softmax_(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return probabilities and log-normalisers [C, 1]; float32."""
+    normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
+    return (logits_CV - normaliser_C1).exp_(), normaliser_C1
 
 
-def token_logprobs(
-    hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each target and entropy of its distribution, both [N], float32, nats.
+def token_loss(
+    hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, loss: TokenLoss, temperature: float = 1.0
+) -> tuple[torch.Tensor, Sums]:
+    """Sum of a loss that depends on each target's log-prob, and its sums for the metrics.
 
-    The distribution is softmax(logits / temperature) over the head's V ids. The entropy is detached:
-    it is a metric. Raises ValueError for a target that lies beyond V.
+    The distribution is softmax(logits / temperature) over the head's V ids, in float32, nats. `loss` is
+    differentiated with respect to the log-probs; the rest of the gradient is dlogp/dlogits =
+    (onehot - p) / temperature. Adds `entropy` to the sums. Raises ValueError for a target beyond V.
     """
     _require_inside(targets_N, head)
 
-    def per_token(logits_CV: torch.Tensor, rows: slice) -> torch.Tensor:
-        logprobs_CV = (logits_CV / temperature if temperature != 1.0 else logits_CV).log_softmax(-1)
-        chosen_C = logprobs_CV.gather(1, targets_N[rows, None])[:, 0]
-        entropy_C = _entropy(logprobs_CV.detach())
-        return torch.stack([chosen_C, entropy_C], dim=1)
+    def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        if temperature != 1.0:
+            logits_CV = logits_CV.div_(temperature)
+        probs_CV, normaliser_C1 = _softmax_(logits_CV)
+        targets_C1 = targets_N[rows, None]
+        logprobs_C = (logits_CV.gather(1, targets_C1) - normaliser_C1)[:, 0]
+        entropy = normaliser_C1.sum() - torch.linalg.vecdot(probs_CV, logits_CV).sum()
+        with torch.enable_grad():
+            logprobs_C.requires_grad_()
+            part, sums = loss(logprobs_C, rows)
+            (slope_C,) = torch.autograd.grad(part, logprobs_C)
+        slope_C1 = slope_C[:, None] / temperature
+        grad_CV = probs_CV.mul_(-slope_C1).scatter_add_(1, targets_C1, slope_C1)
+        return part.detach(), grad_CV, {**sums, "entropy": entropy}
 
-    values_N2 = _apply(hidden_ND, head, per_token, 2)
-    return values_N2[:, 0], values_N2[:, 1].detach()
-
-
-def forward_kl(
-    student_ND: torch.Tensor, student: Head, teacher_NE: torch.Tensor, teacher: Head, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(teacher || student) per token over the whole vocabulary (paper, Eq. 5), and the student's entropy, [N] nats."""
-    return _kl(student_ND, student, teacher_NE, teacher, temperature, reverse=False)
-
-
-def reverse_kl(
-    student_ND: torch.Tensor, student: Head, teacher_NE: torch.Tensor, teacher: Head, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(student || teacher) per token over the whole vocabulary (paper, Eq. 4), and the student's entropy, [N] nats."""
-    return _kl(student_ND, student, teacher_NE, teacher, temperature, reverse=True)
+    return _apply(hidden_ND, head, kernel)
 
 
-def _kl(student_ND, student: Head, teacher_NE, teacher: Head, temperature: float, *, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def kl_loss(
+    student_ND: torch.Tensor,
+    student: Head,
+    teacher_NE: torch.Tensor,
+    teacher: Head,
+    weights_N: torch.Tensor,
+    *,
+    reverse: bool,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, Sums]:
+    """Weighted sum over tokens of the exact KL over the vocabulary; the teacher gets no gradient.
+
+    `reverse`: KL(student || teacher) (paper, Eq. 4), else KL(teacher || student) (Eq. 5), in nats, both
+    distributions softmax(logits / temperature). With student p, teacher q and z the student's logits:
+    d KL(q || p) / dz = (p - q) / temperature;  d KL(p || q) / dz = p * (log p - log q - KL) / temperature.
+    Sums for the metrics: `kl` and the student's `entropy`.
+    """
     if student.weight_VD.shape[0] != teacher.weight_VD.shape[0]:
         raise ValueError(f"vocabularies of {student.weight_VD.shape[0]} and {teacher.weight_VD.shape[0]} ids cannot be compared")
     teacher_NE = teacher_NE.detach()
 
-    def per_token(logits_CV: torch.Tensor, rows: slice) -> torch.Tensor:
-        ours_CV = (logits_CV / temperature).log_softmax(-1)
-        with torch.no_grad():
-            theirs_CV = (teacher.logits(teacher_NE[rows]) / temperature).log_softmax(-1)
-        sampled_CV, other_CV = (ours_CV, theirs_CV) if reverse else (theirs_CV, ours_CV)
-        kl_C = (sampled_CV.exp() * (sampled_CV - other_CV)).sum(-1)
-        return torch.stack([kl_C, _entropy(ours_CV.detach())], dim=1)
+    def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        weights_C1 = weights_N[rows, None] / temperature
+        theirs_CV = teacher.logits(teacher_NE[rows])
+        if temperature != 1.0:
+            logits_CV, theirs_CV = logits_CV.div_(temperature), theirs_CV.div_(temperature)
+        ours_CV = logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))  # log p
+        theirs_CV = theirs_CV.sub_(theirs_CV.logsumexp(-1, keepdim=True))  # log q
+        probs_CV = ours_CV.exp()
+        entropy = -torch.linalg.vecdot(probs_CV, ours_CV).sum()
+        if reverse:
+            gap_CV = ours_CV.sub_(theirs_CV)
+            kl_C = torch.linalg.vecdot(probs_CV, gap_CV)
+            grad_CV = gap_CV.sub_(kl_C[:, None]).mul_(probs_CV).mul_(weights_C1)
+        else:
+            gap_CV = ours_CV.neg_().add_(theirs_CV)
+            theirs_CV = theirs_CV.exp_()
+            kl_C = torch.linalg.vecdot(theirs_CV, gap_CV)
+            grad_CV = probs_CV.sub_(theirs_CV).mul_(weights_C1)
+        return (weights_N[rows] * kl_C).sum(), grad_CV, {"kl": kl_C.sum(), "entropy": entropy}
 
-    values_N2 = _apply(student_ND, student, per_token, 2)
-    return values_N2[:, 0], values_N2[:, 1].detach()
+    return _apply(student_ND, student, kernel)
+
+
+@torch.no_grad()
+def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Log-prob of each target under softmax(logits / temperature), [N], float32, nats; without gradient.
+
+    Raises ValueError for a target that lies beyond V.
+    """
+    _require_inside(targets_N, head)
+    logprobs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+    for rows in _chunks(len(hidden_ND), head.weight_VD.shape[0]):
+        logits_CV = head.logits(hidden_ND[rows]) / temperature
+        logprobs_N[rows] = logits_CV.gather(1, targets_N[rows, None])[:, 0] - logits_CV.logsumexp(-1)
+    return logprobs_N
 
 
 def _require_inside(targets_N: torch.Tensor, head: Head) -> None:

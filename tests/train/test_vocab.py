@@ -7,7 +7,7 @@ import torch
 
 from s2dcli.models.forward import Head
 from s2dcli.train import vocab
-from s2dcli.train.vocab import forward_kl, reverse_kl, token_logprobs
+from s2dcli.train.vocab import kl_loss, token_logprobs, token_loss
 
 N, D, E, V = 37, 8, 6, 23
 
@@ -39,39 +39,60 @@ def gradients(value: torch.Tensor, hidden: torch.Tensor, head: Head) -> list[tor
     return list(torch.autograd.grad(value, inputs))
 
 
-def check_equal(ours: torch.Tensor, dense: torch.Tensor, hidden: torch.Tensor, head: Head) -> None:
-    upstream = torch.randn(N, generator=torch.Generator().manual_seed(9))
-    torch.testing.assert_close(ours.double(), dense, rtol=2e-5, atol=2e-5)
-    mine = gradients((ours * upstream).sum(), hidden, head)
-    exact = gradients((dense * upstream.double()).sum(), hidden, head)
-    for got, want in zip(mine, exact, strict=True):
+def check_equal(loss: torch.Tensor, dense: torch.Tensor, hidden: torch.Tensor, head: Head) -> None:
+    """Value and gradients of a loss equal those of an independent float64 formula."""
+    assert loss.item() == pytest.approx(dense.item(), rel=2e-5, abs=2e-5)
+    for got, want in zip(gradients(loss, hidden, head), gradients(dense, hidden, head), strict=True):
         assert (got - want).norm() <= 2e-5 * want.norm()
 
 
+def weighted(logprobs: torch.Tensor, rows: slice) -> tuple[torch.Tensor, dict]:
+    """A token loss that is not linear in the log-prob, with its own weight for each token."""
+    weights = WEIGHTS[rows].to(logprobs.dtype)
+    return (weights * (logprobs + 0.1 * logprobs**2)).sum(), {"tokens": torch.tensor(float(len(logprobs)))}
+
+
+WEIGHTS = torch.randn(N, generator=torch.Generator().manual_seed(9))
+TARGETS = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+HEADS = [(True, 1.0, None), (False, 0.25, None), (False, 1.0, 3.0), (True, 2.0, 5.0)]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize(("bias", "scale", "cap"), [(True, 1.0, None), (False, 0.25, None), (False, 1.0, 3.0), (True, 2.0, 5.0)])
-def test_token_logprobs_and_gradients_equal_dense_float64(bias, scale, cap, temperature):
+@pytest.mark.parametrize(("bias", "scale", "cap"), HEADS)
+def test_token_loss_and_gradients_equal_dense_float64(bias, scale, cap, temperature):
     hidden, head = make(D, 0, bias=bias, scale=scale, cap=cap)
-    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
-    ours, entropy = token_logprobs(hidden, head, targets, temperature)
+    loss, sums = token_loss(hidden, head, TARGETS, weighted, temperature)
     logits = dense_logits(hidden, head) / temperature
     logprobs = logits - logits.exp().sum(-1, keepdim=True).log()
-    check_equal(ours, logprobs[torch.arange(N), targets], hidden, head)
-    torch.testing.assert_close(entropy.double(), -(logprobs.exp() * logprobs).sum(-1).detach(), rtol=1e-5, atol=1e-5)
-    assert not entropy.requires_grad
+    chosen = logprobs[torch.arange(N), TARGETS]
+    check_equal(loss, weighted(chosen, slice(None))[0], hidden, head)
+    assert sums["entropy"].item() == pytest.approx(-(logprobs.exp() * logprobs).sum().item(), rel=1e-5)
+    assert sums["tokens"] == N
+    torch.testing.assert_close(token_logprobs(hidden, head, TARGETS, temperature).double(), chosen.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_kl_and_gradients_equal_dense_float64(direction, temperature):
-    hidden, student = make(D, 0)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("bias", "scale", "cap"), HEADS)
+def test_kl_and_gradients_equal_dense_float64(bias, scale, cap, reverse, temperature):
+    hidden, student = make(D, 0, bias=bias, scale=scale, cap=cap)
     states, teacher = make(E, 5, scale=0.5)
-    function = forward_kl if direction == "forward" else reverse_kl
-    ours, _ = function(hidden, student, states, teacher, temperature)
-    q = (dense_logits(hidden, student) / temperature).log_softmax(-1)
-    p = (dense_logits(states, teacher) / temperature).log_softmax(-1).detach()
-    first, second = (p, q) if direction == "forward" else (q, p)
-    check_equal(ours, (first.exp() * (first - second)).sum(-1), hidden, student)
+    loss, sums = kl_loss(hidden, student, states, teacher, WEIGHTS, reverse=reverse, temperature=temperature)
+    p = (dense_logits(hidden, student) / temperature).log_softmax(-1)
+    q = (dense_logits(states, teacher) / temperature).log_softmax(-1).detach()
+    first, second = (p, q) if reverse else (q, p)
+    kl = (first.exp() * (first - second)).sum(-1)
+    check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
+    assert sums["kl"].item() == pytest.approx(kl.sum().item(), rel=1e-5)
+    assert sums["entropy"].item() == pytest.approx(-(p.exp() * p).sum().item(), rel=1e-5)
+
+
+def test_what_follows_the_loss_scales_its_gradients():
+    hidden, head = make(D, 0)
+    once = gradients(token_loss(hidden, head, TARGETS, weighted)[0], hidden, head)
+    scaled = gradients(token_loss(hidden, head, TARGETS, weighted)[0] * 2.5, hidden, head)
+    for first, second in zip(once, scaled, strict=True):
+        torch.testing.assert_close(first * 2.5, second)
 
 
 def three_tokens(probabilities: list[float]) -> tuple[torch.Tensor, Head]:
@@ -79,64 +100,84 @@ def three_tokens(probabilities: list[float]) -> tuple[torch.Tensor, Head]:
     return torch.ones(1, 1), Head(torch.tensor([[math.log(p)] for p in probabilities]), None)
 
 
+def kl(student: tuple, teacher: tuple, *, reverse: bool) -> float:
+    return kl_loss(*student, *teacher, torch.ones(1), reverse=reverse)[0].item()
+
+
 def test_kl_directions_equal_hand_values():
     student, teacher = three_tokens([0.7, 0.2, 0.1]), three_tokens([0.2, 0.3, 0.5])
     student_teacher = 0.7 * math.log(0.7 / 0.2) + 0.2 * math.log(0.2 / 0.3) + 0.1 * math.log(0.1 / 0.5)
     teacher_student = 0.2 * math.log(0.2 / 0.7) + 0.3 * math.log(0.3 / 0.2) + 0.5 * math.log(0.5 / 0.1)
-    assert reverse_kl(*student, *teacher)[0].item() == pytest.approx(student_teacher, abs=1e-6)
-    assert forward_kl(*student, *teacher)[0].item() == pytest.approx(teacher_student, abs=1e-6)
+    assert kl(student, teacher, reverse=True) == pytest.approx(student_teacher, abs=1e-6)
+    assert kl(student, teacher, reverse=False) == pytest.approx(teacher_student, abs=1e-6)
 
 
 def test_teacher_gets_no_gradient_but_changes_the_students():
     hidden, student = make(D, 0)
     states, teacher = make(E, 5)
-    value = reverse_kl(hidden, student, states, teacher)[0].sum()
-    first = gradients(value, hidden, student)
-    assert states.grad is None
-    assert teacher.weight_VD.grad is None
+    loss = kl_loss(hidden, student, states, teacher, WEIGHTS, reverse=True)[0]
+    assert torch.autograd.grad(loss, [states, teacher.weight_VD], allow_unused=True, retain_graph=True) == (None, None)
+    first = gradients(loss, hidden, student)
     other = Head(teacher.weight_VD.detach() * 1.5, teacher.bias_V)
-    second = gradients(reverse_kl(hidden, student, states, other)[0].sum(), hidden, student)
+    second = gradients(kl_loss(hidden, student, states, other, WEIGHTS, reverse=True)[0], hidden, student)
     assert (first[0] - second[0]).norm() > 0.1 * first[0].norm()
 
 
-def test_padded_vocabulary_columns_have_probability_zero():
-    hidden, head = make(D, 0, bias=False)
-    wide = Head(torch.cat([head.weight_VD, torch.full((5, D), 100.0)])[:V], None)
-    targets = torch.zeros(N, dtype=torch.long)
-    torch.testing.assert_close(token_logprobs(hidden, wide, targets)[0], token_logprobs(hidden, head, targets)[0])
-    with pytest.raises(ValueError, match="outside the tokenizer"):
-        token_logprobs(hidden, head, targets + V)
+def test_frozen_models_are_scored_without_gradients():
+    hidden, head = make(D, 0)
+    with torch.no_grad():
+        loss, _ = token_loss(hidden, head, TARGETS, weighted)
+    assert not loss.requires_grad
+    assert not token_logprobs(hidden, head, TARGETS).requires_grad
+
+
+def test_ids_beyond_the_tokenizer_are_refused():
+    hidden, head = make(D, 0)
+    for function in (lambda ids: token_logprobs(hidden, head, ids), lambda ids: token_loss(hidden, head, ids, weighted)):
+        with pytest.raises(ValueError, match=f"token id {V} lies outside the tokenizer's {V} ids"):
+            function(torch.full((N,), V))
+
+
+def test_vocabularies_of_different_size_cannot_be_compared():
+    hidden, student = make(D, 0)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        kl_loss(hidden, student, hidden, Head(student.weight_VD[:-1], None), WEIGHTS, reverse=True)
 
 
 def test_bfloat16_states_stay_near_float64():
     hidden, head = make(D, 0, bias=False)
-    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
-    ours, _ = token_logprobs(hidden.bfloat16(), head, targets)
+    ours = token_logprobs(hidden.bfloat16(), head, TARGETS)
     rounded = Head(head.weight_VD.bfloat16(), None)
-    dense = dense_logits(hidden.bfloat16(), rounded).log_softmax(-1)[torch.arange(N), targets]
+    dense = dense_logits(hidden.bfloat16(), rounded).log_softmax(-1)[torch.arange(N), TARGETS]
     # The product's result is rounded to bfloat16 (8 bits) before the float32 log-sum-exp.
     assert (ours.double() - dense).abs().max() < 0.05
-    (gradient,) = torch.autograd.grad(ours.sum(), head.weight_VD)
-    assert gradient.dtype == torch.float32
+    narrow = hidden.detach().bfloat16().requires_grad_()
+    loss = token_loss(narrow, head, TARGETS, weighted)[0]
+    grad_hidden, grad_weight = torch.autograd.grad(loss, [narrow, head.weight_VD])
+    exact = gradients(weighted(dense_logits(hidden, head).log_softmax(-1)[torch.arange(N), TARGETS], slice(None))[0], hidden, head)
+    assert (grad_hidden.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
+    assert (grad_hidden - exact[0]).norm() < 0.02 * exact[0].norm()
+    assert (grad_weight - exact[1]).norm() < 0.02 * exact[1].norm()
 
 
-def test_no_tokens_give_an_empty_result_and_zero_gradient():
+def test_no_tokens_give_zero_loss_and_zero_gradient():
     hidden, head = make(D, 0)
-    logprobs, _ = token_logprobs(hidden[:0], head, torch.zeros(0, dtype=torch.long))
-    assert logprobs.shape == (0,)
-    assert gradients(logprobs.sum(), hidden, head)[1].abs().sum() == 0
+    loss, _ = token_loss(hidden[:0], head, TARGETS[:0], weighted)
+    assert loss == 0
+    assert torch.autograd.grad(loss, head.weight_VD)[0].abs().sum() == 0
 
 
 def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
-    tokens = 2000
-    largest = 0
     monkeypatch.setattr(vocab, "CHUNK_BYTES", 64 * V * 4)
-    hidden, weight = torch.randn(tokens, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    sizes = []
+    logits = Head.logits
 
-    def watch(logits_CV, rows):
-        nonlocal largest
-        largest = max(largest, logits_CV.numel())
-        return logits_CV.logsumexp(-1, keepdim=True)
+    def watched(head, hidden_ND):
+        sizes.append(len(hidden_ND))
+        return logits(head, hidden_ND)
 
-    vocab._apply(hidden, Head(weight, None), watch, 1).sum().backward()
-    assert largest == 64 * V
+    monkeypatch.setattr(Head, "logits", watched)
+    hidden, head = torch.randn(2000, D, requires_grad=True), Head(torch.randn(V, D, requires_grad=True), None)
+    token_loss(hidden, head, torch.zeros(2000, dtype=torch.long), lambda logprobs, rows: (logprobs.sum(), {}))[0].backward()
+    assert max(sizes) == 64
+    assert sum(sizes) == 2000  # every logit is computed once, backward pass included
