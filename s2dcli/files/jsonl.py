@@ -134,6 +134,8 @@ class RawLines:
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._fd = stream.fileno()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
         self._name = name
         self._lines: deque[bytes] = deque()
         self._partial: list[bytes] = []
@@ -156,7 +158,7 @@ class RawLines:
     def ready(self) -> bool:
         """Whether a line, or the end, can be had at once."""
         while not self._lines and not self._ended:
-            if not select.select([self._fd], [], [], 0)[0]:
+            if not self._poll.poll(0):
                 return False
             self._fill()
         return True

@@ -179,7 +179,7 @@ def is_right(gold: str, prediction: str) -> bool:
     if left and right:
         return exact.equal(left, right)
     if letter := _letter(gold):
-        return letter == _letter(prediction)
+        return letter == (_letter(prediction) or _letter(prediction.upper() if len(prediction.strip("()")) == 1 else ""))
     if is_words(gold):
         if words(gold) == words(prediction):
             return True

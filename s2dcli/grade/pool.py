@@ -224,15 +224,17 @@ class Grader:
         """Send what can be sent, take the verdicts that are there; `wait` for one (or for `also`)."""
         if not rows and also is None and not self._unsent:
             return
-        reading = [self._socket] if also is None else [self._socket, also]
-        writing = [self._socket] if self._unsent else []
-        readable, writable, _ = select.select(reading, writing, [], None if wait else 0)
+        poll = select.poll()  # select() knows no descriptors above 1023
+        poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+        if also is not None:
+            poll.register(also, select.POLLIN)
+        events = dict(poll.poll(None if wait else 0)).get(self._socket.fileno(), 0)
         try:
-            if writable:
+            if events & select.POLLOUT:
                 with memoryview(self._unsent) as view:
                     sent = self._socket.send(view)
                 del self._unsent[:sent]
-            data = self._socket.recv(wire.CHUNK) if self._socket in readable else None
+            data = self._socket.recv(wire.CHUNK) if events & ~select.POLLOUT else None
         except (BrokenPipeError, ConnectionError):
             data = b""
         if data == b"":

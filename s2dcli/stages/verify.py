@@ -198,6 +198,8 @@ def verify(
         grader = stack.enter_context(Grader(reward or ["math"], workers, timeout, memory_limit, extract.value))
         writer = stack.enter_context(jsonl.open_output(out, overwrite=overwrite))
         advance = stack.enter_context(console.progress("grading", None, "rows"))
+        console.detail(f"verifier: {grader.verifier}")
+        depth = 1 if len(grader.rewards) == 1 else 2  # "timeout", or with several rewards "math: timeout"
         rows = Rows(jsonl.RawLines(stream, jsonl.input_name(source)))
         for verdict in grader.grade(rows):
             where, raw, record = rows.under_way.popleft()
@@ -206,7 +208,7 @@ def verify(
             advance()
             tally["null" if verdict["reward"] is None else "right" if verdict["label"] else "wrong"] += 1
             if verdict["verify_error"]:
-                errors[verdict["verify_error"].partition(": ")[0]] += 1
+                errors[": ".join(verdict["verify_error"].split(": ")[:depth])] += 1
             if "completion" not in record:
                 unlike = unlike or nearest("completion", record)
                 num_mute += 1
