@@ -32,6 +32,7 @@ SMALL = "numbers must agree relative to their size: tiny ones are not all zero"
 COUNT = "every element of a list counts, also one that is there twice"
 BASE = "a number's base belongs to it, where both name one"
 SPACED = "a number may be grouped, `1\\,234`, `1 234`, `x = 1,234`; it is no mixed number and no list"
+POINTS = "formulas that agree to many digits at several points are equal, though sympy finds no proof"
 BRACES = "braces around the whole answer are none of it"
 WHOLE = "what is parsed must be all of the answer"
 UNICODE = "full-width, invisible and typographic characters are read as what they look like"
@@ -71,6 +72,7 @@ TABLE = (
     Deviation(SPACED, "5678", r"\boxed{5 678}", False, True),
     Deviation(SPACED, "583", r"\boxed{5\,578}", True, False),
     Deviation(SPACED, "41,200", r"\boxed{x = 41,200}", False, True),
+    Deviation(POINTS, r"\sqrt{x^2+2+2\sqrt{x^2+1}}", r"\boxed{1+\sqrt{x^2+1}}", False, True),
     Deviation(BRACES, r"(3,\infty)", r"\boxed{{(3,\infty)}}", False, True),
     Deviation(WHOLE, r"2 + \frac{3}{\mathrm{e}}", r"\boxed{\frac{3}{e} + 2}", False, True),
     Deviation(UNICODE, "25", "\\boxed{２５}", False, True),

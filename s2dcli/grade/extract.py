@@ -172,7 +172,7 @@ def from_prose(text: str) -> str | None:
         return text
     formula, number = (deque(pattern.finditer(text), maxlen=1) for pattern in (_FORMULA, _NUMBER))
     formula, number = (found[0] if found else None for found in (formula, number))
-    if formula and (number is None or number.end() <= formula.end()):
+    if formula and not is_prose(formula[0]) and (number is None or number.end() <= formula.end()):
         return formula[0]
     if number is None:
         return None

@@ -18,7 +18,8 @@ GUARD_DIGITS = 40  # digits to which two numbers are worked out again
 EXACT_TOLERANCE = 1e-20  # relative, between two exact numbers
 FLOAT_TOLERANCE = 1e-4  # relative, where one is a decimal; six decimals of 0.01 are this exact
 PLAIN_DIFFERENCE = 1e-4  # relative above 1, absolute below: far more than six decimals round away
-POINT, STEP = 1.3719, 0.2357  # where expressions are tried: no special values, all positive
+POINT, STEP, POINT_SCALE = 13719, 2357, 10_000  # expressions are tried at 1.3719, 1.6076, ...: no special values
+SIGNS = ((1, 1), (-1, -1), (1, -1))  # of the values at the points
 CACHE = 2048  # parsed answers that a worker remembers
 
 _COMMAND = re.compile(r"\\(?:text|mbox|mathrm) ?\{[^{}]*+\}|\\[A-Za-z]++")
@@ -98,8 +99,10 @@ def _parse(latex: str) -> Any:
 def equal(gold: str, prediction: str) -> bool:
     """Whether math-verify calls two normalised answers equal, and numbers bear it out."""
     left, right = parse(gold), parse(prediction)
-    if left is None or right is None or _differ_somewhere(left, right):
+    if left is None or right is None:
         return False
+    if (known := _compare_values(left, right)) is not None:
+        return known
     try:
         same = _tools().equal(left, right, FLOAT_ROUNDING, NUMERIC_PRECISION)
     except (MemoryError, RecursionError):
@@ -109,24 +112,36 @@ def equal(gold: str, prediction: str) -> bool:
     return bool(same) and _numbers_agree(left, right)
 
 
-def _differ_somewhere(left: Any, right: Any) -> bool:
-    """Whether two expressions plainly differ in value at one point: that spares sympy the search for a proof."""
+def _compare_values(left: Any, right: Any) -> bool | None:
+    """Compare two expressions at a few points: that spares sympy the search for a proof, and finds what it misses.
+
+    False if they plainly differ at one point, True if they agree to many digits at all of them,
+    None if that cannot be told.
+    """
     import sympy
 
     sides = (left, right)
     if not all(isinstance(side, sympy.Expr) and not side.has(sympy.UnevaluatedExpr) for side in sides):
-        return False
+        return None
     names, other_names = left.free_symbols, right.free_symbols
     if any(side.is_Symbol for side in sides) or (names and other_names and names != other_names):
-        return False  # names: `odd`, `a_1` and `a_{1}`, are math-verify's to compare
-    point = {symbol: sympy.Float(f"{POINT + STEP * number:.4f}") for number, symbol in enumerate(sorted(names | other_names, key=str))}
+        return None  # names: `odd`, `a_1` and `a_{1}`, are math-verify's to compare
+    symbols = sorted(names | other_names, key=str)
+    hard = any(side.has(sympy.Float, sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative) for side in sides)
     try:
-        a, b = (complex(side.evalf(NUMERIC_PRECISION, subs=point)) for side in sides)
+        for signs in SIGNS:
+            point = {symbol: signs[n % 2] * sympy.Rational(POINT + STEP * n, POINT_SCALE) for n, symbol in enumerate(symbols)}
+            a, b = (side.evalf(NUMERIC_PRECISION if hard else GUARD_DIGITS, subs=point) for side in sides)
+            size = max(abs(a), abs(b))
+            if complex(abs(a - b)).real > PLAIN_DIFFERENCE * max(1.0, complex(size).real):
+                return False
+            if hard or not symbols or not bool(abs(a - b) <= EXACT_TOLERANCE * size):
+                return None
     except (MemoryError, RecursionError):
         raise
-    except Exception:  # no number comes out: a sum, a limit, an unknown function
-        return False
-    return abs(a - b) > PLAIN_DIFFERENCE * max(1.0, abs(a), abs(b))
+    except Exception:  # no number comes out: a limit, an unknown function, a division by zero
+        return None
+    return True
 
 
 def _numbers_agree(left: Any, right: Any) -> bool:
