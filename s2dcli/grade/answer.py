@@ -83,7 +83,7 @@ def warm_up() -> None:
         r"\frac{1}{2}", r"x^2+3x-\sqrt{2}", r"(1,2)", r"\{1,2,3\}", r"[0,1)\cup(2,\infty)", r"x=5", r"2\pi r", r"5!",
         r"\frac{-b+\sqrt{b^2-4ac}}{2a}", r"0<x\leq 3", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\log_2(x)+\sin^2(x)", r"\binom{n}{k}",
         r"y=mx+b", r"90^\circ", r"10\%", r"e^{i\pi}", r"\text{yes}", r"x_1+x_{2}", r"-\frac{3\sqrt{5}}{7}", r"1,2,3", r"\sum_{k=1}^{n}k",
-        r"|x-1|", r"2\cdot3", r"f(x)=2x+1",
+        r"|x-1|", r"2\cdot3", r"f(x)=2x+1", r"(-1,2]", r"(-\frac{1}{3},2/3,5)", r"6-5i", r"-2+7i", r"\cot x", r"(a+5)(b+2)", r"2x-7y+4=0",
     ):  # fmt: skip
         symbolic.parse(latex)
     for pair in (("x+1", "1+x"), (r"\sqrt{8}", r"2\sqrt{2}"), (r"\sqrt{2}", "1.5"), (r"\frac{x}{2}", "0.5x"), ("(1,2)", "(1,x)")):
@@ -104,7 +104,7 @@ def problem_of(gold: str) -> str:
     for element in elements:
         if exact.read(element) or _letter(element) or is_words(element) or _DOTS.fullmatch(element):
             continue
-        if estimate.estimate(_right_side(element)) is not None:
+        if estimate.estimate(_right_side(element)) is not None or _BASE.fullmatch(element):
             continue
         if refusal := caps.refusal(element):
             return f"{REFUSED}: {refusal}"
@@ -252,7 +252,8 @@ def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[st
     ordered = kind.startswith(("(", "[")) or kind_found.startswith(("(", "["))
     if ordered and kind != kind_found:
         both = all(one.startswith(("(", "[")) for one in (kind, kind_found))
-        return False if both and len(wanted) == len(found) else None
+        several = len(wanted) > 1 and len(found) > 1
+        return False if several and (both or len(wanted) != len(found)) else None
     if kind == kind_found == "{":
         wanted, found = list(dict.fromkeys(wanted)), list(dict.fromkeys(found))
     if len(wanted) != len(found):
