@@ -47,6 +47,44 @@ class Advantage(StrEnum):
     group_mean = "group-mean"
 
 
+class Importance(StrEnum):
+    """Whose probability ratio is clipped: each token's, or its sequence's (mean of the log-ratios)."""
+
+    token = "token"
+    sequence = "sequence"
+
+
+class Surrogate(StrEnum):
+    """What clipping does: PPO's minimum, or CISPO's truncated weight."""
+
+    ppo = "ppo"
+    cispo = "cispo"
+
+
+class KlEstimator(StrEnum):
+    """Estimators of KL(policy || reference) from sampled tokens; see train/losses.kl_estimate."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class Truncated(StrEnum):
+    """What becomes of completions that hit the length limit."""
+
+    keep = "keep"
+    mask = "mask"
+    penalty = "penalty"
+
+
+class Correction(StrEnum):
+    """What is done about the distance between the sampler's log-probs and the trainer's."""
+
+    none = "none"
+    truncate = "truncate"
+    mask = "mask"
+
+
 # Inputs
 Problems = Annotated[str, typer.Argument(metavar="PROBLEMS", help="Problems, JSONL; - is standard input.", show_default=False)]
 Rollouts = Annotated[str, typer.Argument(metavar="ROLLOUTS", help="Rollouts, JSONL; - is standard input.", show_default=False)]
@@ -105,6 +143,11 @@ BatchTokens = Annotated[
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Grading processes.", show_default="CPUs")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that one answer may take to grade.")]
 MemoryLimit = Annotated[str, typer.Option("--memory-limit", metavar="SIZE", help="Memory that one grading process may use.")]
+
+Reward = Annotated[
+    list[str] | None,
+    typer.Option("--reward", metavar="REWARD", help="math, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", show_default="math"),
+]
 
 # Training
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps to train; default: as --epochs says.", rich_help_panel=TRAINING)]

@@ -74,6 +74,9 @@ def start(args: list[str], stdin: int, stdout: int, stderr: int, cwd: Path | Non
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if cwd:
             os.chdir(cwd)
+        import torch
+
+        torch.set_num_threads(1)  # makes the thread pool anew before threads of a library race to do so
         from s2dcli.cli import main
 
         sys.argv = ["s2d", *args]

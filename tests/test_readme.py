@@ -22,9 +22,9 @@ def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "s2d").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m s2dcli "$@"\n')
-    (tools / "s2d").chmod(0o755)
-    (tools / "python").symlink_to(sys.executable)
+    for name, arguments in (("s2d", "-m s2dcli"), ("python", "")):
+        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        (tools / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

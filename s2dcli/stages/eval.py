@@ -23,7 +23,7 @@ from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import create_folder, refuse_folder
 from s2dcli.files.manifest import MANIFEST, describe, write_json
 from s2dcli.files.records import read_problems, read_rollouts, take
-from s2dcli.grade.pool import Grader
+from s2dcli.grade.pool import MATH, Grader
 
 RESULTS = "results.json"
 GRADED = "rollouts.jsonl"
@@ -53,6 +53,7 @@ def evaluate(
     top_k: options.TopK = 0,
     max_tokens: options.MaxTokens = 1024,
     sample_tokens: options.BatchTokens = options.SAMPLE_TOKENS,
+    reward: options.Reward = None,
     workers: options.Workers = None,
     timeout: options.Timeout = 5.0,
     memory_limit: options.MemoryLimit = "2GiB",
@@ -83,7 +84,7 @@ def evaluate(
 
     todo = read_problems(problems)
     samples = k or (1 if temperature == 0 else DEFAULT_K)
-    with Grader(workers=workers, timeout=timeout, memory_limit=memory_limit) as grader:
+    with Grader(reward or [MATH], workers=workers, timeout=timeout, memory_limit=memory_limit) as grader:
         from s2dcli.engines.base import SamplingParams
         from s2dcli.engines.sampling import make_tasks, open_sampler
         from s2dcli.models.checkpoints import load, resolve

@@ -15,8 +15,10 @@ Shapes: R rollouts of a step, G groups among them.
 
 from __future__ import annotations
 
+from enum import StrEnum
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,9 +27,55 @@ from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import refuse_folder
 from s2dcli.files.records import Problem, read_problems, read_rollouts, take
-from s2dcli.grade.pool import Grader
+from s2dcli.grade.pool import MATH, Grader
+
+if TYPE_CHECKING:
+    from s2dcli.train.loop import Step, TrainingRun
+    from s2dcli.train.policy import Policy
 
 OBJECTIVE = "Objective"
+
+
+class Preset(StrEnum):
+    """Named settings of the objective's knobs; see PRESETS."""
+
+    grpo = "grpo"
+    dr_grpo = "dr-grpo"
+    dapo = "dapo"
+    gspo = "gspo"
+    cispo = "cispo"
+
+
+class KlIn(StrEnum):
+    """Where the KL to the initial policy is charged."""
+
+    loss = "loss"
+    reward = "reward"
+
+
+def _preset(aggregate: str, advantage: str, importance: str, surrogate: str, clip_low: float, clip_high: float) -> dict[str, Any]:
+    return {
+        "aggregate": options.Aggregate(aggregate),
+        "advantage": options.Advantage(advantage),
+        "importance": options.Importance(importance),
+        "surrogate": options.Surrogate(surrogate),
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+    }
+
+
+PRESETS = {
+    # DeepSeekMath, arXiv 2402.03300, Eq. 3; clip 0.2 as in the paper that s2d follows
+    Preset.grpo: _preset("sequence", "group-std", "token", "ppo", 0.2, 0.2),
+    # "Understanding R1-Zero-like training", arXiv 2503.20783: no deviation, no length in a denominator
+    Preset.dr_grpo: _preset("constant", "group-mean", "token", "ppo", 0.2, 0.2),
+    # DAPO, arXiv 2503.14476, §3 and §4.1; its dynamic sampling is --resample-flat, its overlong penalty --truncated
+    Preset.dapo: _preset("token", "group-std", "token", "ppo", 0.2, 0.28),
+    # GSPO, arXiv 2507.18071, §5.1
+    Preset.gspo: _preset("sequence", "group-std", "sequence", "ppo", 3e-4, 4e-4),
+    # CISPO, MiniMax-M1, arXiv 2506.13585, Eq. 4; weights up to 5 as in ScaleRL, arXiv 2510.13786
+    Preset.cispo: _preset("token", "group-std", "token", "cispo", 1.0, 4.0),
+}
 
 
 def grpo(
@@ -43,15 +91,52 @@ def grpo(
     max_prompt_tokens: options.MaxPromptTokens = None,
     temperature: options.TrainTemperature = 1.0,
     sample_tokens: options.BatchTokens = options.SAMPLE_TOKENS,
-    aggregate: options.AggregateOption = options.Aggregate.sequence,
+    loss: Annotated[Preset, typer.Option(help="Sets the knobs of this panel that are not given.", rich_help_panel=OBJECTIVE)] = Preset.grpo,
+    aggregate: Annotated[
+        options.Aggregate | None,
+        typer.Option(help="What a token's loss is divided by: all tokens, its sequence's, or --max-tokens.", rich_help_panel=OBJECTIVE),
+    ] = None,
     advantage: Annotated[
-        options.Advantage, typer.Option(help="Divide by the group's standard deviation, or not.", rich_help_panel=OBJECTIVE)
-    ] = options.Advantage.group_std,
-    clip_low: Annotated[float, typer.Option(min=0.0, help="The ratio is clipped at 1 - this.", rich_help_panel=OBJECTIVE)] = 0.2,
-    clip_high: Annotated[float, typer.Option(min=0.0, help="The ratio is clipped at 1 + this.", rich_help_panel=OBJECTIVE)] = 0.2,
-    kl_coef: Annotated[
-        float, typer.Option(min=0.0, help="Weight of the KL to the initial policy (k3 in the loss).", rich_help_panel=OBJECTIVE)
-    ] = 0.0,
+        options.Advantage | None, typer.Option(help="Divide by the group's standard deviation, or not.", rich_help_panel=OBJECTIVE)
+    ] = None,
+    importance: Annotated[
+        options.Importance | None, typer.Option(help="Whose ratio is clipped: the token's or its sequence's.", rich_help_panel=OBJECTIVE)
+    ] = None,
+    surrogate: Annotated[
+        options.Surrogate | None, typer.Option(help="PPO's minimum, or CISPO's truncated weight.", rich_help_panel=OBJECTIVE)
+    ] = None,
+    clip_low: Annotated[float | None, typer.Option(min=0.0, help="The ratio is clipped at 1 - this.", rich_help_panel=OBJECTIVE)] = None,
+    clip_high: Annotated[float | None, typer.Option(min=0.0, help="The ratio is clipped at 1 + this.", rich_help_panel=OBJECTIVE)] = None,
+    kl_coef: Annotated[float, typer.Option(min=0.0, help="Weight of the KL to the initial policy.", rich_help_panel=OBJECTIVE)] = 0.0,
+    kl_estimator: Annotated[
+        options.KlEstimator, typer.Option(help="How that KL is estimated.", rich_help_panel=OBJECTIVE)
+    ] = options.KlEstimator.k3,
+    kl_in: Annotated[
+        KlIn, typer.Option(help="Add it to the loss, or take its sum from each reward.", rich_help_panel=OBJECTIVE)
+    ] = KlIn.loss,
+    truncated: Annotated[
+        options.Truncated,
+        typer.Option(help="Completions that hit --max-tokens: keep, mask (learn nothing from), penalty (soft).", rich_help_panel=OBJECTIVE),
+    ] = options.Truncated.keep,
+    overlong_buffer: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens before the limit over which the penalty falls to -1.", show_default="a fifth", rich_help_panel=OBJECTIVE
+        ),
+    ] = None,
+    correction: Annotated[
+        options.Correction, typer.Option(help="Weigh tokens by trainer/sampler probability.", rich_help_panel=OBJECTIVE)
+    ] = options.Correction.none,
+    correction_level: Annotated[
+        options.Importance, typer.Option(help="Ratio of each token, or of its sequence.", rich_help_panel=OBJECTIVE)
+    ] = options.Importance.token,
+    correction_cap: Annotated[float, typer.Option(min=1.0, help="Where that ratio is cut or masked.", rich_help_panel=OBJECTIVE)] = 2.0,
+    resample_flat: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Draw up to this many further problems for each group whose rewards are all equal.", rich_help_panel=OBJECTIVE
+        ),
+    ] = 0,
     steps: options.Steps = None,
     epochs: options.Epochs = 1,
     problems_per_step: options.ProblemsPerStep = 32,
@@ -64,6 +149,7 @@ def grpo(
     adam_beta2: options.AdamBeta2 = 0.999,
     grad_clip: options.GradClip = 1.0,
     tokens_per_batch: options.TokensPerBatch = 8192,
+    reward: options.Reward = None,
     workers: options.Workers = None,
     timeout: options.Timeout = 5.0,
     memory_limit: options.MemoryLimit = "2GiB",
@@ -83,9 +169,13 @@ def grpo(
 ) -> None:
     """Train a model by sparse-reward RL (GRPO) on labelled problems."""
     settings = dict(locals())
+    settings |= {name: value for name, value in PRESETS[loss].items() if settings[name] is None}
+    settings["overlong_buffer"] = overlong_buffer or max(1, max_tokens // 5)
     refuse_folder(out, overwrite)
     if rollouts is not None and problems != jsonl.STDIN:
         raise UsageError("both PROBLEMS and --rollouts were given", hint="name one source to learn from")
+    if rollouts is not None and (resample_flat or correction is not options.Correction.none):
+        raise UsageError("--resample-flat and --correction go with sampling; stored rollouts bring the log-probs they were drawn with")
     stored = [] if rollouts is None else _read_groups(rollouts, temperature)
     todo = _require_labels(read_problems(problems)) if rollouts is None else []
     held_out = read_problems(eval_problems) if eval_problems else []
@@ -94,13 +184,10 @@ def grpo(
     from s2dcli.engines.sampling import make_tasks, open_sampler, tasks_of_step
     from s2dcli.models.checkpoints import load, resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
-    from s2dcli.train.batching import Row, consecutive, split
     from s2dcli.train.loop import TrainingRun
-    from s2dcli.train.losses import group_advantages, is_mixed, weights_of
-    from s2dcli.train.objectives import PolicyGradient
     from s2dcli.train.order import Order
     from s2dcli.train.plan import dry_run_plan
-    from s2dcli.train.policy import Policy, freeze, score
+    from s2dcli.train.policy import Policy, freeze
 
     parent = resolve(model)
     encoder = PromptEncoder(load_tokenizer(parent.folder, trust_remote_code), chat_template, parse_template_kwargs(chat_template_kwargs))
@@ -109,19 +196,15 @@ def grpo(
     order = Order(len(tasks) or len(stored), problems_per_step, seed=seed, steps=steps, epochs=epochs)
     if dry_run:
         per_step = min(problems_per_step, order.total) * (len(stored[0]) if stored else num_samples)
-        jsonl.print_result(
-            dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=[parent] if kl_coef else [])
-        )
+        frozen = [parent] if kl_coef else []
+        jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=frozen))
         return
 
-    with Grader(workers=workers, timeout=timeout, memory_limit=memory_limit) as grader:
+    with Grader(reward or [MATH], workers=workers, timeout=timeout, memory_limit=memory_limit) as grader:
         how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         loaded = load(parent, masters=True, **how)
         policy = Policy(loaded.model, loaded.vocabulary, loaded.autocast)
-        reference = None
-        if kl_coef:
-            reference = freeze(Policy(load(parent, **how).model, loaded.vocabulary))
-        scoring = {"tokens_per_batch": tokens_per_batch, "pad_id": loaded.pad_id, "temperature": temperature}
+        reference = freeze(Policy(load(parent, **how).model, loaded.vocabulary)) if kl_coef else None
         params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
         sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sample_tokens)
 
@@ -140,69 +223,137 @@ def grpo(
             parents=[parent],
             evaluate=evaluate if eval_tasks else None,
         )
+
+        def sample(step: Step, chosen: list[int]) -> list[list[dict]]:
+            with step.phase("sample"):
+                groups = list(sampler.sample(tasks_of_step(tasks, chosen, step.number), num_samples))
+            with step.phase("grade"):
+                verdicts = grader.grade(row.to_record() for group in groups for row in group)
+                return [[{**row.to_record(), **next(verdicts)} for row in group] for group in groups]
+
         labels: set[str] = set()
         for step in run:
             chosen = order.at(step.number)
-            if stored:
-                records = [record for index in chosen for record in stored[index]]
-            else:
-                with step.phase("sample"):
-                    groups = sampler.sample(tasks_of_step(tasks, chosen, step.number), num_samples)
-                    sampled = [row.to_record() for group in groups for row in group]
-                with step.phase("grade"):
-                    records = [{**row, **verdict} for row, verdict in zip(sampled, grader.grade(sampled), strict=True)]
+            groups = [stored[index] for index in chosen] if stored else sample(step, chosen)
+            drawn_again = 0
+            spares = order.spares(step.number)
+            for _ in range(resample_flat):
+                flat = [slot for slot, group in enumerate(groups) if not _is_mixed(group)]
+                fresh = sample(step, list(islice(spares, len(flat)))) if flat else []
+                drawn_again += len(fresh)
+                labels.update(record["problem_sha256"] for group in fresh for record in group)
+                for slot, group in zip(flat, fresh, strict=False):  # fewer when the problems are used up
+                    groups[slot] = group if _is_mixed(group) else groups[slot]
+            records = [record for group in groups for record in group]
             labels.update(record["problem_sha256"] for record in records)
-
-            rewards_R = [record["reward"] for record in records]
-            groups_G = consecutive([record["group_id"] for record in records])
-            advantages_R = [value for group in groups_G for value in group_advantages(rewards_R[group], advantage)]
-            rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
-            lengths_R = [len(row.completion_ids) for row in rows_R]
-            # Rows without a verdict teach nothing and leave the denominators.
-            mini_batches = split([r for r, reward in enumerate(rewards_R) if reward is not None], mini_batch_size)
-            with step.phase("score"):
-                reference_R = None if reference is None else score(reference, rows_R, **scoring)
-                old_R = sampler_R = [record["completion_logprobs"] for record in records]
-                if not stored:
-                    old_R = score(policy, rows_R, **scoring) if len(mini_batches) > 1 else None
-            for mini_batch in mini_batches:
-                objective = PolicyGradient(
-                    weights_of(mini_batch, lengths_R, aggregate, max_tokens),
-                    advantages_R,
-                    sampler_R,
-                    old_R,
-                    reference_R,
-                    clip_low=clip_low,
-                    clip_high=clip_high,
-                    kl_coef=kl_coef,
-                    temperature=temperature,
-                )
-                # Advantage 0 gives gradient 0: such rows stay in the denominators but cost no pass.
-                if taught := [r for r in mini_batch if advantages_R[r] != 0.0 or kl_coef]:
-                    run.update(step, rows_R, taught, objective)
-            if not step.updates:
-                console.warn(f"step {step.number}: the rewards of every group are all equal; no update was made")
-
-            known = [reward for reward in rewards_R if reward is not None]
+            _learn(run, step, records, policy, reference, settings)
             step.log(
-                reward=stats.mean(known) if known else 0.0,
-                mixed_groups=stats.mean(float(is_mixed(rewards_R[group])) for group in groups_G),
-                kl=step.per_token("kl") if reference is not None else None,
-                entropy=step.per_token("entropy"),
-                clip_fraction=step.per_token("clipped"),
-                ratio=step.per_token("ratio"),
-                sampler_gap=step.per_token("sampler_gap"),
-                rollouts=len(records),
-                ungraded=len(records) - len(known),
-                mean_tokens=stats.mean(lengths_R),
-                truncated=stats.mean(float(record["finish_reason"] == "length") for record in records),
+                drawn_again=drawn_again,
                 labels=len(labels),
-                sample_tokens_per_second=step.per_second(sum(lengths_R), "sample"),
+                sample_tokens_per_second=step.per_second(sum(len(record["completion_ids"]) for record in records), "sample"),
                 update_tokens_per_second=step.per_second(step.tokens, "update"),
             )
             if keep_rollouts:
                 run.keep_rollouts(step, records)
         jsonl.print_result(run.result())
+
+
+def _learn(run: TrainingRun, step: Step, records: list[dict], policy: Policy, reference: Policy | None, settings: dict[str, Any]) -> None:
+    """Make the updates of one step from its graded rollouts, and log what they were."""
+    from s2dcli.train.batching import Row, consecutive, split
+    from s2dcli.train.losses import corrections, group_advantages, is_mixed, kl_estimates, mean_gap, overlong_penalty, weights_of
+    from s2dcli.train.objectives import PolicyGradient
+    from s2dcli.train.policy import score
+
+    rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
+    lengths_R = [len(row.completion_ids) for row in rows_R]
+    rewards_R = [record["reward"] for record in records]
+    truncated_R = [record["finish_reason"] == "length" for record in records]
+    sampler_R = [record["completion_logprobs"] for record in records]
+    scoring = {"tokens_per_batch": settings["tokens_per_batch"], "pad_id": run.loaded.pad_id, "temperature": settings["temperature"]}
+    masked = settings["truncated"] is options.Truncated.mask
+    # Rows without a verdict, and masked ones, teach nothing and leave the denominators.
+    usable = [r for r, reward in enumerate(rewards_R) if reward is not None and not (masked and truncated_R[r])]
+    mini_batches = split(usable, settings["mini_batch_size"])
+    sequence_level = settings["importance"] is options.Importance.sequence
+    with step.phase("score"):
+        reference_R = None if reference is None else score(reference, rows_R, **scoring)
+        if settings["rollouts"] is not None:
+            old_R = sampler_R
+        elif len(mini_batches) > 1 or settings["correction"] is not options.Correction.none:
+            old_R = score(policy, rows_R, **scoring)
+        else:
+            old_R = None  # one update: the policy is its own old policy
+    corrections_R = None
+    if settings["correction"] is not options.Correction.none:
+        corrections_R = corrections(old_R, sampler_R, settings["correction"], settings["correction_level"], settings["correction_cap"])
+
+    shaped_R = list(rewards_R)
+    kl_in_reward = reference_R is not None and settings["kl_in"] is KlIn.reward
+    for r in usable:
+        if kl_in_reward:
+            shaped_R[r] -= settings["kl_coef"] * sum(kl_estimates(settings["kl_estimator"], sampler_R[r], reference_R[r]))
+        if settings["truncated"] is options.Truncated.penalty:
+            shaped_R[r] += overlong_penalty(lengths_R[r], settings["max_tokens"], settings["overlong_buffer"])
+    groups_G = consecutive([record["group_id"] for record in records])
+    advantages_R = [value for group in groups_G for value in group_advantages(shaped_R[group], settings["advantage"])]
+
+    kl_in_loss = reference_R is not None and not kl_in_reward
+    for mini_batch in mini_batches:
+        # Advantage 0 gives gradient 0: such rows stay in the denominators but cost no pass.
+        taught = [r for r in mini_batch if advantages_R[r] != 0.0 or kl_in_loss]
+        if not taught:
+            continue
+        log_ratios_R = None
+        if sequence_level and old_R is None:
+            log_ratios_R = [0.0] * len(records)
+        elif sequence_level:
+            with step.phase("score"):
+                now_R = score(policy, [rows_R[r] for r in taught], **scoring)
+            log_ratios_R = {r: mean_gap(now, old_R[r]) for r, now in zip(taught, now_R, strict=True)}
+        objective = PolicyGradient(
+            weights_R=weights_of(mini_batch, lengths_R, settings["aggregate"], settings["max_tokens"]),
+            advantages_R=advantages_R,
+            sampler_R=sampler_R,
+            old_R=old_R,
+            temperature=settings["temperature"],
+            clip_low=settings["clip_low"],
+            clip_high=settings["clip_high"],
+            surrogate=settings["surrogate"],
+            sequence_log_ratios_R=log_ratios_R,
+            corrections_R=corrections_R,
+            reference_R=reference_R if kl_in_loss else None,
+            kl_coef=settings["kl_coef"],
+            kl_estimator=settings["kl_estimator"],
+        )
+        run.update(step, rows_R, taught, objective)
+    if not step.updates:
+        console.warn(f"step {step.number}: the rewards of every group are all equal; no update was made")
+
+    known = [reward for reward in rewards_R if reward is not None]
+    kl = None
+    if reference_R is not None:
+        estimates = [kl_estimates(settings["kl_estimator"], sampler_R[r], reference_R[r]) for r in usable]
+        kl = step.per_token("kl") if kl_in_loss else stats.mean(value for row in estimates for value in row)
+    step.log(
+        reward=stats.mean(known) if known else 0.0,
+        mixed_groups=stats.mean(float(is_mixed(rewards_R[group])) for group in groups_G),
+        kl=kl,
+        entropy=step.per_token("entropy"),
+        clip_fraction=step.per_token("clipped"),
+        ratio=step.per_token("ratio"),
+        sampler_gap=step.per_token("sampler_gap"),
+        rollouts=len(records),
+        ungraded=len(records) - len(known),
+        mean_tokens=stats.mean(lengths_R),
+        truncated=stats.mean(map(float, truncated_R)),
+    )
+
+
+def _is_mixed(group: list[dict]) -> bool:
+    from s2dcli.train.losses import is_mixed
+
+    return is_mixed([record["reward"] for record in group])
 
 
 def _require_labels(problems: list[Problem]) -> list[Problem]:

@@ -30,7 +30,7 @@ import typer
 from s2dcli import console
 from s2dcli.errors import DataError, UsageError, nearest
 from s2dcli.files import jsonl
-from s2dcli.options import MemoryLimit, OutFile, Overwrite, Rollouts, Timeout, Workers
+from s2dcli.options import MemoryLimit, OutFile, Overwrite, Reward, Rollouts, Timeout, Workers
 
 SHOWN_LINES = 100  # bad lines and changed verdicts that are named one by one; the rest is counted
 SHOWN_CHARACTERS = 60  # of an answer in a message
@@ -169,10 +169,7 @@ def verify(
     extract: Annotated[
         Extract, typer.Option("--extract", help="strict: boxes only; lenient: without a box, the last stated answer.")
     ] = Extract.strict,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option("--reward", metavar="REWARD", help="math, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", show_default="math"),
-    ] = None,
+    reward: Reward = None,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Exit with 0 although some lines were no JSON objects.")] = False,
     diff: Annotated[str | None, typer.Option("--diff", metavar="OLD.jsonl", help="Grade again and say which verdicts changed.")] = None,
     overwrite: Overwrite = False,

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from s2dcli.models.forward import Head
+from s2dcli.options import KlEstimator, Surrogate
 from s2dcli.train.batching import MicroBatch
-from s2dcli.train.losses import clipped_policy_loss, k3
+from s2dcli.train.losses import kl_estimate, policy_loss
 from s2dcli.train.policy import Loss, Policy
 from s2dcli.train.vocab import Sums, kl_loss, token_loss
 
@@ -26,31 +27,46 @@ class PolicyGradient:
     """The clipped group-relative objective, with a KL term where `reference_R` is given.
 
     Without `old_R` the policy itself is the one that sampled: the ratio is 1 and its gradient exact.
-    `sampler_R`, the log-probs noted while sampling, only serve to measure the sampler's distance.
+    `sampler_R`, the log-probs noted while sampling, only serve to measure the sampler's distance;
+    `corrections_R` multiplies each token's weight, `sequence_log_ratios_R` makes the ratio its row's.
     """
 
     weights_R: Mapping[int, float]
     advantages_R: Sequence[float]
     sampler_R: Sequence[Sequence[float]]
     old_R: Sequence[Sequence[float]] | None
-    reference_R: Sequence[Sequence[float]] | None
+    temperature: float
     clip_low: float
     clip_high: float
-    kl_coef: float
-    temperature: float
+    surrogate: Surrogate = Surrogate.ppo
+    sequence_log_ratios_R: Sequence[float] | Mapping[int, float] | None = None
+    corrections_R: Sequence[Sequence[float]] | None = None
+    reference_R: Sequence[Sequence[float]] | None = None
+    kl_coef: float = 0.0
+    kl_estimator: KlEstimator = KlEstimator.k3
 
     def __call__(self, batch: MicroBatch) -> Loss:
         advantages_N, weights_N = batch.spread(self.advantages_R), batch.spread(self.weights_R)
         sampler_N = batch.tokens(self.sampler_R)
         old_N = None if self.old_R is None else batch.tokens(self.old_R)
         reference_N = None if self.reference_R is None else batch.tokens(self.reference_R)
+        row_ratios_N = None if self.sequence_log_ratios_R is None else batch.spread(self.sequence_log_ratios_R)
+        policy_weights_N = weights_N if self.corrections_R is None else weights_N * batch.tokens(self.corrections_R)
 
         def per_token(logprobs_C: torch.Tensor, rows: slice) -> tuple[torch.Tensor, Sums]:
-            old_C = logprobs_C.detach() if old_N is None else old_N[rows]
-            total, sums = clipped_policy_loss(logprobs_C, old_C, advantages_N[rows], weights_N[rows], self.clip_low, self.clip_high)
+            total, sums = policy_loss(
+                logprobs_C,
+                logprobs_C.detach() if old_N is None else old_N[rows],
+                advantages_N[rows],
+                policy_weights_N[rows],
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+                surrogate=self.surrogate,
+                sequence_log_ratios_N=None if row_ratios_N is None else row_ratios_N[rows],
+            )
             sums["sampler_gap"] = (logprobs_C.detach() - sampler_N[rows]).abs().sum()
             if reference_N is not None:
-                kl_C = k3(logprobs_C, reference_N[rows])
+                kl_C = kl_estimate(self.kl_estimator, logprobs_C, reference_N[rows])
                 total = total + self.kl_coef * (weights_N[rows] * kl_C).sum()
                 sums["kl"] = kl_C.detach().sum()
             return total, sums

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
+
+SPARE_STREAM = 1  # keeps the random numbers of spare items apart from those of the passes
 
 
 class Order:
@@ -26,6 +29,13 @@ class Order:
         first = (step - 1) * self.per_step
         positions = range(first, min(first + self.per_step, self.total))
         return [int(self._pass(position // self.count)[position % self.count]) for position in positions]
+
+    def spares(self, step: int) -> Iterator[int]:
+        """Yield the items that a step does not hold, in an order of the step's own, each once."""
+        taken = set(self.at(step))
+        for item in np.random.default_rng([self.seed, step, SPARE_STREAM]).permutation(self.count):
+            if int(item) not in taken:
+                yield int(item)
 
     def _pass(self, number: int) -> np.ndarray:
         if getattr(self, "_cached", (None,))[0] != number:

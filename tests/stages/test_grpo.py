@@ -250,3 +250,86 @@ def test_an_exploding_gradient_stops_the_run_and_names_the_step(s2d, toy, graded
     result = s2d("grpo", "-m", toy / "teacher", "--rollouts", write_jsonl(tmp_path / "bad.jsonl", rows), "-o", tmp_path / "run")
     assert result.code == 1
     assert "the gradient of step 1 is not finite" in result.err
+
+
+PRESETS = {
+    "grpo": {
+        "aggregate": "sequence",
+        "advantage": "group-std",
+        "importance": "token",
+        "surrogate": "ppo",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+    },
+    "dr-grpo": {"aggregate": "constant", "advantage": "group-mean", "importance": "token", "clip_high": 0.2},
+    "dapo": {"aggregate": "token", "advantage": "group-std", "clip_low": 0.2, "clip_high": 0.28},
+    "gspo": {"aggregate": "sequence", "importance": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"aggregate": "token", "surrogate": "cispo", "clip_high": 4.0},
+}
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_presets_set_the_knobs_that_are_not_given(s2d, toy, tmp_path, preset):
+    train(s2d, toy, tmp_path / "run", "--loss", preset, "--mini-batch-size", 8, "--clip-low", 0.125)
+    used = json.loads((tmp_path / "run" / "s2d.json").read_text())["options"]
+    assert {name: used[name] for name in PRESETS[preset]} == {
+        **PRESETS[preset],
+        **({"clip_low": 0.125} if "clip_low" in PRESETS[preset] else {}),
+    }
+    assert all(row["updates"] == 2 for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_flat_groups_are_replaced_by_further_problems(s2d, toy, tmp_path):
+    result = train(s2d, toy, tmp_path / "run", "--resample-flat", 8, "--keep-rollouts", "--problems-per-step", 8)
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["mixed_groups"] == 1.0 and row["rollouts"] == 32 for row in rows)
+    assert sum(row["drawn_again"] for row in rows) > 0
+    assert 16 < result["labels"] <= 16 + sum(row["drawn_again"] for row in rows)  # the dropped groups' labels are spent too
+    for row in rows:
+        kept = read_jsonl(tmp_path / "run" / "rollouts" / f"step-{row['step']:06d}.jsonl")
+        assert len({record["group_id"] for record in kept}) == 8
+
+
+def test_truncated_completions_are_masked_or_punished(s2d, toy, tmp_path):
+    short = ["--max-tokens", 12, "--keep-rollouts", "--lr", "1e-3"]
+    trained = {}
+    for how in ("keep", "mask", "penalty"):
+        train(s2d, toy, tmp_path / how, *short, "--truncated", how, "--overlong-buffer", 4)
+        trained[how] = read_jsonl(tmp_path / how / "metrics.jsonl")[0]
+    assert trained["keep"]["truncated"] > 0
+    assert len({row["reward"] for row in trained.values()}) == 1  # the raw reward is never overwritten
+    assert len({row["grad_norm"] for row in trained.values()}) == 3
+
+
+def test_kl_in_the_reward_and_its_estimators(s2d, toy, tmp_path):
+    for estimator in ("k1", "k2", "k3"):
+        train(s2d, toy, tmp_path / estimator, "--kl-coef", 0.1, "--kl-in", "reward", "--kl-estimator", estimator)
+        first, second = (row["kl"] for row in read_jsonl(tmp_path / estimator / "metrics.jsonl"))
+        assert first == pytest.approx(0.0, abs=1e-6)
+        assert abs(second) > 1e-6
+
+
+def test_correction_by_a_sampler_that_equals_the_trainer_changes_nothing(s2d, toy, tmp_path):
+    more = {"plain": [], "truncate": ["--correction", "truncate"], "mask": ["--correction", "mask", "--correction-level", "sequence"]}
+    for name, arguments in more.items():
+        train(s2d, toy, tmp_path / name, *arguments)
+    norms = [read_jsonl(tmp_path / name / "metrics.jsonl")[0]["grad_norm"] for name in more]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
+def test_rewards_of_the_users_own(s2d, toy, tmp_path):
+    (tmp_path / "mine.py").write_text("def short(completion, answer, record):\n    return 1.0 / len(completion)\n")
+    arguments = [
+        "grpo",
+        "-m",
+        toy / "student",
+        toy / "problems" / "1H.jsonl",
+        "-o",
+        tmp_path / "run",
+        *SHORT,
+        "--reward",
+        "python:mine:short",
+    ]
+    result = s2d(*arguments, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert 0.0 < result.result["reward"] < 1.0

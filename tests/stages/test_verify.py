@@ -45,8 +45,8 @@ def test_what_a_line_holds_stays_as_it_was_written(s2d):
     given = b'{"answer": "1",  "completion": "\\\\boxed{1} \xe2\x80\xa8 \xf0\x9f\x98\x80 \\ud800 \\u0000", "x": 1.50, "y": 1e999}'
     done = s2d("verify", stdin=given)
     assert done.code == 0
-    kept = b"{\"answer\": \"1\",  \"completion\": \"\\\\boxed{1} \\u2028 \\ud83d\\ude00 \\ud800 \\u0000\", \"x\": 1.50, \"y\": 1e999, "
-    assert done.out.startswith(kept + b"\"reward\": 1.0, ")
+    kept = b'{"answer": "1",  "completion": "\\\\boxed{1} \\u2028 \\ud83d\\ude00 \\ud800 \\u0000", "x": 1.50, "y": 1e999, '
+    assert done.out.startswith(kept + b'"reward": 1.0, ')
     assert done.out.count(b"\n") == 1
     assert done.out.endswith(b"}\n")
 

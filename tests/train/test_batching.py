@@ -2,13 +2,14 @@
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
 from tiny import VOCABULARY, tiny
 
 from s2dcli.models.forward import head_of, require_known_head
-from s2dcli.options import Aggregate
+from s2dcli.options import Aggregate, KlEstimator, Surrogate
 from s2dcli.train.batching import Row, consecutive, micro_batches, padding_share, split
 from s2dcli.train.losses import weights_of
 from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient
@@ -32,15 +33,20 @@ def gradient(policy: Policy, rows: list[Row], objective, tokens_per_batch: int) 
 
 
 def objectives(rows: list[Row], aggregate: Aggregate) -> dict:
+    """Every loss, with and without each of the numbers it may be given."""
     lengths = [len(row.completion_ids) for row in rows]
     weights = weights_of(range(len(rows)), lengths, aggregate, 32)
     draw = random.Random(1)
     noise = lambda: [[-draw.random() for _ in range(length)] for length in lengths]  # noqa: E731
-    advantages = [draw.uniform(-1, 1) for _ in rows]
     teacher = freeze(Policy(tiny("llama", seed=7), VOCABULARY))
+    policy = partial(PolicyGradient, weights, [draw.uniform(-1, 1) for _ in rows], noise(), clip_low=0.2, clip_high=0.3)
+    ratios = [draw.uniform(-0.3, 0.3) for _ in rows]
     return {
-        "grpo": PolicyGradient(weights, advantages, noise(), None, None, 0.2, 0.2, 0.0, 1.0),
-        "grpo off-policy with KL": PolicyGradient(weights, advantages, noise(), noise(), noise(), 0.2, 0.3, 0.05, 0.8),
+        "grpo": policy(None, 1.0),
+        "grpo off-policy with KL": policy(noise(), 0.8, reference_R=noise(), kl_coef=0.05, kl_estimator=KlEstimator.k2),
+        "corrected": policy(None, 1.0, corrections_R=noise()),
+        "gspo": policy(noise(), 1.0, sequence_log_ratios_R=ratios),
+        "cispo": policy(noise(), 1.0, surrogate=Surrogate.cispo),
         "forward KL": Distillation(teacher, weights, reverse=False, temperature=1.0),
         "reverse KL": Distillation(teacher, weights, reverse=True, temperature=1.0),
         "cross-entropy": CrossEntropy(weights),
@@ -132,7 +138,7 @@ def test_gradient_of_the_policy_loss_equals_a_dense_float64_one():
     ours = gradient(
         Policy(model, VOCABULARY),
         rows,
-        PolicyGradient(weights, advantages, [[0.0] * len(r.completion_ids) for r in rows], None, None, 0.2, 0.2, 0.0, 1.0),
+        PolicyGradient(weights, advantages, [[0.0] * len(r.completion_ids) for r in rows], None, 1.0, 0.2, 0.2),
         50,
     )
     exact = tiny("llama").double()

@@ -35,3 +35,10 @@ def test_order_is_a_function_of_seed_and_step():
     assert [order.at(step) for step in (7, 3, 20)] == [again.at(step) for step in (7, 3, 20)]
     assert order.at(1) != other.at(1)
     assert all(len(order.at(step)) == 8 for step in range(1, 21))
+
+
+def test_spares_are_what_the_step_does_not_hold_each_once():
+    order = Order(10, 4, seed=3, steps=5, epochs=1)
+    spares = list(order.spares(2))
+    assert sorted([*spares, *order.at(2)]) == list(range(10))
+    assert spares == list(order.spares(2)) != list(order.spares(3))

@@ -1,12 +1,24 @@
 """Advantages, weights and the clipped objective against values worked out by hand."""
 
 import math
+import random
 
 import pytest
 import torch
 
-from s2dcli.options import Advantage, Aggregate
-from s2dcli.train.losses import clipped_policy_loss, group_advantages, is_mixed, k3, token_weights, weights_of
+from s2dcli.options import Advantage, Aggregate, Correction, Importance, KlEstimator, Surrogate
+from s2dcli.train.losses import (
+    corrections,
+    group_advantages,
+    is_mixed,
+    kl_estimate,
+    kl_estimates,
+    mean_gap,
+    overlong_penalty,
+    policy_loss,
+    token_weights,
+    weights_of,
+)
 
 
 def test_group_advantages_by_hand():
@@ -56,30 +68,79 @@ def test_rows_that_are_left_out_leave_the_denominators():
     assert weights_of([0, 2], [2, 9, 6], Aggregate.token, 10) == {0: 1 / 8, 2: 1 / 8}
 
 
-def test_clipped_objective_by_hand():
-    old = torch.tensor([-1.0, -1.0, -1.0, -1.0])
-    new = old + torch.tensor([math.log(1.5), math.log(1.5), math.log(0.5), math.log(0.5)])
-    advantages, weights = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
-    loss, sums = clipped_policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.3)
+OLD = torch.tensor([-1.0, -1.0, -1.0, -1.0])
+NEW = OLD + torch.tensor([math.log(1.5), math.log(1.5), math.log(0.5), math.log(0.5)])
+ADVANTAGES, WEIGHTS = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+
+def test_ppo_surrogate_by_hand():
+    loss, sums = policy_loss(NEW, OLD, ADVANTAGES, WEIGHTS, clip_low=0.2, clip_high=0.3)
     # min(1.5, 1.3) = 1.3; min(-1.5, -1.3) = -1.5; min(0.5, 0.8) = 0.5; min(-0.5, -0.8) = -0.8
     assert loss.item() == pytest.approx(-(0.1 * 1.3 + 0.2 * -1.5 + 0.3 * 0.5 + 0.4 * -0.8), abs=1e-6)
     assert sums["clipped"] == 2
     assert sums["ratio"].item() == pytest.approx(4.0, abs=1e-6)
 
 
-def test_clipped_tokens_get_no_gradient():
-    old = torch.zeros(2)
+def test_clipped_tokens_get_no_gradient_from_ppo_and_a_truncated_one_from_cispo():
     new = torch.tensor([math.log(1.5), math.log(1.1)], requires_grad=True)
-    clipped_policy_loss(new, old, torch.ones(2), torch.ones(2), 0.2, 0.2)[0].backward()
-    assert new.grad[0] == 0
-    assert new.grad[1].item() == pytest.approx(-1.1, abs=1e-6)
+    inputs = (torch.zeros(2), torch.ones(2), torch.ones(2))
+    policy_loss(new, *inputs, clip_low=0.2, clip_high=0.2)[0].backward()
+    assert new.grad.tolist() == pytest.approx([0.0, -1.1], abs=1e-6)
+    new.grad = None
+    loss, sums = policy_loss(new, *inputs, clip_low=1.0, clip_high=0.2, surrogate=Surrogate.cispo)
+    loss.backward()
+    assert new.grad.tolist() == pytest.approx([-1.2, -1.1], abs=1e-6)
+    assert sums["clipped"] == 1
 
 
-def test_k3_is_zero_only_at_equality_and_estimates_the_kl():
+def test_sequence_ratio_has_the_sequences_value_and_each_tokens_gradient():
+    new = NEW.clone().requires_grad_()
+    log_ratio = torch.tensor(0.05)
+    loss, _ = policy_loss(new, OLD, torch.ones(4), WEIGHTS, clip_low=0.2, clip_high=0.2, sequence_log_ratios_N=log_ratio.expand(4))
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.exp(0.05), abs=1e-6)
+    assert new.grad.tolist() == pytest.approx((-math.exp(0.05) * WEIGHTS).tolist(), abs=1e-6)
+    # beyond the bounds the whole sequence is clipped
+    loss, sums = policy_loss(NEW, OLD, torch.ones(4), WEIGHTS, clip_low=3e-4, clip_high=4e-4, sequence_log_ratios_N=log_ratio.expand(4))
+    assert loss.item() == pytest.approx(-1.0004, abs=1e-6)
+    assert sums["clipped"] == 4
+
+
+def test_a_sequences_ratio_is_the_mean_of_logs_and_does_not_grow_with_length():
+    draw = random.Random(0)
+    gaps = {}
+    for length in (10, 1000):
+        old = [draw.uniform(-3, 0) for _ in range(length)]
+        gaps[length] = mean_gap([value + 0.01 + draw.gauss(0, 0.05) for value in old], old)
+    assert gaps[10] == pytest.approx(0.01, abs=0.05)
+    assert gaps[1000] == pytest.approx(0.01, abs=0.005)
+    assert mean_gap([], []) == 0.0
+    with pytest.raises(ValueError, match="zip"):
+        mean_gap([1.0], [])
+
+
+def test_corrections_by_hand():
+    trainer, sampler = [[math.log(0.6), math.log(0.1)], []], [[math.log(0.2), math.log(0.4)], []]
+    cut = corrections(trainer, sampler, Correction.truncate, Importance.token, cap=2.0)
+    assert [pytest.approx(row) for row in cut] == [[2.0, 0.25], []]
+    kept = corrections(trainer, sampler, Correction.mask, Importance.token, cap=2.0)
+    assert kept == [[0.0, 0.0], []]
+    sequence = corrections(trainer, sampler, Correction.mask, Importance.sequence, cap=2.0)
+    assert sequence[0] == pytest.approx([math.sqrt(0.75)] * 2)
+
+
+def test_kl_estimators_estimate_the_kl():
     policy, reference = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.2, 0.5, 0.3]).log()
-    values = k3(policy, reference)
-    assert (values > 0).all()
-    assert k3(policy, policy).abs().sum() == 0
-    exact = (policy.exp() * (policy - reference)).sum()
-    # E_policy[exp(d) - d - 1] = KL since E_policy[exp(d)] = 1
-    assert (policy.exp() * values).sum().item() == pytest.approx(exact.item(), abs=1e-6)
+    exact = (policy.exp() * (policy - reference)).sum().item()
+    values = {kind: kl_estimate(kind, policy, reference) for kind in KlEstimator}
+    for kind in (KlEstimator.k1, KlEstimator.k3):  # unbiased, since E_policy[exp(d)] = 1
+        assert (policy.exp() * values[kind]).sum().item() == pytest.approx(exact, abs=1e-6)
+    assert values[KlEstimator.k2].tolist() == pytest.approx((0.5 * (policy - reference) ** 2).tolist())
+    assert (values[KlEstimator.k3] > 0).all()
+    for kind in KlEstimator:
+        assert kl_estimate(kind, policy, policy).abs().sum() == 0
+        assert kl_estimates(kind, policy.tolist(), reference.tolist()) == pytest.approx(values[kind].tolist(), abs=1e-6)
+
+
+def test_overlong_penalty_falls_over_the_buffer():
+    assert [overlong_penalty(length, 100, 20) for length in (50, 80, 90, 100)] == [0.0, 0.0, -0.5, -1.0]
