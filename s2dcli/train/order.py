@@ -23,6 +23,7 @@ class Order:
         self.seed = seed
         self.steps = steps or math.ceil(count * epochs / per_step)
         self.total = self.steps * per_step if steps else count * epochs
+        self._shuffled: dict[int, np.ndarray] = {}  # the pass in use, by its number
 
     def at(self, step: int) -> list[int]:
         """Return the items of a step (from 1)."""
@@ -38,6 +39,6 @@ class Order:
                 yield int(item)
 
     def _pass(self, number: int) -> np.ndarray:
-        if getattr(self, "_cached", (None,))[0] != number:
-            self._cached = (number, np.random.default_rng([self.seed, number]).permutation(self.count))
-        return self._cached[1]
+        if number not in self._shuffled:
+            self._shuffled = {number: np.random.default_rng([self.seed, number]).permutation(self.count)}
+        return self._shuffled[number]
