@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Finished rows are dropped from the batch once they are this share of it: each drop copies the
 # cache, so halving costs at most log2(B) copies and never carries more dead rows than live ones.
 DROP_SHARE = 0.5
+# Tokens per block of the two-level search in a cumulative distribution; near the square root of today's
+# largest vocabularies, where both levels are equally long.
+BLOCK = 512
 
 
 class TransformersEngine:
@@ -160,18 +163,37 @@ def choose(logits_BV: torch.Tensor, uniforms_B: torch.Tensor | None, params: Sam
         logprobs_BV = logits_BV.float().log_softmax(-1)
         tokens_B = logprobs_BV.argmax(-1)
         return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
-    logits_BV = logits_BV.float() / params.temperature
+    logits_BV = logits_BV.float() if params.temperature == 1.0 else logits_BV.float() / params.temperature
     if params.top_k and params.top_k < logits_BV.shape[1]:
         smallest_B1 = logits_BV.topk(params.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
     if params.top_p < 1.0:
         logits_BV = _nucleus(logits_BV, params.top_p)
-    logprobs_BV = logits_BV.log_softmax(-1)
-    # float64: a float32 running sum over 150,000 tokens would lose the unlikely ones.
-    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
-    target_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
-    tokens_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
-    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+    normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True)
+    tokens_B1 = _invert(logits_BV, normaliser_B1, uniforms_B[:, None])
+    return tokens_B1[:, 0], (logits_BV.gather(1, tokens_B1) - normaliser_B1)[:, 0]
+
+
+def _invert(logits_BV: torch.Tensor, normaliser_B1: torch.Tensor, uniforms_B1: torch.Tensor) -> torch.Tensor:
+    """Return the first token [B, 1] at which the cumulative probability exceeds the uniform number.
+
+    In two levels, blocks of tokens and tokens of one block, both summed in float64: a float32 running sum
+    over 150,000 tokens would lose the unlikely ones, a float64 one over all of them takes most of the time.
+    """
+    rows, vocabulary = logits_BV.shape
+    blocks = -(-vocabulary // BLOCK)
+    probs_BV = logits_BV.new_zeros(rows, blocks * BLOCK)
+    torch.sub(logits_BV, normaliser_B1, out=probs_BV[:, :vocabulary]).exp_()
+    probs_BJK = probs_BV.view(rows, blocks, BLOCK)
+    ends_BJ = probs_BJK.sum(-1, dtype=torch.float64).cumsum(-1)
+    target_B1 = uniforms_B1 * ends_BJ[:, -1:]
+    block_B1 = torch.searchsorted(ends_BJ, target_B1, right=True).clamp_(max=blocks - 1)
+    starts_B1 = torch.where(block_B1 > 0, ends_BJ.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    inside_BK = probs_BJK.gather(1, block_B1[:, :, None].expand(-1, 1, BLOCK))[:, 0].double().cumsum_(-1)
+    # Rounding must not carry a draw past the block's last token that has any probability.
+    target_B1 = torch.minimum(target_B1 - starts_B1, inside_BK[:, -1:] * (1 - torch.finfo(torch.float64).eps))
+    tokens_B1 = block_B1 * BLOCK + torch.searchsorted(inside_BK, target_B1, right=True)
+    return tokens_B1.clamp_(max=vocabulary - 1)
 
 
 def _nucleus(logits_BV: torch.Tensor, top_p: float) -> torch.Tensor:

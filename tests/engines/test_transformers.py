@@ -127,3 +127,25 @@ def test_samples_follow_the_models_distribution():
     # Five standard deviations of a binomial share.
     assert ((shares - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3).all()
     assert math.isclose(float(shares.sum()), 1.0, abs_tol=1e-6)
+
+
+def test_a_wide_vocabulary_is_searched_in_two_levels_to_the_same_tokens():
+    rows, vocabulary = 64, 3000
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocabulary, generator=generator) * 4
+    uniforms = torch.rand(rows, generator=generator, dtype=torch.double)
+    uniforms[:2] = torch.tensor([0.0, 1.0 - 2**-53])
+    tokens, logprobs = choose(logits, uniforms, params())
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    before = torch.where(tokens > 0, cumulative[torch.arange(rows), tokens - 1], 0.0)
+    after = cumulative[torch.arange(rows), tokens]
+    assert ((before - 1e-6 <= uniforms) & (uniforms <= after + 1e-6)).all()
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[torch.arange(rows), tokens], atol=1e-5, rtol=0)
+
+
+def test_masked_tokens_at_the_end_of_a_wide_vocabulary_are_never_drawn():
+    logits = torch.full((1000, 1300), -torch.inf)
+    logits[:, 600:610] = 0.0
+    uniforms = torch.linspace(0, 1 - 2**-53, 1000, dtype=torch.double)
+    tokens, _ = choose(logits, uniforms, params())
+    assert set(tokens.tolist()) == set(range(600, 610))
