@@ -1,6 +1,7 @@
 """From token ids to the hidden states that predict completions, and the head that reads them.
 
-Shapes: B rows, T positions, N completion tokens of a micro-batch, D hidden width, V vocabulary.
+Shapes: B rows, P distinct prompts, T positions, N completion tokens of a micro-batch, D hidden width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -80,9 +81,52 @@ def _first(parameter: torch.Tensor, rows: int) -> torch.Tensor:
     return parameter if parameter.shape[0] == rows else parameter[:rows]
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None) -> torch.Tensor:
-    """Run the backbone on right-padded rows; returns hidden states [B, T, D] after the final norm."""
-    return model.base_model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False).last_hidden_state
+def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Run the backbone on right-padded rows; returns hidden states [B, T, D] after the final norm.
+
+    No mask is needed: a causal model never looks at what stands to the right, and states of padding are
+    never read.
+    """
+    return model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+
+
+def shared_prompt_states(
+    model: PreTrainedModel,
+    prompt_ids_PT: torch.Tensor,
+    prompt_lengths_P: torch.Tensor,
+    prompt_of_B: torch.Tensor,
+    completion_ids_BT: torch.Tensor,
+) -> torch.Tensor:
+    """States that predict completions [B, T, D], each distinct prompt P run through the backbone once.
+
+    Prompts and completions are right-padded. The completions attend to the keys and values of their
+    prompt, through which gradients flow back as they would through copies of the prompt.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    prompt_PTD = model.base_model(input_ids=prompt_ids_PT, past_key_values=cache, use_cache=True).last_hidden_state
+    prompts = torch.arange(len(prompt_ids_PT), device=prompt_ids_PT.device)
+    first_BD = prompt_PTD[prompts, prompt_lengths_P - 1][prompt_of_B]
+    rows, length = completion_ids_BT.shape
+    if length == 1:  # the one token is predicted by its prompt's last state
+        return first_BD[:, None]
+    lengths_B1 = prompt_lengths_P[prompt_of_B, None]
+    width = prompt_ids_PT.shape[1]
+    positions = torch.arange(length - 1, device=lengths_B1.device)
+    mask_BT = None
+    if int(prompt_lengths_P.min()) < width:
+        seen_BT = torch.arange(width, device=lengths_B1.device) < lengths_B1
+        mask_BT = torch.cat([seen_BT, seen_BT.new_ones(rows, length - 1)], dim=1).long()
+    cache.batch_select_indices(prompt_of_B)
+    rest_BTD = model.base_model(
+        input_ids=completion_ids_BT[:, :-1],
+        attention_mask=mask_BT,
+        position_ids=lengths_B1 + positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return torch.cat([first_BD[:, None], rest_BTD], dim=1)
 
 
 @torch.no_grad()
@@ -94,7 +138,7 @@ def require_known_head(model: PreTrainedModel, vocabulary: int, name: str) -> No
     """
     ids_BT = torch.arange(min(8, vocabulary), device=model.device)[None]
     own = model(input_ids=ids_BT, use_cache=False).logits[..., :vocabulary].float().log_softmax(-1)
-    ours = head_of(model, vocabulary).logits(hidden_states(model, ids_BT, None)).log_softmax(-1)
+    ours = head_of(model, vocabulary).logits(hidden_states(model, ids_BT)).log_softmax(-1)
     tolerance = HEAD_TOLERANCE * (1 if own.dtype == model.dtype else 50)  # bfloat16 rounds at 2^-8
     difference = (own - ours).abs()[own > -20].max().item()
     if not difference <= tolerance:

@@ -30,6 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 SHAPES = {
     "toy": {
         "hidden": 64,
@@ -67,6 +68,7 @@ SHAPES = {
     },
 }
 GROUP = 8
+FOUND = "found.json"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -240,15 +242,15 @@ def measure(side: str, method: str, folder: Path, shape: dict, dtype: str, threa
         "--shape",
         shape["name"],
     ]
-    here = str(Path(__file__).parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join([here, str(Path(here).parents[1])])}
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=None if os.environ.get("BENCH_VERBOSE") else subprocess.PIPE, check=False
     )
     if done.returncode:
         sys.stderr.write((done.stderr or b"").decode()[-3000:])
         raise SystemExit(f"{side} {method} failed")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads((folder / FOUND).read_text())
 
 
 def parameters(folder: Path) -> int:
@@ -270,7 +272,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.inner:
         run = {"s2d": run_s2d, "trl": run_trl}[options.inner]
-        print("\n" + json.dumps(run(options.folder, options.method, SHAPES[options.shape], options.dtype)))
+        found = run(options.folder, options.method, SHAPES[options.shape], options.dtype)
+        (options.folder / FOUND).write_text(json.dumps(found))  # standard output belongs to the stages
         return
 
     print(f"| shape | method | side | s/step | tokens/s | beyond, MB | speed | memory |\n|{'---|' * 8}")

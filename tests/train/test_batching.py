@@ -10,6 +10,7 @@ from tiny import VOCABULARY, tiny
 
 from s2dcli.models.forward import head_of, require_known_head
 from s2dcli.options import Aggregate, KlEstimator, Surrogate
+from s2dcli.train import batching
 from s2dcli.train.batching import Row, consecutive, micro_batches, padding_share, split
 from s2dcli.train.losses import weights_of
 from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient
@@ -19,10 +20,12 @@ CPU = torch.device("cpu")
 FAMILIES = ["qwen3", "llama", "gpt2", "gemma2", "cohere"]
 
 
-def ragged_rows(count: int = 8, seed: int = 0) -> list[Row]:
+def ragged_rows(count: int = 8, seed: int = 0, group: int = 1) -> list[Row]:
+    """Rows of ragged lengths, `group` of them to a prompt."""
     draw = random.Random(seed)
     ids = lambda n: [draw.randrange(3, VOCABULARY) for _ in range(n)]  # noqa: E731
-    return [Row(ids(draw.randint(1, 9)), ids(draw.randint(1, 20))) for _ in range(count)]
+    prompts = [ids(draw.randint(1, 9)) for _ in range(count // group)]
+    return [Row(prompts[index // group], ids(draw.randint(1, 20))) for index in range(count)]
 
 
 def gradient(policy: Policy, rows: list[Row], objective, tokens_per_batch: int) -> torch.Tensor:
@@ -53,10 +56,11 @@ def objectives(rows: list[Row], aggregate: Aggregate) -> dict:
     }
 
 
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("aggregate", list(Aggregate))
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
-def test_the_split_into_micro_batches_never_changes_the_gradient(family, aggregate):
-    rows = ragged_rows()
+def test_the_split_into_micro_batches_never_changes_the_gradient(family, aggregate, group):
+    rows = ragged_rows(group=group)
     policy = Policy(tiny(family), VOCABULARY)
     for name, objective in objectives(rows, aggregate).items():
         whole = gradient(policy, rows, objective, 10_000)
@@ -65,12 +69,13 @@ def test_the_split_into_micro_batches_never_changes_the_gradient(family, aggrega
             assert (whole - parts).norm() <= 1e-5 * whole.norm(), name
 
 
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_the_models_own_logits_row_by_row(family):
+def test_scores_equal_the_models_own_logits_row_by_row(family, group):
     model = tiny(family)
     require_known_head(model, VOCABULARY, family)
-    rows = ragged_rows()
-    scores = score(Policy(model, VOCABULARY), rows, tokens_per_batch=80, pad_id=0)
+    rows = ragged_rows(group=group)
+    scores = score(Policy(model, VOCABULARY), rows, tokens_per_batch=100, pad_id=0)
     for row, ours in zip(rows, scores, strict=True):
         ids = torch.tensor([row.prompt_ids + row.completion_ids])
         with torch.no_grad():
@@ -169,6 +174,42 @@ def test_budget_and_padding_of_a_skewed_batch():
     assert all(batch.input_ids_BT.numel() <= 2048 for batch in batches if len(batch.rows) > 1)
     unsorted = sum(max(map(len, rows[i : i + 8])) * 8 for i in range(0, 200, 8))
     assert padding_share(batches) < 0.3 * (1 - sum(map(len, rows)) / unsorted)
+
+
+def shared(batches) -> list[bool]:
+    return [batch.prompts is not None for batch in batches]
+
+
+def test_prompts_are_shared_where_that_saves_positions():
+    long, short = [Row([5] * 20, [6] * 10)] * 8, [Row([5] * 2, [6] * 10)] * 8
+    assert shared(micro_batches(long, range(8), 1000, 0, CPU)) == [True]
+    assert shared(micro_batches(short, range(8), 1000, 0, CPU)) == [False]
+    assert shared(micro_batches(ragged_rows(8), range(8), 1000, 0, CPU)) == [False]
+    batches = micro_batches(long, range(8), 60, 0, CPU)  # 20 + 4 x 10 positions each
+    assert [(len(batch.rows), batch.num_positions) for batch in batches] == [(4, 60), (4, 60)]
+    assert padding_share(batches) == 0.0
+
+
+def test_gradients_through_a_shared_prompt_equal_those_through_its_copies(monkeypatch):
+    rows = ragged_rows(12, group=4)
+    weights = weights_of(range(12), [len(row.completion_ids) for row in rows], Aggregate.sequence, 32)
+    for family in FAMILIES:
+        policy = Policy(tiny(family), VOCABULARY)
+        found = {}
+        for worth in (0.0, 10.0):  # never, always
+            monkeypatch.setattr(batching, "SHARING_WORTH", worth)
+            assert set(shared(micro_batches(rows, range(12), 120, 0, CPU))) == {worth > 0}
+            found[worth] = gradient(policy, rows, CrossEntropy(weights), 120)
+        assert (found[0.0] - found[10.0]).norm() <= 1e-5 * found[0.0].norm(), family
+
+
+def test_a_sample_leaves_the_others_alone():
+    policy = Policy(tiny("qwen3"), VOCABULARY)
+    rows = [Row([5] * 20, [6, 7, 8]), Row([5] * 20, [9, 10, 11]), Row([12] * 20, [9, 10, 11])]
+    changed = [rows[0], Row([5] * 20, [30, 31, 32]), Row([33] * 20, [9, 10, 11])]
+    first, second = (score(policy, batch, tokens_per_batch=1000, pad_id=0) for batch in (rows, changed))
+    assert first[0] == second[0]
+    assert first[1] != second[1]
 
 
 def test_consecutive_and_split():
