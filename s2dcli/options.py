@@ -10,6 +10,7 @@ import typer
 
 SAMPLING = "Sampling"
 TRAINING = "Training"
+MEMORY = "Memory"
 OUTPUT = "Output"
 
 # Default of --sample-tokens. A cache position of a 1.7-billion-parameter model takes 115 kB in
@@ -22,6 +23,13 @@ class Dtype(StrEnum):
     """Type of the forward computation; master weights and optimizer state are always float32."""
 
     auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Weights(StrEnum):
+    """Type that the weights in training are kept in; their masters are float32 in any case."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
 
@@ -180,6 +188,34 @@ TokensPerBatch = Annotated[
         min=1,
         help="Positions of one micro-batch, padding included; changes memory, not the gradient.",
         rich_help_panel=TRAINING,
+    ),
+]
+WeightsOption = Annotated[
+    Weights,
+    typer.Option(
+        "--weights",
+        help="Of the model in training; bfloat16 computes in it too, and keeps float32 masters in the optimizer.",
+        rich_help_panel=MEMORY,
+    ),
+]
+LoraRank = Annotated[
+    int | None,
+    typer.Option("--lora-rank", min=1, help="Train an adapter of this rank, not the weights (extra: lora).", rich_help_panel=MEMORY),
+]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option(
+        "--lora-alpha", min=0.0, help="The adapter's scale, times the rank.", show_default="twice the rank", rich_help_panel=MEMORY
+    ),
+]
+LoraTargets = Annotated[
+    str | None,
+    typer.Option(
+        "--lora-targets",
+        metavar="NAME,...",
+        help="Linear layers to adapt, e.g. q_proj,v_proj.",
+        show_default="all but the head",
+        rich_help_panel=MEMORY,
     ),
 ]
 TrainTemperature = Annotated[

@@ -1,7 +1,7 @@
 """Run folders, and checkpoints in them that are either whole or not there.
 
 out/ s2d.json problems.jsonl metrics.jsonl evals.jsonl rollouts/ latest
-     step-000100/  config, *.safetensors, tokenizer, s2d.json
+     step-000100/  config, *.safetensors, tokenizer, s2d.json, adapter/ if one was trained
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+ADAPTER = "adapter"
 LATEST = "latest"  # names the last whole step
 # Written anew with the weights; everything else of a checkpoint folder is copied as it is.
 _OWN_FILES = {"config.json", "model.safetensors.index.json", MANIFEST}
@@ -51,9 +53,21 @@ def create_folder(out: Path, overwrite: bool) -> None:
         raise DataError(f"cannot make the folder: {error.strerror}", where=str(out)) from None
 
 
-def save_step(out: Path, step: int, model: PreTrainedModel, parent: Path, dtype: torch.dtype, manifest: dict[str, Any]) -> Path:
+def save_step(
+    out: Path,
+    step: int,
+    model: PreTrainedModel,
+    parent: Path,
+    dtype: torch.dtype,
+    manifest: dict[str, Any],
+    *,
+    state: Mapping[str, torch.Tensor] | None = None,
+    save_adapter: Callable[[Path], None] | None = None,
+) -> Path:
     """Save the model as `out/step-NNNNNN` in `dtype`, with the parent's tokenizer; then move `latest`.
 
+    `state` holds the weights to save where these are not the model's own: its masters, or the model
+    merged with its adapter, which `save_adapter` then writes to a new folder beside them.
     The folder is written under a temporary name, synced and renamed, so what exists is whole.
     """
     final = out / step_name(step)
@@ -61,12 +75,18 @@ def save_step(out: Path, step: int, model: PreTrainedModel, parent: Path, dtype:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        _save_weights(temporary, model, dtype)
+        _save_weights(temporary, model, model.state_dict() if state is None else state, dtype)
+        if save_adapter:
+            save_adapter(temporary / ADAPTER)
+        mask = os.umask(0)
+        os.umask(mask)
+        for path in temporary.rglob("*.safetensors"):  # safetensors makes them readable by their owner only
+            path.chmod(0o666 & ~mask)
         for path in parent.iterdir():
             if path.is_file() and path.suffix in _COPIED and path.name not in _OWN_FILES:
                 shutil.copyfile(path, temporary / path.name)
         write_json(temporary / MANIFEST, manifest)
-        for path in temporary.iterdir():
+        for path in temporary.rglob("*"):
             _sync(path)
         _sync(temporary)
         if final.exists():
@@ -85,22 +105,15 @@ def save_step(out: Path, step: int, model: PreTrainedModel, parent: Path, dtype:
     return final
 
 
-def _save_weights(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _save_weights(folder: Path, model: PreTrainedModel, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, so that they are saved once
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
-        else:
-            state[name] = tensor
-    model.save_pretrained(folder, state_dict=state)
+    saved = {}
+    for name, tensor in state.items():
+        saved[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
+    model.save_pretrained(folder, state_dict=saved)
     config = copy.deepcopy(model.config)
     config.dtype = dtype  # save_pretrained has written the dtype of the masters
     config.save_pretrained(folder)
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.glob("*.safetensors"):  # safetensors makes them readable by their owner only
-        path.chmod(0o666 & ~mask)
 
 
 def _sync(path: Path) -> None:

@@ -62,6 +62,10 @@ def fkl_warmup(
     adam_beta2: options.AdamBeta2 = 0.999,
     grad_clip: options.GradClip = 1.0,
     tokens_per_batch: options.TokensPerBatch = 8192,
+    weights: options.WeightsOption = options.Weights.float32,
+    lora_rank: options.LoraRank = None,
+    lora_alpha: options.LoraAlpha = None,
+    lora_targets: options.LoraTargets = None,
     chat_template: options.ChatTemplate = None,
     chat_template_kwargs: options.ChatTemplateKwargs = "{}",
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -90,15 +94,15 @@ def fkl_warmup(
 
     from s2dcli.engines.base import SamplingParams
     from s2dcli.engines.sampling import make_tasks, open_sampler
-    from s2dcli.models.checkpoints import load, resolve
+    from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
     from s2dcli.train.batching import Row
+    from s2dcli.train.loading import load_frozen, load_trained
     from s2dcli.train.loop import TrainingRun
     from s2dcli.train.losses import weights_of
     from s2dcli.train.objectives import CrossEntropy, Distillation
     from s2dcli.train.order import Order
     from s2dcli.train.plan import dry_run_plan
-    from s2dcli.train.policy import Policy, freeze
 
     parent = resolve(student)
     tokenizer = load_tokenizer(parent.folder, trust_remote_code)
@@ -116,10 +120,8 @@ def fkl_warmup(
         jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=mini_batch_size, student=parent, frozen=frozen))
         return
 
-    how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load(parent, masters=True, **how)
-    policy = Policy(loaded.model, loaded.vocabulary, loaded.autocast)
-    frozen = freeze(Policy(load(guide, **how).model, loaded.vocabulary)) if guide else None
+    loaded, policy = load_trained(parent, settings)
+    frozen = load_frozen(guide, settings, loaded.vocabulary) if guide else None
     rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
     lengths_R = [len(row.completion_ids) for row in rows_R]
 

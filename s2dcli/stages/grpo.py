@@ -149,6 +149,10 @@ def grpo(
     adam_beta2: options.AdamBeta2 = 0.999,
     grad_clip: options.GradClip = 1.0,
     tokens_per_batch: options.TokensPerBatch = 8192,
+    weights: options.WeightsOption = options.Weights.float32,
+    lora_rank: options.LoraRank = None,
+    lora_alpha: options.LoraAlpha = None,
+    lora_targets: options.LoraTargets = None,
     reward: options.Reward = None,
     workers: options.Workers = None,
     timeout: options.Timeout = 5.0,
@@ -182,12 +186,12 @@ def grpo(
 
     from s2dcli.engines.base import SamplingParams
     from s2dcli.engines.sampling import make_tasks, open_sampler, tasks_of_step
-    from s2dcli.models.checkpoints import load, resolve
+    from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
+    from s2dcli.train.loading import load_reference, load_trained
     from s2dcli.train.loop import TrainingRun
     from s2dcli.train.order import Order
     from s2dcli.train.plan import dry_run_plan
-    from s2dcli.train.policy import Policy, freeze
 
     parent = resolve(model)
     encoder = PromptEncoder(load_tokenizer(parent.folder, trust_remote_code), chat_template, parse_template_kwargs(chat_template_kwargs))
@@ -201,10 +205,8 @@ def grpo(
         return
 
     with Grader(reward or [MATH], workers=workers, timeout=timeout, memory_limit=memory_limit) as grader:
-        how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        loaded = load(parent, masters=True, **how)
-        policy = Policy(loaded.model, loaded.vocabulary, loaded.autocast)
-        reference = freeze(Policy(load(parent, **how).model, loaded.vocabulary)) if kl_coef else None
+        loaded, policy = load_trained(parent, settings)
+        reference = load_reference(policy, parent, settings) if kl_coef else None
         params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
         sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sample_tokens)
 

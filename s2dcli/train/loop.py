@@ -27,12 +27,12 @@ from s2dcli.files.manifest import MANIFEST, describe, write_json
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, saved_dtype
 from s2dcli.options import Schedule
 from s2dcli.train.batching import MicroBatch, Row, micro_batches, padding_share
+from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.policy import Loss, Policy
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
 ROLLOUTS = "rollouts"
-ADAM_BETA1 = 0.9  # AdamW's first-moment decay, the same in all of the method's settings
 
 
 def learning_rate(step: int, steps: int, settings: Mapping[str, Any]) -> float:
@@ -108,16 +108,7 @@ class TrainingRun:
         self.steps, self.phases, self.evaluate = steps, tuple(phases), evaluate
         self.dtype = saved_dtype(loaded.checkpoint)
         self.device = loaded.model.device
-        self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in self.parameters if parameter.ndim >= 2]
-        vectors = [parameter for parameter in self.parameters if parameter.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings["lr"],
-            betas=(ADAM_BETA1, settings["adam_beta2"]),
-            fused=True,
-        )
+        self.optimizer = MasterOptimizer(policy, settings)
         self.updates = 0
         self.tokens = 0
         self.last_row: dict[str, Any] = {}
@@ -151,23 +142,19 @@ class TrainingRun:
         """Make one optimizer update on the `chosen` rows; micro-batches add up to one exact gradient."""
         with step.phase("update"):
             batches = micro_batches(rows, chosen, self.settings["tokens_per_batch"], self.loaded.pad_id, self.device)
-            lr = learning_rate(step.number, self.steps, self.settings)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
             for batch in batches:
                 loss, sums = self.policy(batch, loss_of(batch))
                 loss.backward()
                 for name, value in {"loss": loss.detach(), **sums}.items():
                     step.sums[name] = step.sums.get(name, 0.0) + value
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings["grad_clip"] or math.inf))
+            grad_norm = self.optimizer.clip()
             if not math.isfinite(grad_norm):
                 raise S2DError(
                     f"the gradient of step {step.number} is not finite (norm {grad_norm})",
                     where=str(self.out),
                     hint="a lower --lr or --dtype float32 usually mends it; checkpoints saved so far are untouched",
                 )
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step(learning_rate(step.number, self.steps, self.settings))
         step.updates += 1
         step.tokens += sum(sum(batch.lengths_B) for batch in batches)
         step.grad_norms.append(grad_norm)
@@ -211,7 +198,10 @@ class TrainingRun:
 
     def _save(self, number: int) -> None:
         manifest = {**self.manifest, "complete": True, "counts": self._counts(number)}
-        self.checkpoint = save_step(self.out, number, self.policy.model, self.loaded.checkpoint.folder, self.dtype, manifest)
+        model, adapter = self.policy.model, self.policy.adapter
+        state = adapter.merged(self.dtype) if adapter else self.optimizer.full_precision(model)
+        parent, save_adapter = self.loaded.checkpoint.folder, adapter.save if adapter else None
+        self.checkpoint = save_step(self.out, number, model, parent, self.dtype, manifest, state=state, save_adapter=save_adapter)
 
     def _write_manifest(self, *, complete: bool) -> None:
         counts = self._counts(self.steps if complete else 0)

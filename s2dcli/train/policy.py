@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from s2dcli.models.forward import Head, head_of, hidden_states
+from s2dcli.models.forward import Head, head_of, hidden_states, shared_prompt_states
 from s2dcli.train.batching import MicroBatch, Row, micro_batches
 from s2dcli.train.vocab import token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from s2dcli.models.adapters import Adapter
 
 # (hidden states [N, D] of the completion tokens, head) -> (loss, sums over tokens for the metrics)
 Loss = Callable[[torch.Tensor, Head], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -25,17 +27,25 @@ Loss = Callable[[torch.Tensor, Head], tuple[torch.Tensor, dict[str, torch.Tensor
 class Policy(torch.nn.Module):
     """A causal language model as the trainers see it: over the tokenizer's ids, completions only."""
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: int, autocast: torch.dtype | None = None, adapter: Adapter | None = None
+    ) -> None:
+        """`adapter`: what is trained in the model's place, which it is already part of."""
         super().__init__()
         self.model = model
         self.vocabulary = vocabulary
         self.autocast = autocast
+        self.adapter = adapter
 
     def states(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states [N, D] that predict the completion tokens."""
         device = batch.input_ids_BT.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            hidden_BTD = hidden_states(self.model, batch.input_ids_BT, batch.attention_mask_BT)
+            if batch.prompts is None:
+                hidden_BTD = hidden_states(self.model, batch.input_ids_BT)
+            else:
+                shared = batch.prompts
+                hidden_BTD = shared_prompt_states(self.model, shared.ids_PT, shared.lengths_P, shared.of_B, batch.input_ids_BT)
         return hidden_BTD.flatten(0, 1)[batch.states_N]
 
     def head(self) -> Head:

@@ -1,0 +1,120 @@
+"""LoRA adapters (arXiv 2106.09685) through peft: small float32 matrices trained in a frozen model's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from s2dcli.errors import ModelError, UsageError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# peft's word for every linear layer except the head.
+ALL_LINEAR = "all-linear"
+# peft's own names within a model's state dict.
+_BASE, _ADAPTER_KEYS = ".base_layer", (".lora_A.", ".lora_B.")
+_NAME = "default"
+
+
+class Adapter:
+    """A LoRA adapter inside a model: the model object stays what it is, and computes with the adapter on."""
+
+    def __init__(self, model: PreTrainedModel, rank: int, alpha: float | None, targets: str | None, seed: int) -> None:
+        """Freeze the model and put an adapter of `rank` beside its layers; the model computes what it did before.
+
+        The layers' updates are scaled by alpha / rank; alpha is twice the rank by default. `targets` are
+        names of linear layers, separated by commas, all but the head by default. The first of its two
+        matrices is drawn from `seed`, the second is zero. Raises UsageError or ModelError.
+        """
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        peft = import_peft()
+        names = [name.strip() for name in targets.split(",")] if targets else ALL_LINEAR
+        if targets:
+            _require_linear(model, names)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=2 * rank if alpha is None else alpha,
+            lora_dropout=0.0,
+            target_modules=names,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's, stored transposed
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                self._peft = peft.get_peft_model(model, config)  # float32, whatever the model's type
+            except ValueError as error:
+                raise ModelError(f"peft cannot adapt {type(model).__name__}: {str(error).splitlines()[0]}") from None
+        self.model = model
+        self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)}
+        for layer in self._layers.values():
+            layer.cast_input_dtype_enabled = False  # under autocast, which casts the small matrices and not the activations
+        self._peft.eval()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within this the model is the one that was loaded."""
+        with self._peft.disable_adapter():
+            yield
+
+    def merged(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the state dict of a plain model that computes the same, the adapted weights summed in float32, cast to `dtype`.
+
+        Weights without an adapter are handed out as they are. The model itself does not change: merging and
+        unmerging it would round its weights each time.
+        """
+        import torch
+
+        state = {}
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                layer, _, parameter = name.rpartition(".")
+                if any(key in name for key in _ADAPTER_KEYS):
+                    continue
+                owner = layer.removesuffix(_BASE)
+                if owner in self._layers and parameter == "weight":
+                    tensor = (tensor.float() + self._layers[owner].get_delta_weight(_NAME).float()).to(dtype)
+                state[f"{owner}.{parameter}"] = tensor
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter alone, as peft reads it, into a new folder."""
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        peft = import_peft()
+        state = peft.get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
+        self._peft.peft_config[_NAME].save_pretrained(folder)
+
+
+def import_peft():
+    """Return the module. Raises UsageError if it is not installed."""
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise UsageError("--lora-rank needs peft, which is not installed", hint="pip install 's2d[lora]'") from None
+    return peft
+
+
+def _require_linear(model: PreTrainedModel, targets: list[str]) -> None:
+    """Refuse targets that name nothing, something else than linear layers, or the head. Raises UsageError."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)}
+    for target in targets:
+        meant = [module for name, module in modules.items() if target and (name == target or name.endswith(f".{target}"))]
+        if any(module is model.get_output_embeddings() for module in meant):
+            raise UsageError(f"--lora-targets: {target!r} is the head, which an adapter does not train", hint="name layers of the backbone")
+        if not meant:
+            raise UsageError(f"--lora-targets: {type(model).__name__} has no layer {target!r}{nearest(target, linear)}")
+        if not all(isinstance(module, torch.nn.Linear | Conv1D) for module in meant):
+            raise UsageError(f"--lora-targets: {target!r} is no linear layer", hint=f"there are {', '.join(sorted(linear))}")

@@ -1,0 +1,74 @@
+"""Loading what the trainers work with, as their options say: the model in training, its reference, a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from s2dcli.errors import UsageError
+from s2dcli.models.adapters import Adapter
+from s2dcli.models.checkpoints import Checkpoint, LoadedModel, load
+from s2dcli.options import Dtype, Weights
+from s2dcli.train.batching import MicroBatch
+from s2dcli.train.policy import Policy, freeze
+
+
+def load_trained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[LoadedModel, Policy]:
+    """Load the model to be trained as the trainers' options say; sampler and policy share its weights.
+
+    `settings`: device, dtype, trust_remote_code, weights, lora_rank, lora_alpha, lora_targets, seed.
+    Raises ModelError or UsageError.
+    """
+    narrow = settings["weights"] is Weights.bfloat16
+    rank, alpha, targets = settings["lora_rank"], settings["lora_alpha"], settings["lora_targets"]
+    if rank is None and (alpha is not None or targets is not None):
+        raise UsageError("--lora-alpha and --lora-targets shape an adapter", hint="give its --lora-rank too")
+    loaded = load(
+        checkpoint,
+        device=settings["device"],
+        dtype=compute_dtype(settings),
+        masters=not (narrow and rank),  # weights that stay as they are need no masters
+        trust_remote_code=settings["trust_remote_code"],
+    )
+    if narrow:  # weights compute in their own type, float32 adapters beside them are cast to it
+        loaded = replace(loaded, autocast=torch.bfloat16 if rank else None)
+    adapter = Adapter(loaded.model, rank, alpha, targets, settings["seed"]) if rank else None
+    return loaded, Policy(loaded.model, loaded.vocabulary, loaded.autocast, adapter)
+
+
+def load_reference(policy: Policy, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Policy:
+    """Return the policy as it was before training: loaded a second time, or `policy` with its adapter off.
+
+    The latter shares the policy's weights, so no second model is held. Raises ModelError or UsageError.
+    """
+    return WithoutAdapter(policy) if policy.adapter else load_frozen(checkpoint, settings, policy.vocabulary)
+
+
+def load_frozen(checkpoint: Checkpoint, settings: Mapping[str, Any], vocabulary: int) -> Policy:
+    """Load a reference or teacher over the first `vocabulary` ids. Raises ModelError or UsageError."""
+    loaded = load(checkpoint, device=settings["device"], dtype=compute_dtype(settings), trust_remote_code=settings["trust_remote_code"])
+    return freeze(Policy(loaded.model, vocabulary))
+
+
+class WithoutAdapter(Policy):
+    """The model that a policy's adapter was put into, for passes without gradient."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy.model, policy.vocabulary, policy.autocast, policy.adapter)
+
+    @torch.no_grad()
+    def states(self, batch: MicroBatch) -> torch.Tensor:
+        with self.adapter.off():
+            return super().states(batch)
+
+
+def compute_dtype(settings: Mapping[str, Any]) -> Dtype:
+    """Type of the forward computation (--dtype), which weights in bfloat16 (--weights) settle. Raises UsageError."""
+    if settings["weights"] is not Weights.bfloat16:
+        return settings["dtype"]
+    if settings["dtype"] is Dtype.float32:
+        raise UsageError("--weights bfloat16 computes in bfloat16, which --dtype float32 forbids", hint="leave one of them out")
+    return Dtype.bfloat16

@@ -1,0 +1,88 @@
+"""AdamW over float32 master weights, whatever type the model computes with.
+
+At the learning rates of RL (1e-6) an update is far below the spacing of bfloat16 numbers, so an
+optimizer that writes to bfloat16 weights changes nothing. Here it never does: it owns float32
+masters and moments, and the model gets the masters' rounded values after every update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from s2dcli.options import Weights
+from s2dcli.train.policy import Policy
+
+ADAM_BETA1 = 0.9  # AdamW's first-moment decay, the same in all of the method's settings
+
+
+class MasterOptimizer:
+    """Holds what training needs beyond the model's weights: masters, their gradients, AdamW's moments.
+
+    With float32 weights the parameters are their own masters: 4 bytes of weight, 4 of gradient and 8
+    of moments per parameter. With `--weights bfloat16` the trained parameters become bfloat16 in place
+    and their old values the masters: 2 + 4 + 4 + 8 bytes. Each micro-batch's gradient is then added to
+    the master's as soon as autograd has formed it, in float32, so that the sum over micro-batches does
+    not depend on how the batch was cut. A parameter of an adapter is always its own master.
+    """
+
+    def __init__(self, policy: Policy, settings: Mapping[str, Any]) -> None:
+        """`settings`: weights, lr, weight_decay, adam_beta2, grad_clip of the trainers' options."""
+        self.grad_clip: float = settings["grad_clip"] or math.inf
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        narrow = settings["weights"] is Weights.bfloat16 and policy.adapter is None
+        # parameter of the model -> its master, which is the parameter itself unless that is narrow
+        self.masters = {parameter: _split_off_master(parameter) if narrow else parameter for parameter in trained}
+        masters = list(self.masters.values())
+        groups = [
+            {"params": [master for master in masters if master.ndim >= 2], "weight_decay": settings["weight_decay"]},
+            {"params": [master for master in masters if master.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=settings["lr"], betas=(ADAM_BETA1, settings["adam_beta2"]), fused=True
+        )
+
+    def clip(self) -> float:
+        """Scale the gradient down to the largest allowed norm; returns its norm before that."""
+        return float(torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.grad_clip))
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update the masters by their gradients, drop these, and round the masters into the model."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        for parameter, master in self.masters.items():
+            if parameter is not master:
+                parameter.copy_(master)
+
+    def full_precision(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return the model's state dict with the masters in place of the weights that were rounded from them."""
+        state = model.state_dict()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter in self.masters:
+                state[name] = self.masters[parameter].detach()
+        return state
+
+
+def _split_off_master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Make a float32 parameter bfloat16 in place; returns its old values, which collect its gradients."""
+    master = torch.nn.Parameter(parameter.data)
+    parameter.data = master.data.bfloat16()
+    parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
+    return master
+
+
+def _move_gradient_to(master: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
+    def move(parameter: torch.Tensor) -> None:
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    return move

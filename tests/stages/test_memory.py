@@ -1,0 +1,145 @@
+"""The options that save memory, on every trainer through the command line."""
+
+import json
+
+import pytest
+import torch
+from conftest import read_jsonl
+
+TRAINERS = ["grpo", "opd", "fkl-warmup"]
+SHORT = ["--steps", 2, "--lr", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def rollouts(s2d, toy, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rollouts") / "rollouts.jsonl"
+    result = s2d("rollout", "-m", toy / "teacher", toy / "problems" / "validation.jsonl", "-n", 1, "--max-tokens", 16, "-o", path)
+    assert result.code == 0, result.err
+    return path
+
+
+@pytest.fixture(scope="module")
+def train(s2d, toy, rollouts):
+    """Run a short training of any trainer; returns its result."""
+    sampling = [toy / "problems" / "1H.jsonl", "--problems-per-step", 4, "-n", 4, "--max-tokens", 16]
+    commands = {
+        "grpo": ["grpo", "--model", toy / "teacher", *sampling],
+        "opd": ["opd", "--teacher", toy / "teacher", "--student", toy / "student", *sampling],
+        "fkl-warmup": ["fkl-warmup", "--teacher", toy / "teacher", "--student", toy / "student", "--rollouts", rollouts],
+    }
+    return lambda trainer, out, *more: s2d(*commands[trainer], "-o", out, *SHORT, *more)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def parent(toy, trainer) -> dict[str, torch.Tensor]:
+    return weights(toy / ("teacher" if trainer == "grpo" else "student"))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_bfloat16_weights_move_at_1e_6_as_float32_ones_do(train, toy, tmp_path, trainer):
+    moved = {}
+    for kind in ("float32", "bfloat16"):
+        result = train(trainer, tmp_path / kind, "--weights", kind, "--lr", "1e-6", "--steps", 3)
+        assert result.code == 0, result.err
+        assert json.loads((tmp_path / kind / "s2d.json").read_text())["options"]["weights"] == kind
+        saved, before = weights(tmp_path / kind / "step-000003"), parent(toy, trainer)
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}  # the masters, in the type of the parent
+        moved[kind] = torch.cat([(saved[name].double() - before[name]).flatten() for name in before])
+    assert (moved["bfloat16"] != 0).double().mean() > 0.9
+    assert moved["bfloat16"].abs().max() < 4e-6
+    assert torch.nn.functional.cosine_similarity(moved["float32"], moved["bfloat16"], dim=0) > (0.5 if trainer == "grpo" else 0.9)
+    rows = read_jsonl(tmp_path / "bfloat16" / "metrics.jsonl")
+    assert all(row["grad_norm"] > 0 for row in rows)
+    if trainer == "grpo":
+        assert all(row["sampler_gap"] < 0.05 for row in rows)  # the sampler uses the same rounded weights
+
+
+def test_the_reference_of_bfloat16_weights_is_rounded_alike(train, tmp_path):
+    result = train("grpo", tmp_path / "run", "--weights", "bfloat16", "--kl-coef", "1e-3", "--kl-estimator", "k2")
+    assert result.code == 0, result.err
+    first, second = (row["kl"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert first == pytest.approx(0.0, abs=1e-6)
+    assert second > 1e-6
+
+
+def test_bfloat16_weights_and_float32_computation_exclude_each_other(train, tmp_path):
+    result = train("grpo", tmp_path / "run", "--weights", "bfloat16", "--dtype", "float32")
+    assert result.code == 2
+    assert "--weights bfloat16 computes in bfloat16" in result.err
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_an_adapter_is_trained_merged_and_kept(train, toy, tmp_path, trainer, kind):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    result = train(trainer, tmp_path / "run", "--lora-rank", 4, "--lora-alpha", 16, "--weights", kind)
+    assert result.code == 0, result.err
+    step = tmp_path / "run" / "step-000002"
+    before, after = parent(toy, trainer), weights(step)
+    assert after.keys() == before.keys()
+    changed = {name for name in before if (after[name] - before[name].to(getattr(torch, kind))).abs().max() > 0}
+    assert changed == {name for name in before if "_proj" in name}
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    options = json.loads((tmp_path / "run" / "s2d.json").read_text())["options"]
+    assert (options["lora_rank"], options["lora_alpha"], options["lora_targets"]) == (4, 16.0, None)
+
+    base = AutoModelForCausalLM.from_pretrained(toy / ("teacher" if trainer == "grpo" else "student"))
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(step)(ids).logits
+        apart = PeftModel.from_pretrained(base, step / "adapter")(ids).logits
+    assert (merged - apart).abs().max() < (1e-4 if kind == "float32" else 0.5)
+    assert {path.name for path in (step / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in (step / "adapter").iterdir())
+
+
+def test_the_next_command_starts_from_the_merged_weights(s2d, train, few, tmp_path):
+    """The sampler of the last step and a sampler of the saved checkpoint agree about the same tokens."""
+    result = train("grpo", tmp_path / "run", "--lora-rank", 4, "--keep-rollouts", "--steps", 3)
+    assert result.code == 0, result.err
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["sampler_gap"] < 1e-5 for row in rows)  # sampled and trained with the adapter on
+    rolled = s2d("rollout", "-m", tmp_path / "run", few, "-n", 1, "--max-tokens", 8)
+    assert rolled.code == 0, rolled.err
+    assert {row["sampler"]["step"] for row in rolled.rows} == {3}
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it(train, toy, tmp_path):
+    """Measured against the parent loaded by transformers: the second step's KL, from the tokens sampled for it."""
+    from transformers import AutoModelForCausalLM
+
+    more = ["--lora-rank", 4, "--kl-coef", "1e-3", "--kl-estimator", "k1", "--keep-rollouts", "--truncated", "keep"]
+    result = train("grpo", tmp_path / "run", *more)
+    assert result.code == 0, result.err
+    first, second = (row["kl"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert first == pytest.approx(0.0, abs=1e-6)
+    model = AutoModelForCausalLM.from_pretrained(toy / "teacher")
+    gaps = []
+    for row in read_jsonl(tmp_path / "run" / "rollouts" / "step-000002.jsonl"):
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1].log_softmax(-1)
+        theirs = logprobs.gather(1, torch.tensor(row["completion_ids"])[:, None])[:, 0]
+        gaps += (torch.tensor(row["completion_logprobs"]) - theirs).tolist()
+    assert abs(second) > 1e-4
+    assert second == pytest.approx(sum(gaps) / len(gaps), abs=2e-5)
+
+
+def test_adapters_that_are_refused(train, tmp_path):
+    for more, message in (
+        (["--lora-rank", 4, "--lora-targets", "lm_head"], "'lm_head' is the head"),
+        (["--lora-rank", 4, "--lora-targets", "q_porj"], "did you mean 'q_proj'"),
+        (["--lora-targets", "q_proj"], "--lora-rank"),
+        (["--lora-alpha", 4], "--lora-rank"),
+    ):
+        result = train("opd", tmp_path / "run", *more)
+        assert result.code == 2
+        assert message in result.err
+        assert not (tmp_path / "run").exists()

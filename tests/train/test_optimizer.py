@@ -1,0 +1,109 @@
+"""Master weights: what AdamW updates, what the model computes with, and what the gradient is summed in."""
+
+import pytest
+import torch
+from test_batching import ragged_rows
+from tiny import VOCABULARY, tiny
+
+from s2dcli.errors import UsageError
+from s2dcli.options import Aggregate, Dtype, Weights
+from s2dcli.train.batching import micro_batches
+from s2dcli.train.loading import compute_dtype
+from s2dcli.train.losses import weights_of
+from s2dcli.train.objectives import CrossEntropy
+from s2dcli.train.optimizer import MasterOptimizer
+from s2dcli.train.policy import Policy
+
+CPU = torch.device("cpu")
+
+
+def settings(**changed) -> dict:
+    return {"weights": Weights.bfloat16, "lr": 1e-6, "weight_decay": 0.1, "adam_beta2": 0.95, "grad_clip": 0.0, **changed}
+
+
+def backward(policy: Policy, tokens_per_batch: int = 10_000) -> None:
+    rows = ragged_rows()
+    objective = CrossEntropy(weights_of(range(len(rows)), [len(row.completion_ids) for row in rows], Aggregate.token, 32))
+    for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, 0, CPU):
+        policy(batch, objective(batch))[0].backward()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_many_small_steps_on_bfloat16_weights_equal_adamw_on_float32_ones(family):
+    """The same gradients given to a plain AdamW on float32 weights, whose groups are told apart by hand."""
+    policy = Policy(tiny(family), VOCABULARY)
+    start = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    optimizer = MasterOptimizer(policy, settings())
+    names = {id(optimizer.masters[parameter]): name for name, parameter in policy.named_parameters()}
+    plain = {name: torch.nn.Parameter(value.double()) for name, value in start.items()}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [value for value in plain.values() if value.ndim >= 2], "weight_decay": 0.1},
+            {"params": [value for value in plain.values() if value.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-6,
+        betas=(0.9, 0.95),
+        foreach=False,
+    )
+    for _ in range(50):
+        backward(policy)
+        for master in optimizer.masters.values():
+            plain[names[id(master)]].grad = master.grad.double()
+        adamw.step()
+        optimizer.step(1e-6)
+    for parameter, master in optimizer.masters.items():
+        name = names[id(master)]
+        moved, exact = master - start[name], plain[name].detach() - start[name]
+        assert moved.abs().max() > 1e-5  # fifty steps of 1e-6, of which bfloat16 weights would see none
+        # Norm weights are 1, where float32 numbers are 1.2e-7 apart: each step rounds by up to 6 %.
+        assert (moved.double() - exact).norm() < (0.06 if master.ndim < 2 else 0.02) * exact.norm()
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, master.bfloat16())
+
+
+def test_float32_weights_are_their_own_masters():
+    policy = Policy(tiny("llama"), VOCABULARY)
+    optimizer = MasterOptimizer(policy, settings(weights=Weights.float32))
+    assert all(parameter is master for parameter, master in optimizer.masters.items())
+    backward(policy)
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    optimizer.step(1e-6)
+    assert all(not torch.equal(parameter, old) for parameter, old in zip(policy.parameters(), before, strict=True))
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_gradients_of_bfloat16_micro_batches_are_summed_in_float32():
+    policy = Policy(tiny("qwen3"), VOCABULARY)
+    optimizer = MasterOptimizer(policy, settings())
+    sums: dict[torch.Tensor, torch.Tensor] = {}
+    rows = ragged_rows()
+    objective = CrossEntropy(weights_of(range(len(rows)), [len(row.completion_ids) for row in rows], Aggregate.token, 32))
+    for batch in micro_batches(rows, range(len(rows)), 1, 0, CPU):  # one row at a time
+        policy(batch, objective(batch))[0].backward()
+        for master in optimizer.masters.values():
+            sums[master] = master.grad.clone()
+    assert all(parameter.grad is None for parameter in optimizer.masters)
+    assert {master.grad.dtype for master in sums} == {torch.float32}
+    # A sum that was kept in bfloat16 would have no bits beyond bfloat16's.
+    assert all(not torch.equal(total, total.bfloat16().float()) for total in sums.values())
+    before = optimizer.clip()
+    optimizer.grad_clip = before / 2
+    optimizer.clip()
+    assert torch.cat([master.grad.flatten() for master in sums]).norm() == pytest.approx(before / 2, rel=1e-5)
+
+
+def test_saved_weights_are_the_masters_and_tied_ones_stay_one():
+    policy = Policy(tiny("qwen3"), VOCABULARY)
+    start = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    optimizer = MasterOptimizer(policy, settings())
+    state = optimizer.full_precision(policy.model)
+    assert state.keys() == start.keys()
+    assert all(torch.equal(state[name], start[name]) for name in start)
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+
+
+def test_bfloat16_weights_settle_the_compute_type():
+    assert compute_dtype({"weights": Weights.bfloat16, "dtype": Dtype.auto}) is Dtype.bfloat16
+    assert compute_dtype({"weights": Weights.float32, "dtype": Dtype.auto}) is Dtype.auto
+    with pytest.raises(UsageError, match="--weights bfloat16"):
+        compute_dtype({"weights": Weights.bfloat16, "dtype": Dtype.float32})
