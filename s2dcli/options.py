@@ -198,6 +198,12 @@ WeightsOption = Annotated[
         rich_help_panel=MEMORY,
     ),
 ]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing", help="Run the layers again in the backward pass, to keep less of them.", rich_help_panel=MEMORY
+    ),
+]
 LoraRank = Annotated[
     int | None,
     typer.Option("--lora-rank", min=1, help="Train an adapter of this rank, not the weights (extra: lora).", rich_help_panel=MEMORY),

@@ -11,6 +11,7 @@ import torch
 from s2dcli.errors import UsageError
 from s2dcli.models.adapters import Adapter
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, load
+from s2dcli.models.recompute import recompute_layers
 from s2dcli.options import Dtype, Weights
 from s2dcli.train.batching import MicroBatch
 from s2dcli.train.policy import Policy, freeze
@@ -19,7 +20,7 @@ from s2dcli.train.policy import Policy, freeze
 def load_trained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[LoadedModel, Policy]:
     """Load the model to be trained as the trainers' options say; sampler and policy share its weights.
 
-    `settings`: device, dtype, trust_remote_code, weights, lora_rank, lora_alpha, lora_targets, seed.
+    `settings`: device, dtype, trust_remote_code, weights, gradient_checkpointing, lora_rank, lora_alpha, lora_targets, seed.
     Raises ModelError or UsageError.
     """
     narrow = settings["weights"] is Weights.bfloat16
@@ -36,6 +37,8 @@ def load_trained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[L
     if narrow:  # weights compute in their own type, float32 adapters beside them are cast to it
         loaded = replace(loaded, autocast=torch.bfloat16 if rank else None)
     adapter = Adapter(loaded.model, rank, alpha, targets, settings["seed"]) if rank else None
+    if settings["gradient_checkpointing"]:
+        recompute_layers(loaded.model)
     return loaded, Policy(loaded.model, loaded.vocabulary, loaded.autocast, adapter)
 
 

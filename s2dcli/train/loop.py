@@ -141,7 +141,9 @@ class TrainingRun:
     def update(self, step: Step, rows: Sequence[Row], chosen: Sequence[int], loss_of: Callable[[MicroBatch], Loss]) -> None:
         """Make one optimizer update on the `chosen` rows; micro-batches add up to one exact gradient."""
         with step.phase("update"):
-            batches = micro_batches(rows, chosen, self.settings["tokens_per_batch"], self.loaded.pad_id, self.device)
+            # Prompts are shared through a cache, which layers that run twice would fill twice.
+            budget, share = self.settings["tokens_per_batch"], not self.settings["gradient_checkpointing"]
+            batches = micro_batches(rows, chosen, budget, self.loaded.pad_id, self.device, share_prompts=share)
             for batch in batches:
                 loss, sums = self.policy(batch, loss_of(batch))
                 loss.backward()

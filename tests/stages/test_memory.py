@@ -143,3 +143,15 @@ def test_adapters_that_are_refused(train, tmp_path):
         assert result.code == 2
         assert message in result.err
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", 4], ["--weights", "bfloat16"]], ids=["plain", "lora", "bfloat16"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_gradient_checkpointing_changes_no_result(train, tmp_path, trainer, more):
+    norms = []
+    for name, arguments in (("kept", []), ("again", ["--gradient-checkpointing"])):
+        result = train(trainer, tmp_path / name, *more, *arguments)
+        assert result.code == 0, result.err
+        norms.append(read_jsonl(tmp_path / name / "metrics.jsonl")[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=2e-2 if "bfloat16" in more else 1e-4)
+    assert json.loads((tmp_path / "again" / "s2d.json").read_text())["options"]["gradient_checkpointing"] is True
