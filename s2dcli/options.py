@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from s2dcli.errors import UsageError
+
 SAMPLING = "Sampling"
 TRAINING = "Training"
 MEMORY = "Memory"
@@ -91,6 +93,14 @@ class Correction(StrEnum):
     none = "none"
     truncate = "truncate"
     mask = "mask"
+
+
+def refuse_given(context: typer.Context, names: dict[str, str], reason: str) -> None:
+    """Raise UsageError if an option that would be ignored was given; `names` maps parameters to options."""
+    for parameter, option in names.items():
+        source = context.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{option} {reason}", hint="leave it out")
 
 
 # Inputs
@@ -179,7 +189,9 @@ MinLrRatio = Annotated[
 ]
 WarmupSteps = Annotated[int, typer.Option("--warmup-steps", min=0, help="Steps of linear warm-up.", rich_help_panel=TRAINING)]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0.0, help="AdamW's decoupled weight decay.", rich_help_panel=TRAINING)]
-AdamBeta2 = Annotated[float, typer.Option("--adam-beta2", min=0.0, max=1.0, help="AdamW's second-moment decay.", rich_help_panel=TRAINING)]
+AdamBeta2 = Annotated[
+    float, typer.Option("--adam-beta2", min=0.0, max=0.99999, help="AdamW's second-moment decay.", rich_help_panel=TRAINING)
+]
 GradClip = Annotated[float, typer.Option("--grad-clip", min=0.0, help="Largest gradient norm; 0 is no limit.", rich_help_panel=TRAINING)]
 TokensPerBatch = Annotated[
     int,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ ADAPTER = "adapter"
 LATEST = "latest"  # names the last whole step
 # Written anew with the weights; everything else of a checkpoint folder is copied as it is.
 _OWN_FILES = {"config.json", "model.safetensors.index.json", MANIFEST}
-_COPIED = (".json", ".jinja", ".model", ".txt")
+_COPIED = (".json", ".jinja", ".model", ".txt", ".py")
 
 
 def step_name(step: int) -> str:
@@ -42,15 +42,27 @@ def refuse_folder(out: Path, overwrite: bool) -> None:
             raise UsageError(f"was not made by s2d (no {MANIFEST}), so --overwrite leaves it alone", where=str(out))
 
 
+def refuse_inside(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise UsageError if replacing `out` would delete something that is read from."""
+    for path in map(str, inputs):
+        if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+            raise UsageError(
+                f"the output folder holds the input {path}, which --overwrite would delete", where=str(out), hint="choose another -o"
+            )
+
+
 def create_folder(out: Path, overwrite: bool) -> None:
-    """Make an output folder, replacing an old one where `refuse_folder` lets it."""
+    """Make an output folder, emptying an old one where `refuse_folder` lets it."""
     refuse_folder(out, overwrite)
     try:
-        if out.is_dir():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     except OSError as error:
-        raise DataError(f"cannot make the folder: {error.strerror}", where=str(out)) from None
+        raise DataError(f"cannot make the folder: {error.strerror or error}", where=str(out)) from None
 
 
 def save_step(

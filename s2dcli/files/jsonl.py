@@ -179,7 +179,7 @@ class RawLines:
 
 
 class Writer:
-    """Writes records to a file or to standard output, each line flushed as a whole."""
+    """Writes records to a file or to standard output, a line each; `flush` hands them on."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream = stream

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from s2dcli import __version__
-from s2dcli.files.jsonl import is_stream
 
 MANIFEST = "s2d.json"
 SCHEMA = "s2d.manifest/1"
@@ -26,13 +25,13 @@ def file_sha256(path: str | Path) -> str:
 
 
 def describe(command: str, options: dict[str, Any], *, inputs: Sequence[str] = (), parents: Sequence[Any] = ()) -> dict[str, Any]:
-    """Build a manifest. `parents` are checkpoints; `inputs` files (standard input has no hash)."""
+    """Build a manifest. `parents` are checkpoints; `inputs` files; pipes have no hash."""
     return {
         "schema": SCHEMA,
         "command": command,
         "options": {name: _plain(value) for name, value in options.items()},
         "versions": {"s2d": __version__, "python": platform.python_version(), **_versions()},
-        "inputs": [{"path": str(path), "sha256": "" if is_stream(path) else file_sha256(path)} for path in inputs],
+        "inputs": [{"path": str(path), "sha256": file_sha256(path) if os.path.isfile(path) else ""} for path in inputs],
         "parents": [
             {"name": parent.name, "revision": parent.revision, "step": parent.step, "weights_sha256": parent.weights_sha256}
             for parent in parents

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# What a checkpoint needs; other weight formats and code are not even downloaded.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# What a checkpoint needs; other weight formats are not even downloaded. Code is run with --trust-remote-code only.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _download(name: str) -> Checkpoint:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises its own, requests' and httpx' errors alike
         raise ModelError(
             f"no such folder, and the hub did not give it either ({type(error).__name__})",

@@ -90,6 +90,17 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor) -> torch.T
     return model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
 
 
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether `shared_prompt_states` is right for a model: full attention in every layer.
+
+    A sliding window is counted in cache positions, which the padding behind a short prompt would use up.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    return not (any(cache.is_sliding) or any(cache.is_linear))
+
+
 def shared_prompt_states(
     model: PreTrainedModel,
     prompt_ids_PT: torch.Tensor,

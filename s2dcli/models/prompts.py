@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # `--chat-template plain`: the contents, one after the other, and nothing else.
-PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
 
 
 # How completions become text, for every record: the same ids must always give the same text.
@@ -73,8 +73,14 @@ def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrained
 def require_made_with(tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping]) -> None:
     """Raise ModelError unless the stored ids of rollouts decode, with this tokenizer, to their stored text.
 
-    Looks at the first rows only: another tokenizer shows at once.
+    Looks at the text of the first rows only, where another tokenizer shows at once, and at every id.
     """
+    size = vocabulary_size(tokenizer)
+    for record in records:
+        if not record["prompt_ids"]:
+            raise ModelError(f"group {record['group_id']!r} has no prompt_ids to continue")
+        if max(max(record["prompt_ids"]), max(record["completion_ids"], default=0)) >= size:
+            raise ModelError(f"group {record['group_id']!r} holds token ids that the tokenizer does not know")
     for record in records[:ROWS_TO_CHECK]:
         if tokenizer.decode(record["completion_ids"], **DECODING) != text_of(record["completion"]):
             raise ModelError(
@@ -82,8 +88,6 @@ def require_made_with(tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapp
                 "its completion_ids decode to another text",
                 hint="teacher, student and rollouts must share one tokenizer",
             )
-        if max([*record["prompt_ids"], *record["completion_ids"]]) >= vocabulary_size(tokenizer):
-            raise ModelError(f"group {record['group_id']!r} holds token ids that the tokenizer does not know")
 
 
 class PromptEncoder:

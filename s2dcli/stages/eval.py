@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from s2dcli import console, options, stats
-from s2dcli.errors import DataError, UsageError
+from s2dcli.errors import DataError, S2DError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import create_folder, refuse_folder
+from s2dcli.files.checkpoint import create_folder, refuse_folder, refuse_inside
 from s2dcli.files.manifest import MANIFEST, describe, write_json
 from s2dcli.files.records import read_problems, read_rollouts, take
 from s2dcli.grade.pool import MATH, Grader
@@ -28,9 +28,20 @@ from s2dcli.grade.pool import MATH, Grader
 RESULTS = "results.json"
 GRADED = "rollouts.jsonl"
 DEFAULT_K = 16  # the paper's avg@16
+# What would be ignored when the rollouts are there already
+MODEL_ONLY = {
+    "k": "-k",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "max_tokens": "--max-tokens",
+    "reward": "--reward",
+    "seed": "--seed",
+}
 
 
 def evaluate(
+    context: typer.Context,
     *,
     model: Annotated[str | None, typer.Option("--model", "-m", metavar="CKPT", help="Hub id, checkpoint folder or run folder.")] = None,
     problems: options.Problems = "-",
@@ -66,17 +77,18 @@ def evaluate(
     seed: options.Seed = 0,
 ) -> None:
     """Measure avg@k of a model, or of graded rollouts."""
-    settings = dict(locals())
+    settings = {name: value for name, value in locals().items() if name != "context"}
     if (model is None) == (rollouts is None):
         raise UsageError("choose what to measure", hint="--model CKPT, or --rollouts GRADED for completions that exist already")
     if rollouts is not None and problems != jsonl.STDIN:
         raise UsageError("PROBLEMS go with --model; graded rollouts bring their own")
-    if rollouts is not None and k is not None:
-        raise UsageError("-k goes with --model; from graded rollouts k is the data's")
+    if rollouts is not None:
+        options.refuse_given(context, MODEL_ONLY, "goes with --model; graded rollouts are measured as they are")
     if temperature == 0 and (k or 1) > 1:
         raise UsageError(f"-k {k} at --temperature 0: greedy samples are all equal", hint="leave -k out, or sample at --temperature 1")
     if out:
         refuse_folder(out, overwrite)
+        refuse_inside(out, [rollouts or problems])
 
     if rollouts is not None:
         _measure(_read_graded(rollouts), out, name, describe("eval", settings, inputs=[rollouts]))
@@ -92,6 +104,8 @@ def evaluate(
 
         template_kwargs = parse_template_kwargs(chat_template_kwargs)
         checkpoint = resolve(model)
+        if out:
+            refuse_inside(out, [checkpoint.folder])
         loaded = load(checkpoint, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         encoder = PromptEncoder(loaded.tokenizer, chat_template, template_kwargs)
         params = SamplingParams(temperature, top_p, top_k, max_tokens)
@@ -135,7 +149,7 @@ def _measure(graded: Iterable[dict], out: Path | None, name: str | None, manifes
         try:
             figures = stats.summarize(noted())
         except ValueError as error:
-            if isinstance(error, DataError):
+            if isinstance(error, S2DError):
                 raise
             raise DataError(f"cannot be evaluated: {error}", where=jsonl.input_name(manifest["inputs"][0]["path"])) from None
     results = {"name": name or seen["model"], **seen, **figures}

@@ -24,7 +24,7 @@ import typer
 from s2dcli import console, options, stats
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder
+from s2dcli.files.checkpoint import refuse_folder, refuse_inside
 from s2dcli.files.records import read_problems, read_rollouts, take
 from s2dcli.grade.pool import Grader
 
@@ -108,6 +108,8 @@ def fkl_warmup(
     parent = resolve(student)
     tokenizer = load_tokenizer(parent.folder, trust_remote_code)
     guide = resolve(teacher) if teacher else None
+    inputs = [path for path in (rollouts, eval_problems) if path]
+    refuse_inside(out, [parent.folder, *([guide.folder] if guide else []), *inputs])
     if guide:
         require_same_tokenizer(load_tokenizer(guide.folder, trust_remote_code), tokenizer)
     require_made_with(tokenizer, records)
@@ -118,13 +120,16 @@ def fkl_warmup(
     order = Order(len(records), mini_batch_size, seed=seed, steps=steps, epochs=epochs)
     if dry_run:
         frozen = [guide] if guide else []
-        jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=mini_batch_size, student=parent, frozen=frozen))
+        jsonl.print_result(
+            dry_run_plan(settings, steps=order.steps, rollouts_per_step=min(mini_batch_size, order.total), student=parent, frozen=frozen)
+        )
         return
 
     loaded, policy = load_trained(parent, settings)
     frozen = load_frozen(guide, settings, loaded.vocabulary) if guide else None
     rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
     lengths_R = [len(row.completion_ids) for row in rows_R]
+    longest = max(1, *lengths_R)
 
     with Grader() if eval_tasks else nullcontext() as grader:
 
@@ -141,13 +146,12 @@ def fkl_warmup(
             loaded,
             steps=order.steps,
             phases=("update",),
-            inputs=[path for path in (rollouts, eval_problems) if path],
+            inputs=inputs,
             parents=[parent, *([guide] if guide else [])],
             evaluate=evaluate if eval_tasks else None,
         )
         for step in run:
             chosen = order.at(step.number)
-            longest = max(lengths_R[r] for r in chosen)
             weights_R = weights_of(chosen, lengths_R, aggregate, longest)
             objective = Distillation(frozen, weights_R, reverse=False, temperature=temperature) if frozen else CrossEntropy(weights_R)
             run.update(step, rows_R, chosen, objective)

@@ -15,8 +15,9 @@ Shapes: R rollouts of a step, G groups among them.
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import StrEnum
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ import typer
 from s2dcli import console, options, stats
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder
+from s2dcli.files.checkpoint import refuse_folder, refuse_inside
 from s2dcli.files.records import Problem, read_problems, read_rollouts, take
 from s2dcli.grade.pool import MATH, Grader
 
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
     from s2dcli.train.policy import Policy
 
 OBJECTIVE = "Objective"
+# What would be ignored when the rollouts are there already
+SAMPLING_ONLY = {
+    "num_samples": "-n",
+    "max_prompt_tokens": "--max-prompt-tokens",
+    "resample_flat": "--resample-flat",
+    "correction": "--correction",
+    "reward": "--reward",
+}
 
 
 class Preset(StrEnum):
@@ -79,6 +88,7 @@ PRESETS = {
 
 
 def grpo(
+    context: typer.Context,
     *,
     model: options.Model,
     problems: options.Problems = "-",
@@ -173,29 +183,37 @@ def grpo(
     seed: options.Seed = 0,
 ) -> None:
     """Train a model by sparse-reward RL (GRPO) on labelled problems."""
-    settings = dict(locals())
+    settings = {name: value for name, value in locals().items() if name != "context"}
     settings |= {name: value for name, value in PRESETS[loss].items() if settings[name] is None}
-    settings["overlong_buffer"] = overlong_buffer or max(1, max_tokens // 5)
     refuse_folder(out, overwrite)
     if rollouts is not None and problems != jsonl.STDIN:
         raise UsageError("both PROBLEMS and --rollouts were given", hint="name one source to learn from")
-    if rollouts is not None and (resample_flat or correction is not options.Correction.none):
-        raise UsageError("--resample-flat and --correction go with sampling; stored rollouts bring the log-probs they were drawn with")
+    if rollouts is not None:
+        options.refuse_given(context, SAMPLING_ONLY, "goes with sampling, --rollouts learns from what there is")
+    elif num_samples == 1:
+        raise UsageError("-n 1 makes groups of one, which have nothing to be compared with", hint="-n 2 or more")
     stored = [] if rollouts is None else _read_groups(rollouts, temperature)
+    if stored:  # the limit that the rollouts were sampled under
+        settings["max_tokens"] = stored[0][0]["sampler"]["max_tokens"]
+    settings["overlong_buffer"] = overlong_buffer or max(1, settings["max_tokens"] // 5)
     todo = _require_labels(read_problems(problems)) if rollouts is None else []
     held_out = read_problems(eval_problems) if eval_problems else []
 
     from s2dcli.engines.base import SamplingParams
     from s2dcli.engines.sampling import make_tasks, open_sampler, tasks_of_step
     from s2dcli.models.checkpoints import resolve
-    from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
+    from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with
     from s2dcli.train.loading import load_reference, load_trained
     from s2dcli.train.loop import TrainingRun
     from s2dcli.train.order import Order
     from s2dcli.train.plan import dry_run_plan
 
     parent = resolve(model)
-    encoder = PromptEncoder(load_tokenizer(parent.folder, trust_remote_code), chat_template, parse_template_kwargs(chat_template_kwargs))
+    inputs = [path for path in (rollouts or problems, eval_problems) if path]
+    refuse_inside(out, [parent.folder, *inputs])
+    tokenizer = load_tokenizer(parent.folder, trust_remote_code)
+    encoder = PromptEncoder(tokenizer, chat_template, parse_template_kwargs(chat_template_kwargs))
+    require_made_with(tokenizer, [record for group in stored for record in group])
     tasks = make_tasks(todo, encoder, max_prompt_tokens) if todo else []
     eval_tasks = make_tasks(held_out, encoder)
     order = Order(len(tasks) or len(stored), problems_per_step, seed=seed, steps=steps, epochs=epochs)
@@ -222,52 +240,72 @@ def grpo(
             loaded,
             steps=order.steps,
             phases=("sample", "grade", "score", "update"),
-            inputs=[path for path in (rollouts or problems, eval_problems) if path],
+            inputs=inputs,
             parents=[parent],
+            problems=todo,
             evaluate=evaluate if eval_tasks else None,
         )
+        labels: set[str] = set()
+        num_sampled = 0  # tokens, in the step
 
         def sample(step: Step, chosen: list[int]) -> list[list[dict]]:
+            nonlocal num_sampled
             with step.phase("sample"):
+                sampler.identity = run.identity(step)
                 groups = list(sampler.sample(tasks_of_step(tasks, chosen, step.number), num_samples))
+            num_sampled += sum(len(row.completion_ids) for group in groups for row in group)
+            labels.update(group[0].problem_sha256 for group in groups)
             with step.phase("grade"):
                 verdicts = grader.grade(row.to_record() for group in groups for row in group)
                 return [[{**row.to_record(), **next(verdicts)} for row in group] for group in groups]
 
-        labels: set[str] = set()
         for step in run:
+            num_sampled = 0
             chosen = order.at(step.number)
-            groups = [stored[index] for index in chosen] if stored else sample(step, chosen)
+            groups = _draw(stored, chosen) if stored else sample(step, chosen)
+            labels.update(group[0]["problem_sha256"] for group in groups)
             drawn_again = 0
             spares = order.spares(step.number)
             for _ in range(resample_flat):
                 flat = [slot for slot, group in enumerate(groups) if not _is_mixed(group)]
                 fresh = sample(step, list(islice(spares, len(flat)))) if flat else []
                 drawn_again += len(fresh)
-                labels.update(record["problem_sha256"] for group in fresh for record in group)
                 for slot, group in zip(flat, fresh, strict=False):  # fewer when the problems are used up
                     groups[slot] = group if _is_mixed(group) else groups[slot]
-            records = [record for group in groups for record in group]
-            labels.update(record["problem_sha256"] for record in records)
-            _learn(run, step, records, policy, reference, settings)
+            _learn(run, step, groups, policy, reference, settings)
             step.log(
                 drawn_again=drawn_again,
                 labels=len(labels),
-                sample_tokens_per_second=step.per_second(sum(len(record["completion_ids"]) for record in records), "sample"),
+                sample_tokens_per_second=step.per_second(num_sampled, "sample"),
                 update_tokens_per_second=step.per_second(step.tokens, "update"),
             )
             if keep_rollouts:
-                run.keep_rollouts(step, records)
+                run.keep_rollouts(step, [record for group in groups for record in group])
         jsonl.print_result(run.result())
 
 
-def _learn(run: TrainingRun, step: Step, records: list[dict], policy: Policy, reference: Policy | None, settings: dict[str, Any]) -> None:
+def _draw(stored: list[list[dict]], chosen: list[int]) -> list[list[dict]]:
+    """Return the chosen groups; one that is drawn again in the step gets a name of its own."""
+    draws: Counter[int] = Counter()
+    groups = []
+    for index in chosen:
+        again = f".{draws[index]}" if draws[index] else ""
+        groups.append([{**record, "group_id": record["group_id"] + again} for record in stored[index]])
+        draws[index] += 1
+    return groups
+
+
+def _learn(
+    run: TrainingRun, step: Step, groups: list[list[dict]], policy: Policy, reference: Policy | None, settings: dict[str, Any]
+) -> None:
     """Make the updates of one step from its graded rollouts, and log what they were."""
-    from s2dcli.train.batching import Row, consecutive, split
+    from s2dcli.train.batching import Row, split
     from s2dcli.train.losses import corrections, group_advantages, is_mixed, kl_estimates, mean_gap, overlong_penalty, weights_of
     from s2dcli.train.objectives import PolicyGradient
     from s2dcli.train.policy import score
 
+    records = [record for group in groups for record in group]
+    groups_G = [slice(end - len(group), end) for group, end in zip(groups, accumulate(map(len, groups)), strict=True)]
     rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
     lengths_R = [len(row.completion_ids) for row in rows_R]
     rewards_R = [record["reward"] for record in records]
@@ -275,7 +313,7 @@ def _learn(run: TrainingRun, step: Step, records: list[dict], policy: Policy, re
     sampler_R = [record["completion_logprobs"] for record in records]
     scoring = {"tokens_per_batch": settings["tokens_per_batch"], "pad_id": run.loaded.pad_id, "temperature": settings["temperature"]}
     masked = settings["truncated"] is options.Truncated.mask
-    # Rows without a verdict, and masked ones, teach nothing and leave the denominators.
+    # Rows without a verdict, and masked ones, teach nothing: they leave baselines and denominators.
     usable = [r for r, reward in enumerate(rewards_R) if reward is not None and not (masked and truncated_R[r])]
     mini_batches = split(usable, settings["mini_batch_size"])
     sequence_level = settings["importance"] is options.Importance.sequence
@@ -291,14 +329,14 @@ def _learn(run: TrainingRun, step: Step, records: list[dict], policy: Policy, re
     if settings["correction"] is not options.Correction.none:
         corrections_R = corrections(old_R, sampler_R, settings["correction"], settings["correction_level"], settings["correction_cap"])
 
-    shaped_R = list(rewards_R)
+    shaped_R: list[float | None] = [None] * len(records)
     kl_in_reward = reference_R is not None and settings["kl_in"] is KlIn.reward
     for r in usable:
+        shaped_R[r] = rewards_R[r]
         if kl_in_reward:
             shaped_R[r] -= settings["kl_coef"] * sum(kl_estimates(settings["kl_estimator"], sampler_R[r], reference_R[r]))
         if settings["truncated"] is options.Truncated.penalty:
             shaped_R[r] += overlong_penalty(lengths_R[r], settings["max_tokens"], settings["overlong_buffer"])
-    groups_G = consecutive([record["group_id"] for record in records])
     advantages_R = [value for group in groups_G for value in group_advantages(shaped_R[group], settings["advantage"])]
 
     kl_in_loss = reference_R is not None and not kl_in_reward
@@ -331,13 +369,13 @@ def _learn(run: TrainingRun, step: Step, records: list[dict], policy: Policy, re
         )
         run.update(step, rows_R, taught, objective)
     if not step.updates:
-        console.warn(f"step {step.number}: the rewards of every group are all equal; no update was made")
+        console.warn(f"step {step.number}: no group has rewards that differ, nothing to learn; no update was made")
 
     known = [reward for reward in rewards_R if reward is not None]
     kl = None
     if reference_R is not None:
-        estimates = [kl_estimates(settings["kl_estimator"], sampler_R[r], reference_R[r]) for r in usable]
-        kl = step.per_token("kl") if kl_in_loss else stats.mean(value for row in estimates for value in row)
+        estimates = [value for r in usable for value in kl_estimates(settings["kl_estimator"], sampler_R[r], reference_R[r])]
+        kl = step.per_token("kl") if kl_in_loss else stats.mean(estimates or [0.0])
     step.log(
         reward=stats.mean(known) if known else 0.0,
         mixed_groups=stats.mean(float(is_mixed(rewards_R[group])) for group in groups_G),

@@ -20,7 +20,7 @@ from typing import Any
 
 from s2dcli import options, stats
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder
+from s2dcli.files.checkpoint import refuse_folder, refuse_inside
 from s2dcli.files.records import read_problems
 from s2dcli.grade.pool import Grader
 
@@ -87,6 +87,8 @@ def opd(
     from s2dcli.train.plan import dry_run_plan
 
     parent, guide = resolve(student), resolve(teacher)
+    inputs = [path for path in (problems, eval_problems) if path]
+    refuse_inside(out, [parent.folder, guide.folder, *inputs])
     tokenizer = load_tokenizer(parent.folder, trust_remote_code)
     require_same_tokenizer(load_tokenizer(guide.folder, trust_remote_code), tokenizer)
     encoder = PromptEncoder(tokenizer, chat_template, parse_template_kwargs(chat_template_kwargs))
@@ -116,12 +118,14 @@ def opd(
             loaded,
             steps=order.steps,
             phases=("sample", "update"),
-            inputs=[path for path in (problems, eval_problems) if path],
+            inputs=inputs,
             parents=[parent, guide],
+            problems=todo,
             evaluate=evaluate if eval_tasks else None,
         )
         for step in run:
             with step.phase("sample"):
+                sampler.identity = run.identity(step)
                 groups = sampler.sample(tasks_of_step(tasks, order.at(step.number), step.number), num_samples)
                 rollouts_R = [rollout for group in groups for rollout in group]
             rows_R = [Row(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts_R]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
@@ -80,8 +79,9 @@ def micro_batches(
 
     Two plans are weighed by the positions that they run through the model: rows sorted by length, so
     that neighbours pad each other little; or rows of one prompt together, the prompt run once for all of
-    them (only with `share_prompts`: it needs a model that caches). A row that is longer than the budget is a micro-batch of its own. Rows without completion
-    tokens are left out: they have nothing to learn from, and their weight in the loss's denominators stays.
+    them (only with `share_prompts`: it needs a model that caches). A row that is longer than the budget
+    is a micro-batch of its own. Rows without completion tokens are left out: they have nothing to learn
+    from, and their weight in the loss's denominators stays.
     """
     by_length = sorted((index for index in chosen if rows[index].completion_ids), key=lambda index: -len(rows[index]))
     families: dict[tuple[int, ...], list[int]] = {}
@@ -173,19 +173,7 @@ def _micro_batch(
     )
 
 
-def consecutive(names: Sequence[str]) -> list[slice]:
-    """Return the runs of equal names as slices: the groups of a batch that stands group by group."""
-    starts = [index for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
-    return [slice(start, end) for start, end in pairwise([*starts, len(names)])]
-
-
 def split(items: Sequence[int], size: int | None) -> list[list[int]]:
     """Cut items into mini-batches of `size`; None keeps them together."""
     size = size or max(1, len(items))
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def padding_share(batches: Sequence[MicroBatch]) -> float:
-    """Share of processed positions that are padding, 0 to 1."""
-    positions = sum(batch.num_positions for batch in batches)
-    return sum(batch.num_padding for batch in batches) / positions if positions else 0.0

@@ -47,13 +47,22 @@ def load_reference(policy: Policy, checkpoint: Checkpoint, settings: Mapping[str
 
     The latter shares the policy's weights, so no second model is held. Raises ModelError or UsageError.
     """
-    return WithoutAdapter(policy) if policy.adapter else load_frozen(checkpoint, settings, policy.vocabulary)
+    if policy.adapter:
+        return WithoutAdapter(policy)
+    # As the policy computes, so that their KL is exactly 0 before the first update.
+    return load_frozen(checkpoint, settings, policy.vocabulary, masters=policy.autocast is not None)
 
 
-def load_frozen(checkpoint: Checkpoint, settings: Mapping[str, Any], vocabulary: int) -> Policy:
+def load_frozen(checkpoint: Checkpoint, settings: Mapping[str, Any], vocabulary: int, masters: bool = False) -> Policy:
     """Load a reference or teacher over the first `vocabulary` ids. Raises ModelError or UsageError."""
-    loaded = load(checkpoint, device=settings["device"], dtype=compute_dtype(settings), trust_remote_code=settings["trust_remote_code"])
-    return freeze(Policy(loaded.model, vocabulary))
+    loaded = load(
+        checkpoint,
+        device=settings["device"],
+        dtype=compute_dtype(settings),
+        masters=masters,
+        trust_remote_code=settings["trust_remote_code"],
+    )
+    return freeze(Policy(loaded.model, vocabulary, loaded.autocast))
 
 
 class WithoutAdapter(Policy):

@@ -24,14 +24,17 @@ from s2dcli.errors import S2DError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import create_folder, save_step, step_name
 from s2dcli.files.manifest import MANIFEST, describe, write_json
+from s2dcli.files.records import Problem
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, saved_dtype
+from s2dcli.models.forward import can_share_prompts
 from s2dcli.options import Schedule
-from s2dcli.train.batching import MicroBatch, Row, micro_batches, padding_share
+from s2dcli.train.batching import MicroBatch, Row, micro_batches
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.policy import Loss, Policy
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
+PROBLEMS = "problems.jsonl"
 ROLLOUTS = "rollouts"
 
 
@@ -58,6 +61,8 @@ class Step:
     seconds: dict[str, float] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
+    positions: int = 0  # that went through the model to be trained on, padding included
+    padding: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -94,6 +99,7 @@ class TrainingRun:
         phases: Sequence[str],
         inputs: Sequence[str],
         parents: Sequence[Checkpoint],
+        problems: Sequence[Problem] = (),
         evaluate: Callable[[], dict[str, Any]] | None,
     ) -> None:
         """Make the run folder and a fresh optimizer.
@@ -114,9 +120,13 @@ class TrainingRun:
         self.last_row: dict[str, Any] = {}
         self.last_eval: dict[str, Any] = {}
         self.checkpoint = Path()
-        create_folder(self.out, settings["overwrite"])
         self.manifest = describe(stage, settings, inputs=inputs, parents=parents)
+        create_folder(self.out, settings["overwrite"])
         self._write_manifest(complete=False)
+        if problems:
+            with jsonl.open_output(self.out / PROBLEMS) as writer:
+                for problem in problems:
+                    writer.write(problem.to_record())
 
     def __iter__(self) -> Iterator[Step]:
         with (
@@ -142,7 +152,8 @@ class TrainingRun:
         """Make one optimizer update on the `chosen` rows; micro-batches add up to one exact gradient."""
         with step.phase("update"):
             # Prompts are shared through a cache, which layers that run twice would fill twice.
-            budget, share = self.settings["tokens_per_batch"], not self.settings["gradient_checkpointing"]
+            share = can_share_prompts(self.loaded.model) and not self.settings["gradient_checkpointing"]
+            budget = self.settings["tokens_per_batch"]
             batches = micro_batches(rows, chosen, budget, self.loaded.pad_id, self.device, share_prompts=share)
             for batch in batches:
                 loss, sums = self.policy(batch, loss_of(batch))
@@ -160,7 +171,15 @@ class TrainingRun:
         step.updates += 1
         step.tokens += sum(sum(batch.lengths_B) for batch in batches)
         step.grad_norms.append(grad_norm)
-        step.log(padding=padding_share(batches))
+        step.positions += sum(batch.num_positions for batch in batches)
+        step.padding += sum(batch.num_padding for batch in batches)
+
+    def identity(self, step: Step) -> dict[str, Any]:
+        """Whose weights sample in a step: the parent's, or this run's after some updates, which no file holds."""
+        parent = self.loaded.checkpoint
+        if not self.updates:
+            return {"model": parent.name, "revision": parent.revision, "step": parent.step, "checkpoint": parent.weights_sha256}
+        return {"model": str(self.out), "revision": "", "step": step.number - 1, "checkpoint": ""}
 
     def keep_rollouts(self, step: Step, records: Sequence[dict[str, Any]]) -> None:
         """Write what a step learnt from to rollouts/step-NNNNNN.jsonl."""
@@ -184,7 +203,7 @@ class TrainingRun:
             "updates": step.updates,
             "seconds": time.perf_counter() - step.started,
             "tokens": step.tokens,
-            "padding": 0.0,
+            "padding": step.padding / max(1, step.positions),
             **step.metrics,
             **{f"{phase}_seconds": seconds for phase, seconds in step.seconds.items()},
         }

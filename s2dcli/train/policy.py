@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from s2dcli.models.forward import Head, head_of, hidden_states, shared_prompt_states
+from s2dcli.models.forward import Head, can_share_prompts, head_of, hidden_states, shared_prompt_states
 from s2dcli.train.batching import MicroBatch, Row, micro_batches
 from s2dcli.train.vocab import token_logprobs
 
@@ -46,7 +46,9 @@ class Policy(torch.nn.Module):
             else:
                 shared = batch.prompts
                 hidden_BTD = shared_prompt_states(self.model, shared.ids_PT, shared.lengths_P, shared.of_B, batch.input_ids_BT)
-        return hidden_BTD.flatten(0, 1)[batch.states_N]
+        hidden_ND = hidden_BTD.flatten(0, 1)[batch.states_N]
+        # The final norm's float32 weight lifts the states to float32; the head computes in the type asked for, as in sampling.
+        return hidden_ND if self.autocast is None else hidden_ND.to(self.autocast)
 
     def head(self) -> Head:
         return head_of(self.model, self.vocabulary)
@@ -65,7 +67,8 @@ def score(policy: Policy, rows: Sequence[Row], *, tokens_per_batch: int, pad_id:
     """Log-probs (nats) of the completion tokens of every row, under softmax(logits / temperature)."""
     device = next(policy.parameters()).device
     scores: list[list[float]] = [[] for _ in rows]
-    for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, pad_id, device):
+    share = can_share_prompts(policy.model)
+    for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, pad_id, device, share_prompts=share):
         logprobs_N = token_logprobs(policy.states(batch), policy.head(), batch.targets_N, temperature)
         for row, values in zip(batch.rows, logprobs_N.split(batch.lengths_B), strict=True):
             scores[row] = values.tolist()

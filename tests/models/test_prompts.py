@@ -46,6 +46,12 @@ def test_plain_text_gets_the_tokenizers_own_bos_and_stays_open(adds_eos):
     assert PromptEncoder(make(), "plain").encode(two) == [1, 4, 5, 6]
 
 
+def test_plain_messages_are_parted_by_an_empty_line():
+    encoder = PromptEncoder(make(), "plain")
+    text = encoder.tokenizer.apply_chat_template([*USER, *USER], chat_template=encoder.template, tokenize=False)
+    assert text == "a b\n\na b"
+
+
 def test_template_arguments_and_files(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text("{{ messages[0]['content'] }}{% if think %} c{% endif %}")

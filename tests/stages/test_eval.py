@@ -76,3 +76,37 @@ def test_bad_input(s2d, toy, few, measured, tmp_path):
     for arguments in ([], ["-m", toy / "teacher", "--rollouts", "-"], ["--rollouts", "-", "-k", 3], ["--rollouts", "-", few]):
         assert s2d("eval", *arguments).code == 2
     assert s2d("eval", "-m", toy / "teacher", few, "-o", measured[0]).code == 2
+
+
+def test_inputs_survive_overwriting_and_options_of_the_other_mode_are_refused(s2d, toy, few, measured, tmp_path):
+    out, _ = measured
+    before = (out / "rollouts.jsonl").read_bytes()
+    result = s2d("eval", "--rollouts", out / "rollouts.jsonl", "-o", out, "--overwrite")
+    assert result.code == 2
+    assert (out / "rollouts.jsonl").read_bytes() == before
+    for option in (["--temperature", 0.5], ["--reward", "exact"], ["-k", 3], ["--seed", 3]):
+        refused = s2d("eval", "--rollouts", out / "rollouts.jsonl", *option)
+        assert refused.code == 2
+        assert f"{option[0]} goes with --model" in refused.err
+
+
+def test_missing_files_folders_and_bad_rewards(s2d, toy, few, tmp_path):
+    assert "cannot read rollouts: No such file" in s2d("eval", "--rollouts", tmp_path / "none.jsonl").err
+    assert "is a folder" in s2d("eval", "--rollouts", tmp_path).err
+    result = s2d("eval", "-m", toy / "student", few, "-k", 1, "--max-tokens", 4, "--reward", "python:nowhere:f")
+    assert result.code == 2
+    assert "nowhere" in result.err
+
+
+def test_rollouts_from_a_named_pipe(s2d, measured, tmp_path):
+    import os
+    import threading
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    content = (measured[0] / "rollouts.jsonl").read_bytes()
+    writer = threading.Thread(target=lambda: pipe.write_bytes(content))
+    writer.start()
+    result = s2d("eval", "--rollouts", pipe)
+    writer.join()
+    assert result.result["avg_at_k"] == measured[1]["avg_at_k"]

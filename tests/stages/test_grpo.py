@@ -42,6 +42,7 @@ def test_run_folder_and_closing_line(trained):
     out, result = trained
     assert {path.name for path in out.iterdir()} == {
         "s2d.json",
+        "problems.jsonl",
         "metrics.jsonl",
         "evals.jsonl",
         "latest",
@@ -333,3 +334,74 @@ def test_rewards_of_the_users_own(s2d, toy, tmp_path):
     result = s2d(*arguments, cwd=tmp_path)
     assert result.code == 0, result.err
     assert 0.0 < result.result["reward"] < 1.0
+
+
+def test_a_run_never_deletes_what_it_reads(s2d, toy, tmp_path):
+    train(s2d, toy, tmp_path / "run")
+    problems = tmp_path / "run" / "mine.jsonl"
+    problems.write_bytes((toy / "problems" / "1H.jsonl").read_bytes())
+    for arguments in (["-m", tmp_path / "run", toy / "problems" / "1H.jsonl"], ["-m", toy / "teacher", problems]):
+        result = s2d("grpo", *arguments, "-o", tmp_path / "run", "--overwrite", *SHORT)
+        assert result.code == 2
+        assert "which --overwrite would delete" in result.err
+        assert (tmp_path / "run" / "step-000002" / "model.safetensors").exists()
+
+
+def test_no_usable_row_and_kl_in_the_reward_is_no_crash(s2d, toy, tmp_path):
+    more = ["--max-tokens", 2, "--truncated", "mask", "--kl-coef", 0.1, "--kl-in", "reward"]
+    result = s2d("grpo", "-m", toy / "teacher", toy / "problems" / "1H.jsonl", "-o", tmp_path / "run", *SHORT, *more)
+    assert result.code == 0, result.err
+    assert result.result["updates"] == 0
+
+
+def test_reference_kl_is_zero_before_the_first_update_in_bfloat16_too(s2d, toy, tmp_path):
+    train(s2d, toy, tmp_path / "run", "--kl-coef", 0.1, "--dtype", "bfloat16")
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_masked_rows_leave_the_baseline(s2d, toy, graded, tmp_path):
+    rows = [{**row, "finish_reason": "stop"} for row in read_jsonl(graded)[:32]]
+    extra = [{**row, "sample_index": 99, "reward": 0.0, "finish_reason": "length"} for row in rows[::4]]
+    mixed = sorted([*rows, *extra], key=lambda row: row["problem_id"])
+    for name, content in (("plain", rows), ("masked", mixed)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", content)
+        arguments = ["--rollouts", path, "-o", tmp_path / name, "--lr", "1e-3", "--aggregate", "token", "--truncated", "mask"]
+        assert s2d("grpo", "-m", toy / "teacher", *arguments).code == 0
+    plain, masked = weights(tmp_path / "plain" / "step-000001"), weights(tmp_path / "masked" / "step-000001")
+    assert all(torch.equal(plain[name], masked[name]) for name in plain)
+
+
+def test_stored_rollouts_of_another_tokenizer_are_refused(s2d, toy, graded, tmp_path):
+    rows = read_jsonl(graded)[:4]
+    swapped = [{**row, "completion_ids": [token - 1 if token > 10 else token for token in row["completion_ids"]]} for row in rows]
+    beyond = [rows[0], {**rows[1], "prompt_ids": [400]}]
+    for name, content, message in (("swapped", swapped, "another tokenizer"), ("beyond", beyond, "does not know")):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", content)
+        result = s2d("grpo", "-m", toy / "teacher", "--rollouts", path, "-o", tmp_path / "run")
+        assert result.code == 1
+        assert message in result.err
+
+
+def test_groups_that_are_drawn_again_stay_groups_of_their_own(s2d, toy, graded, tmp_path):
+    path = write_jsonl(tmp_path / "one.jsonl", read_jsonl(graded)[:8])
+    more = ["--rollouts", path, "--steps", 1, "--problems-per-step", 8, "--keep-rollouts"]
+    assert s2d("grpo", "-m", toy / "teacher", "-o", tmp_path / "run", *more).code == 0
+    kept = tmp_path / "run" / "rollouts" / "step-000001.jsonl"
+    assert s2d("eval", "--rollouts", kept).code == 0
+    assert len({row["group_id"] for row in read_jsonl(kept)}) == 8
+
+
+def test_kept_rollouts_say_whose_weights_drew_them(trained, toy):
+    first, second = (read_jsonl(trained[0] / "rollouts" / f"step-00000{step}.jsonl")[0]["sampler"] for step in (1, 2))
+    assert (first["model"], first["step"], len(first["checkpoint"])) == (str(toy / "teacher"), 0, 64)
+    assert (second["model"], second["step"], second["checkpoint"]) == (str(trained[0]), 1, "")
+
+
+def test_options_that_would_be_ignored_are_refused(s2d, toy, few, graded, tmp_path):
+    for option in (["-n", 4], ["--resample-flat", 1], ["--reward", "exact"]):
+        result = s2d("grpo", "-m", toy / "teacher", "--rollouts", graded, "-o", tmp_path / "run", *option)
+        assert result.code == 2
+        assert f"{option[0]} goes with sampling" in result.err
+    alone = s2d("grpo", "-m", toy / "teacher", few, "-o", tmp_path / "run", "-n", 1)
+    assert alone.code == 2
+    assert "groups of one" in alone.err

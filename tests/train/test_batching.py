@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny
 
-from s2dcli.models.forward import head_of, require_known_head
+from s2dcli.models.forward import can_share_prompts, head_of, require_known_head
 from s2dcli.options import Aggregate, KlEstimator, Surrogate
 from s2dcli.train import batching
-from s2dcli.train.batching import Row, consecutive, micro_batches, padding_share, split
+from s2dcli.train.batching import Row, micro_batches, split
 from s2dcli.train.losses import weights_of
 from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient
 from s2dcli.train.policy import Policy, freeze, score
@@ -176,6 +176,10 @@ def test_budget_and_padding_of_a_skewed_batch():
     assert padding_share(batches) < 0.3 * (1 - sum(map(len, rows)) / unsorted)
 
 
+def padding_share(batches) -> float:
+    return sum(batch.num_padding for batch in batches) / sum(batch.num_positions for batch in batches)
+
+
 def shared(batches) -> list[bool]:
     return [batch.prompts is not None for batch in batches]
 
@@ -212,9 +216,18 @@ def test_a_sample_leaves_the_others_alone():
     assert first[1] != second[1]
 
 
-def test_consecutive_and_split():
-    assert consecutive(["a", "a", "b", "a"]) == [slice(0, 2), slice(2, 3), slice(3, 4)]
-    assert consecutive([]) == []
+def test_split():
     assert split([4, 5, 6], 2) == [[4, 5], [6]]
     assert split([4, 5, 6], None) == [[4, 5, 6]]
     assert split([], None) == []
+
+
+def test_models_with_a_sliding_window_do_not_share_prompts():
+    # The window is counted in cache positions, which padding between prompt and completion would use up.
+    assert {family: can_share_prompts(tiny(family)) for family in FAMILIES} == {
+        "qwen3": True,
+        "llama": True,
+        "gpt2": True,
+        "gemma2": False,
+        "cohere": True,
+    }
