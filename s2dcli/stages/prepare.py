@@ -1,7 +1,7 @@
 """`s2d prepare`: problems.jsonl from any data set of verifiable problems.
 
 Reads files (JSONL, JSON, parquet, CSV), folders in hub layout and hub data sets, finds problem and
-answer in each row (`files/sources.py` lists the layouts), removes duplicates and whatever an
+answer in each row (`files/columns.py` lists the layouts), removes duplicates and whatever an
 evaluation set holds, and splits what is left. In this order, so that no two parts share a problem:
 
     s2d prepare gsm8k/train.jsonl --exclude gsm8k/test.jsonl -o problems.jsonl
@@ -29,7 +29,7 @@ import typer
 
 from s2dcli import console, options
 from s2dcli.errors import DataError, UsageError
-from s2dcli.files import jsonl, sources
+from s2dcli.files import columns, jsonl, sources
 from s2dcli.files.records import Message, Problem, Rollout, problem_sha256, row_seed, sha256_text, text_of
 
 PLACE = "{problem}"
@@ -241,7 +241,7 @@ def _hashes_of(names: list[str]) -> set[str]:
     for name in names:
         for row in sources.read(name, every_split=True):
             given = row.record.get("problem_sha256")
-            hashes.add(given if isinstance(given, str) and given else hash_of(sources.question(row.record, row.where).text))
+            hashes.add(given if isinstance(given, str) and given else hash_of(columns.question(row.record, row.where).text))
     return hashes
 
 
@@ -264,8 +264,8 @@ def _collect(
             if "completion_ids" in record:
                 raise DataError("this is a rollout, a problem was expected", where=where)
             problem = None
-            text, before, unwrapped = sources.question(record, where)
-            answer, solution = sources.gold(record, where, required=not unlabelled)
+            text, before, unwrapped = columns.question(record, where)
+            answer, solution = columns.gold(record, where, required=not unlabelled)
             digest = hash_of(text)
 
         if digest in answers:
@@ -279,7 +279,7 @@ def _collect(
             continue
         answers[digest] = answer
         if problem is None:
-            given, source = sources.origin(row)
+            given, source = columns.origin(row)
             problem = Problem(given, _prompt(text, before, template), answer, digest, source)
         else:
             counts.prepared += 1
@@ -399,7 +399,7 @@ def _solution_encoder(
 
 def _ending_in_box(solution: str, answer: str) -> str:
     """Return a solution that gives the gold answer in a box: as it is if its last box does, else with one more line."""
-    boxed = sources.last_boxed(solution)
+    boxed = columns.last_boxed(solution)
     if boxed is not None and boxed.split() == answer.split():
         return solution
     return f"{solution}\n\\boxed{{{answer}}}"

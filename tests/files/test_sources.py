@@ -5,8 +5,8 @@ import json
 import pytest
 
 from s2dcli.errors import DataError
-from s2dcli.files import sources
-from s2dcli.files.sources import Gold
+from s2dcli.files import columns, sources
+from s2dcli.files.columns import Gold
 
 WRAPPED = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: {form} "
@@ -30,7 +30,7 @@ WRAPPED = (
     ],
 )
 def test_last_boxed_is_balanced(text, boxed):
-    assert sources.last_boxed(text) == boxed
+    assert columns.last_boxed(text) == boxed
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_last_boxed_is_balanced(text, boxed):
     ],
 )
 def test_gold_of_each_layout(record, gold):
-    assert sources.gold(record, "row") == gold
+    assert columns.gold(record, "row") == gold
 
 
 @pytest.mark.parametrize(
@@ -82,27 +82,27 @@ def test_gold_of_each_layout(record, gold):
 )
 def test_rows_without_gold_are_refused(record, says):
     with pytest.raises(DataError, match=f"^file:3: {says}"):
-        sources.gold(record, "file:3")
+        columns.gold(record, "file:3")
 
 
 def test_gold_is_not_required_of_unlabelled_rows():
-    assert sources.gold({"question": "q"}, "row", required=False) == Gold("", "")
+    assert columns.gold({"question": "q"}, "row", required=False) == Gold("", "")
     with pytest.raises(DataError):
-        sources.gold({"answer": {}}, "row", required=False)
+        columns.gold({"answer": {}}, "row", required=False)
 
 
 @pytest.mark.parametrize("form", ["$Answer (without quotes)", r"\boxed{$Answer} (without quotes)", r"\boxed{$Answer}"])
 def test_dapo_wrapper_is_removed_by_exact_match(form):
     wrapped = WRAPPED.replace("{form}", form).replace("{problem}", "What is {1} + 1?")
-    assert sources.question({"prompt": [{"role": "user", "content": wrapped}]}, "row") == ("What is {1} + 1?", [], True)
+    assert columns.question({"prompt": [{"role": "user", "content": wrapped}]}, "row") == ("What is {1} + 1?", [], True)
     for other in (wrapped + " ", " " + wrapped, wrapped.replace("Remember", "remember")):
-        text, _, unwrapped = sources.question({"problem": other}, "row")
+        text, _, unwrapped = columns.question({"problem": other}, "row")
         assert (text, unwrapped) == (other.strip(), False)
 
 
 def test_system_messages_go_before_the_bare_problem():
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?", "name": None}]
-    assert sources.question({"prompt": chat}, "row") == ("1+1?", [{"role": "system", "content": "Be brief."}], False)
+    assert columns.question({"prompt": chat}, "row") == ("1+1?", [{"role": "system", "content": "Be brief."}], False)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_system_messages_go_before_the_bare_problem():
 )
 def test_rows_without_a_problem_are_refused(record, says):
     with pytest.raises(DataError, match=f"^file:3: .*{says}"):
-        sources.question(record, "file:3")
+        columns.question(record, "file:3")
 
 
 def rows_of(source, **options):
