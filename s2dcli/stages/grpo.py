@@ -143,9 +143,7 @@ def grpo(
     correction_cap: Annotated[float, typer.Option(min=1.0, help="Where that ratio is cut or masked.", rich_help_panel=OBJECTIVE)] = 2.0,
     resample_flat: Annotated[
         int,
-        typer.Option(
-            min=0, help="Draw up to this many further problems for each group whose rewards are all equal.", rich_help_panel=OBJECTIVE
-        ),
+        typer.Option(min=0, help="Rounds of further problems for groups whose rewards are all equal.", rich_help_panel=OBJECTIVE),
     ] = 0,
     steps: options.Steps = None,
     epochs: options.Epochs = 1,
