@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,8 @@ class Adapter:
 
 def import_peft():
     """Return the module. Raises UsageError if it is not installed."""
+    # peft tries bitsandbytes, which warns of what it could be faster with.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ModuleNotFoundError:

@@ -130,6 +130,21 @@ def load(
     )
 
 
+def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Make the model that config.json describes, its weights without values or memory. Raises ModelError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quieten_transformers()
+    try:
+        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+    except (OSError, ValueError, KeyError) as error:
+        text = str(error).strip() or type(error).__name__
+        raise ModelError(f"cannot make the model of config.json: {text.splitlines()[0]}", where=checkpoint.name) from None
+
+
 def quieten_transformers() -> None:
     """Keep the library's progress bars and advice off the terminal; its errors still show."""
     from transformers.utils import logging

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from s2dcli.options import Dtype, Weights
 from s2dcli.train.batching import MicroBatch
 from s2dcli.train.policy import Policy, freeze
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def load_trained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[LoadedModel, Policy]:
     """Load the model to be trained as the trainers' options say; sampler and policy share its weights.
@@ -23,10 +26,7 @@ def load_trained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[L
     `settings`: device, dtype, trust_remote_code, weights, gradient_checkpointing, lora_rank, lora_alpha, lora_targets, seed.
     Raises ModelError or UsageError.
     """
-    narrow = settings["weights"] is Weights.bfloat16
-    rank, alpha, targets = settings["lora_rank"], settings["lora_alpha"], settings["lora_targets"]
-    if rank is None and (alpha is not None or targets is not None):
-        raise UsageError("--lora-alpha and --lora-targets shape an adapter", hint="give its --lora-rank too")
+    narrow, rank = settings["weights"] is Weights.bfloat16, settings["lora_rank"]
     loaded = load(
         checkpoint,
         device=settings["device"],
@@ -36,10 +36,20 @@ def load_trained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[L
     )
     if narrow:  # weights compute in their own type, float32 adapters beside them are cast to it
         loaded = replace(loaded, autocast=torch.bfloat16 if rank else None)
-    adapter = Adapter(loaded.model, rank, alpha, targets, settings["seed"]) if rank else None
+    adapter = adapter_of(loaded.model, settings)
     if settings["gradient_checkpointing"]:
         recompute_layers(loaded.model)
     return loaded, Policy(loaded.model, loaded.vocabulary, loaded.autocast, adapter)
+
+
+def adapter_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Adapter | None:
+    """Put the adapter into a model that `settings` ask for, if any. Raises ModelError or UsageError."""
+    rank, alpha, targets = settings["lora_rank"], settings["lora_alpha"], settings["lora_targets"]
+    if rank is None:
+        if alpha is not None or targets is not None:
+            raise UsageError("--lora-alpha and --lora-targets shape an adapter", hint="give its --lora-rank too")
+        return None
+    return Adapter(model, rank, alpha, targets, settings["seed"])
 
 
 def load_reference(policy: Policy, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Policy:

@@ -1,11 +1,8 @@
 """Layers that run again in the backward pass: the same gradients, less memory, no dropout."""
 
-import os
-import pickle
-from pathlib import Path
-
 import pytest
 import torch
+from memory import peak_bytes
 from tiny import tiny
 
 from s2dcli.errors import ModelError
@@ -57,36 +54,8 @@ def test_a_model_without_such_layers_is_refused():
         recompute_layers(torch.nn.Linear(2, 2))
 
 
-def status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def peak_bytes(warm_up, work) -> int:
-    """Memory that `work` takes at its peak beyond what there was before, measured in a child of its own.
-
-    `warm_up` runs the same code on little data, so that the libraries' own pages are there already.
-    """
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.set_num_threads(1)
-            warm_up()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = status_bytes("VmRSS")
-            work()
-            os.write(writer, pickle.dumps(status_bytes("VmHWM") - before))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(pid, 0)
-    with os.fdopen(reader, "rb") as file:
-        return pickle.loads(file.read())
-
-
 def test_a_deep_narrow_model_takes_a_fraction_of_the_memory():
-    """24 layers of 64, 4096 tokens: measured 726 MB without and 248 MB with, of which 25 MB are the layers' inputs."""
+    """24 layers of 64, 4096 tokens: measured 566 MB without and 56 MB with, of which 25 MB are the layers' inputs."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -103,4 +72,4 @@ def test_a_deep_narrow_model_takes_a_fraction_of_the_memory():
     recompute_layers(model)
     again = peak()
     assert kept > 500e6
-    assert again < 0.5 * kept
+    assert again < 0.2 * kept

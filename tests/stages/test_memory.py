@@ -155,3 +155,23 @@ def test_gradient_checkpointing_changes_no_result(train, tmp_path, trainer, more
         norms.append(read_jsonl(tmp_path / name / "metrics.jsonl")[0]["grad_norm"])
     assert norms[1] == pytest.approx(norms[0], rel=2e-2 if "bfloat16" in more else 1e-4)
     assert json.loads((tmp_path / "again" / "s2d.json").read_text())["options"]["gradient_checkpointing"] is True
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_dry_run_prints_the_memory_plan(train, tmp_path, trainer):
+    plain, small = (
+        train(trainer, tmp_path / "run", "--dry-run", *more).result
+        for more in ([], ["--gradient-checkpointing", "--weights", "bfloat16", "--lora-rank", 1, "--lora-targets", "q_proj"])
+    )
+    assert plain["weights_bytes"] == plain["gradients_bytes"] == 4 * plain["parameters"]
+    assert plain["frozen_bytes"] == (0 if trainer == "grpo" else 4 * 109056)
+    assert (plain["cache_bytes"] > 0) == (trainer != "fkl-warmup")
+    assert small["activations_bytes"] < plain["activations_bytes"]
+    assert 0 < small["trained_parameters"] < 0.02 * plain["trained_parameters"]
+    assert small["total_bytes"] < plain["total_bytes"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_what_the_run_would_refuse(train, tmp_path):
+    for more in (["--lora-rank", 4, "--lora-targets", "q_porj"], ["--weights", "bfloat16", "--dtype", "float32"]):
+        assert train("opd", tmp_path / "run", "--dry-run", *more).code == 2
