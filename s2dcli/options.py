@@ -36,6 +36,13 @@ class Weights(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Optimizer(StrEnum):
+    """AdamW with its moments in float32, or in 8 bits with a scale for each block of them."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw-8bit"
+
+
 class Schedule(StrEnum):
     constant = "constant"
     linear = "linear"
@@ -209,6 +216,10 @@ WeightsOption = Annotated[
         help="Of the model in training; bfloat16 computes in it too, and keeps float32 masters in the optimizer.",
         rich_help_panel=MEMORY,
     ),
+]
+OptimizerOption = Annotated[
+    Optimizer,
+    typer.Option("--optimizer", help="adamw-8bit keeps AdamW's moments in 8 bits (extra: 8bit).", rich_help_panel=MEMORY),
 ]
 GradientCheckpointing = Annotated[
     bool,

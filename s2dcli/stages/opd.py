@@ -50,6 +50,7 @@ def opd(
     grad_clip: options.GradClip = 1.0,
     tokens_per_batch: options.TokensPerBatch = 8192,
     weights: options.WeightsOption = options.Weights.float32,
+    optimizer: options.OptimizerOption = options.Optimizer.adamw,
     gradient_checkpointing: options.GradientCheckpointing = False,
     lora_rank: options.LoraRank = None,
     lora_alpha: options.LoraAlpha = None,

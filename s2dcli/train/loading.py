@@ -12,8 +12,9 @@ from s2dcli.errors import UsageError
 from s2dcli.models.adapters import Adapter
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, load
 from s2dcli.models.recompute import recompute_layers
-from s2dcli.options import Dtype, Weights
+from s2dcli.options import Dtype, Optimizer, Weights
 from s2dcli.train.batching import MicroBatch
+from s2dcli.train.optimizer import import_bitsandbytes
 from s2dcli.train.policy import Policy, freeze
 
 if TYPE_CHECKING:
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 def load_trained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[LoadedModel, Policy]:
     """Load the model to be trained as the trainers' options say; sampler and policy share its weights.
 
-    `settings`: device, dtype, trust_remote_code, weights, gradient_checkpointing, lora_rank, lora_alpha, lora_targets, seed.
+    `settings`: device, dtype, trust_remote_code, weights, optimizer, gradient_checkpointing, lora_rank, lora_alpha, lora_targets, seed.
     Raises ModelError or UsageError.
     """
+    if settings["optimizer"] is Optimizer.adamw_8bit:
+        import_bitsandbytes()  # before the time that loading takes
     narrow, rank = settings["weights"] is Weights.bfloat16, settings["lora_rank"]
     loaded = load(
         checkpoint,

@@ -7,15 +7,21 @@ masters and moments, and the model gets the masters' rounded values after every 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from s2dcli.options import Weights
+from s2dcli.errors import UsageError
+from s2dcli.options import Optimizer, Weights
 from s2dcli.train.policy import Policy
 
+# bitsandbytes keeps the moments of tensors with fewer numbers in float32 (its own default) ...
+MIN_8BIT_SIZE = 4096
+# ... and a float32 scale for each block of this many moments of the others.
+BLOCK_SIZE = 256
 ADAM_BETA1 = 0.9  # AdamW's first-moment decay, the same in all of the method's settings
 
 
@@ -23,14 +29,18 @@ class MasterOptimizer:
     """Holds what training needs beyond the model's weights: masters, their gradients, AdamW's moments.
 
     With float32 weights the parameters are their own masters: 4 bytes of weight, 4 of gradient and 8
-    of moments per parameter. With `--weights bfloat16` the trained parameters become bfloat16 in place
-    and their old values the masters: 2 + 4 + 4 + 8 bytes. Each micro-batch's gradient is then added to
-    the master's as soon as autograd has formed it, in float32, so that the sum over micro-batches does
-    not depend on how the batch was cut. A parameter of an adapter is always its own master.
+    of moments per parameter, or 2 with `--optimizer adamw-8bit` (arXiv 2110.02861). With `--weights
+    bfloat16` the trained parameters become bfloat16 in place and their old values the masters: 2 + 4 + 4
+    + 8 bytes. Each micro-batch's gradient is then added to the master's as soon as autograd has formed
+    it, in float32, so that the sum over micro-batches does not depend on how the batch was cut. A
+    parameter of an adapter is always its own master.
     """
 
     def __init__(self, policy: Policy, settings: Mapping[str, Any]) -> None:
-        """`settings`: weights, lr, weight_decay, adam_beta2, grad_clip of the trainers' options."""
+        """`settings`: weights, optimizer, lr, weight_decay, adam_beta2, grad_clip of the trainers' options.
+
+        Raises UsageError if bitsandbytes is needed and missing.
+        """
         self.grad_clip: float = settings["grad_clip"] or math.inf
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         narrow = settings["weights"] is Weights.bfloat16 and policy.adapter is None
@@ -41,9 +51,13 @@ class MasterOptimizer:
             {"params": [master for master in masters if master.ndim >= 2], "weight_decay": settings["weight_decay"]},
             {"params": [master for master in masters if master.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=settings["lr"], betas=(ADAM_BETA1, settings["adam_beta2"]), fused=True
-        )
+        groups = [group for group in groups if group["params"]]
+        betas = (ADAM_BETA1, settings["adam_beta2"])
+        if settings["optimizer"] is Optimizer.adamw_8bit:
+            kind = import_bitsandbytes().optim.AdamW8bit
+            self.adamw = kind(groups, lr=settings["lr"], betas=betas, min_8bit_size=MIN_8BIT_SIZE)
+        else:
+            self.adamw = torch.optim.AdamW(groups, lr=settings["lr"], betas=betas, fused=True)
 
     def clip(self) -> float:
         """Scale the gradient down to the largest allowed norm; returns its norm before that."""
@@ -86,3 +100,14 @@ def _move_gradient_to(master: torch.nn.Parameter) -> Callable[[torch.Tensor], No
         parameter.grad = None
 
     return move
+
+
+def import_bitsandbytes():
+    """Return the module. Raises UsageError if it is not installed."""
+    # At import it logs which kernels, of no use here, it could not load.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    except ModuleNotFoundError:
+        raise UsageError("--optimizer adamw-8bit needs bitsandbytes, which is not installed", hint="pip install 's2d[8bit]'") from None
+    return bitsandbytes

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from s2dcli import options
 from s2dcli.models.checkpoints import Checkpoint, empty_model, pick_device, pick_dtype
 from s2dcli.train.loading import adapter_of, compute_dtype
+from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE
 from s2dcli.train.vocab import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def memory_plan(settings: Mapping[str, Any], student: Checkpoint, frozen: Sequen
     autocast = compute_bytes < weight_bytes
     base = num_parameters(student)
     adapter = adapter_of(trained_model, settings)
-    trained = sum(parameter.numel() for parameter in trained_model.parameters() if parameter.requires_grad) if adapter else base
+    sizes = [parameter.numel() for parameter in trained_model.parameters() if parameter.requires_grad]
+    trained = sum(sizes)
     head = trained_model.get_output_embeddings().weight
     # A reference is the policy with its adapter off, else it computes as the policy does; a teacher is in the compute type.
     copies = [checkpoint for checkpoint in frozen if not (adapter and checkpoint.folder == student.folder)]
@@ -79,7 +81,7 @@ def memory_plan(settings: Mapping[str, Any], student: Checkpoint, frozen: Sequen
     always = {
         "weights_bytes": base * weight_bytes + (trained * FLOAT32_BYTES if adapter else 0),
         "masters_bytes": base * FLOAT32_BYTES if narrow and not adapter else 0,
-        "optimizer_bytes": moment_bytes(trained, settings),
+        "optimizer_bytes": moment_bytes(sizes, settings),
         "frozen_bytes": sum(num_parameters(copy) * (weight_bytes if copy.folder == student.folder else compute_bytes) for copy in copies),
     }
     updating = {
@@ -94,9 +96,12 @@ def memory_plan(settings: Mapping[str, Any], student: Checkpoint, frozen: Sequen
     return {"parameters": base, "trained_parameters": trained, **always, **updating, **cache, "total_bytes": total}
 
 
-def moment_bytes(trained: int, settings: Mapping[str, Any]) -> int:
-    """Bytes of AdamW's two moments."""
-    return 2 * trained * FLOAT32_BYTES
+def moment_bytes(sizes: Sequence[int], settings: Mapping[str, Any]) -> int:
+    """Bytes of AdamW's two moments of tensors with `sizes` numbers."""
+    if settings["optimizer"] is options.Optimizer.adamw:
+        return 2 * FLOAT32_BYTES * sum(sizes)
+    small, large = ([size for size in sizes if (size >= MIN_8BIT_SIZE) is wanted] for wanted in (False, True))
+    return 2 * (FLOAT32_BYTES * sum(small) + sum(large) + FLOAT32_BYTES * sum(math.ceil(size / BLOCK_SIZE) for size in large))
 
 
 class _Shape:

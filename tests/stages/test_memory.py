@@ -175,3 +175,25 @@ def test_dry_run_prints_the_memory_plan(train, tmp_path, trainer):
 def test_dry_run_refuses_what_the_run_would_refuse(train, tmp_path):
     for more in (["--lora-rank", 4, "--lora-targets", "q_porj"], ["--weights", "bfloat16", "--dtype", "float32"]):
         assert train("opd", tmp_path / "run", "--dry-run", *more).code == 2
+
+
+@pytest.mark.parametrize("more", [[], ["--weights", "bfloat16"], ["--lora-rank", 8]], ids=["plain", "bfloat16", "lora"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_8_bit_moments_train_as_float32_ones_do(train, toy, tmp_path, trainer, more):
+    if trainer != "grpo":  # the toy student's tensors are so small that their moments stay in float32
+        more = [*more, "--teacher", toy / "student", "--student", toy / "teacher"]
+    moved, before = {}, weights(toy / "teacher")
+    for kind in ("adamw", "adamw-8bit"):
+        result = train(trainer, tmp_path / kind, "--optimizer", kind, "--lr", "1e-5", *more)
+        assert result.code == 0, result.err
+        saved = weights(tmp_path / kind / "step-000002")
+        moved[kind] = torch.cat([(saved[name].double() - before[name]).flatten() for name in before])
+    assert moved["adamw-8bit"].norm() > 0
+    assert not torch.equal(*moved.values())
+    assert torch.nn.functional.cosine_similarity(*moved.values(), dim=0) > 0.8
+    assert json.loads((tmp_path / "adamw-8bit" / "s2d.json").read_text())["options"]["optimizer"] == "adamw-8bit"
+
+
+def test_8_bit_moments_are_part_of_the_plan(train, tmp_path):
+    plans = [train("grpo", tmp_path / "run", "--dry-run", "--optimizer", kind).result for kind in ("adamw", "adamw-8bit")]
+    assert plans[1]["optimizer_bytes"] < 0.6 * plans[0]["optimizer_bytes"]

@@ -1,24 +1,35 @@
 """Master weights: what AdamW updates, what the model computes with, and what the gradient is summed in."""
 
+import sys
+
 import pytest
 import torch
 from test_batching import ragged_rows
 from tiny import VOCABULARY, tiny
 
 from s2dcli.errors import UsageError
-from s2dcli.options import Aggregate, Dtype, Weights
+from s2dcli.options import Aggregate, Dtype, Optimizer, Weights
 from s2dcli.train.batching import micro_batches
 from s2dcli.train.loading import compute_dtype
 from s2dcli.train.losses import weights_of
 from s2dcli.train.objectives import CrossEntropy
-from s2dcli.train.optimizer import MasterOptimizer
+from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE, MasterOptimizer
+from s2dcli.train.plan import moment_bytes
 from s2dcli.train.policy import Policy
 
 CPU = torch.device("cpu")
 
 
 def settings(**changed) -> dict:
-    return {"weights": Weights.bfloat16, "lr": 1e-6, "weight_decay": 0.1, "adam_beta2": 0.95, "grad_clip": 0.0, **changed}
+    return {
+        "weights": Weights.bfloat16,
+        "optimizer": Optimizer.adamw,
+        "lr": 1e-6,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "grad_clip": 0.0,
+        **changed,
+    }
 
 
 def backward(policy: Policy, tokens_per_batch: int = 10_000) -> None:
@@ -107,3 +118,37 @@ def test_bfloat16_weights_settle_the_compute_type():
     assert compute_dtype({"weights": Weights.float32, "dtype": Dtype.auto}) is Dtype.auto
     with pytest.raises(UsageError, match="--weights bfloat16"):
         compute_dtype({"weights": Weights.bfloat16, "dtype": Dtype.float32})
+
+
+@pytest.mark.parametrize("weights", list(Weights))
+def test_moments_in_8_bits_move_the_masters_as_float32_ones_do(weights, toy):
+    """On the same gradients; the announced bytes are those of the tensors that hold the moments."""
+    from transformers import AutoModelForCausalLM
+
+    moved, start = {}, {}
+    for kind in Optimizer:
+        model = AutoModelForCausalLM.from_pretrained(toy / "teacher").eval()
+        optimizer = MasterOptimizer(Policy(model, 33), settings(weights=weights, optimizer=kind, weight_decay=0.0))
+        start[kind] = torch.cat([master.detach().flatten().clone() for master in optimizer.masters.values()])
+        torch.manual_seed(0)
+        for _ in range(30):
+            for master in optimizer.masters.values():
+                master.grad = torch.randn_like(master) + 0.5
+            optimizer.step(1e-4)
+        moved[kind] = torch.cat([master.detach().flatten() for master in optimizer.masters.values()]) - start[kind]
+    assert moved[Optimizer.adamw_8bit].abs().max() > 1e-3
+    assert torch.nn.functional.cosine_similarity(moved[Optimizer.adamw], moved[Optimizer.adamw_8bit], dim=0) > 0.98
+    states = list(optimizer.adamw.state.values())
+    narrow = [state[name] for state in states for name in ("state1", "state2") if state[name].dtype == torch.uint8]
+    assert {moment.numel() >= MIN_8BIT_SIZE for moment in narrow} == {True}
+    assert sum(moment.numel() for moment in narrow) > 1.9 * 100_000
+    scales = [state["absmax1"].numel() for state in states if "absmax1" in state]
+    assert scales == [-(-state["state1"].numel() // BLOCK_SIZE) for state in states if "absmax1" in state]
+    held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name in ("state1", "state2", "absmax1", "absmax2"))
+    assert held == moment_bytes([master.numel() for master in optimizer.masters.values()], settings(optimizer=Optimizer.adamw_8bit))
+
+
+def test_without_bitsandbytes_the_command_that_brings_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match=r"pip install 's2d\[8bit\]'"):
+        MasterOptimizer(Policy(tiny("llama"), VOCABULARY), settings(optimizer=Optimizer.adamw_8bit))

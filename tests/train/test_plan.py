@@ -5,7 +5,7 @@ import torch
 from memory import peak_bytes
 
 from s2dcli.models.checkpoints import resolve
-from s2dcli.options import Aggregate, Dtype, Weights
+from s2dcli.options import Aggregate, Dtype, Optimizer, Weights
 from s2dcli.train.batching import Row, micro_batches
 from s2dcli.train.loading import load_trained
 from s2dcli.train.losses import weights_of
@@ -16,6 +16,7 @@ from s2dcli.train.plan import memory_plan
 TOKENS = 1024
 SETTINGS = {
     "weights": Weights.float32,
+    "optimizer": Optimizer.adamw,
     "dtype": Dtype.auto,
     "device": "cpu",
     "trust_remote_code": False,
