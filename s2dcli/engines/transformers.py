@@ -177,15 +177,16 @@ def choose(logits_BV: torch.Tensor, uniforms_B: torch.Tensor | None, params: Sam
 def _invert(logits_BV: torch.Tensor, normaliser_B1: torch.Tensor, uniforms_B1: torch.Tensor) -> torch.Tensor:
     """Return the first token [B, 1] at which the cumulative probability exceeds the uniform number.
 
-    In two levels, blocks of tokens and tokens of one block, both summed in float64: a float32 running sum
+    In two levels, blocks of tokens and tokens of one block, with running sums in float64: a float32 one
     over 150,000 tokens would lose the unlikely ones, a float64 one over all of them takes most of the time.
     """
     rows, vocabulary = logits_BV.shape
     blocks = -(-vocabulary // BLOCK)
-    probs_BV = logits_BV.new_zeros(rows, blocks * BLOCK)
+    probs_BV = logits_BV.new_empty(rows, blocks * BLOCK)
+    probs_BV[:, vocabulary:] = 0.0
     torch.sub(logits_BV, normaliser_B1, out=probs_BV[:, :vocabulary]).exp_()
     probs_BJK = probs_BV.view(rows, blocks, BLOCK)
-    ends_BJ = probs_BJK.sum(-1, dtype=torch.float64).cumsum(-1)
+    ends_BJ = probs_BJK.sum(-1).double().cumsum(-1)
     target_B1 = uniforms_B1 * ends_BJ[:, -1:]
     block_B1 = torch.searchsorted(ends_BJ, target_B1, right=True).clamp_(max=blocks - 1)
     starts_B1 = torch.where(block_B1 > 0, ends_BJ.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)

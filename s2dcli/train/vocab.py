@@ -92,10 +92,12 @@ def _apply(hidden_ND: torch.Tensor, head: Head, kernel: Kernel) -> tuple[torch.T
     return loss, sums
 
 
-def _softmax_(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return probabilities and log-normalisers [C, 1]; float32."""
-    normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
-    return (logits_CV - normaliser_C1).exp_(), normaliser_C1
+def _softmax(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return probabilities and log-normalisers [C, 1], float32, with one new tensor of the logits' size."""
+    peak_C1 = logits_CV.amax(-1, keepdim=True)
+    probs_CV = (logits_CV - peak_C1).exp_()
+    total_C1 = probs_CV.sum(-1, keepdim=True)
+    return probs_CV.div_(total_C1), peak_C1 + total_C1.log()
 
 
 def token_loss(
@@ -112,7 +114,7 @@ def token_loss(
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Sums]:
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
-        probs_CV, normaliser_C1 = _softmax_(logits_CV)
+        probs_CV, normaliser_C1 = _softmax(logits_CV)
         targets_C1 = targets_N[rows, None]
         logprobs_C = (logits_CV.gather(1, targets_C1) - normaliser_C1)[:, 0]
         entropy = normaliser_C1.sum() - torch.linalg.vecdot(probs_CV, logits_CV).sum()
@@ -153,19 +155,20 @@ def kl_loss(
         theirs_CV = teacher.logits(teacher_NE[rows])
         if temperature != 1.0:
             logits_CV, theirs_CV = logits_CV.div_(temperature), theirs_CV.div_(temperature)
-        ours_CV = logits_CV.sub_(logits_CV.logsumexp(-1, keepdim=True))  # log p
-        theirs_CV = theirs_CV.sub_(theirs_CV.logsumexp(-1, keepdim=True))  # log q
-        probs_CV = ours_CV.exp()
+        probs_CV, normaliser_C1 = _softmax(logits_CV)
+        ours_CV = logits_CV.sub_(normaliser_C1)  # log p
+        their_probs_CV, normaliser_C1 = _softmax(theirs_CV)
+        theirs_CV = theirs_CV.sub_(normaliser_C1)  # log q
         entropy = -torch.linalg.vecdot(probs_CV, ours_CV).sum()
         if reverse:
+            del their_probs_CV
             gap_CV = ours_CV.sub_(theirs_CV)
             kl_C = torch.linalg.vecdot(probs_CV, gap_CV)
             grad_CV = gap_CV.sub_(kl_C[:, None]).mul_(probs_CV).mul_(weights_C1)
         else:
-            gap_CV = ours_CV.neg_().add_(theirs_CV)
-            theirs_CV = theirs_CV.exp_()
-            kl_C = torch.linalg.vecdot(theirs_CV, gap_CV)
-            grad_CV = probs_CV.sub_(theirs_CV).mul_(weights_C1)
+            gap_CV = theirs_CV.sub_(ours_CV)
+            kl_C = torch.linalg.vecdot(their_probs_CV, gap_CV)
+            grad_CV = probs_CV.sub_(their_probs_CV).mul_(weights_C1)
         return (weights_N[rows] * kl_C).sum(), grad_CV, {"kl": kl_C.sum(), "entropy": entropy}
 
     return _apply(student_ND, student, kernel)

@@ -42,6 +42,7 @@ SHAPES = {
         "rollouts": 256,
         "tokens": 16,
         "steps": 12,
+        "positions": 8192,
     },
     "wide": {
         "hidden": 256,
@@ -53,6 +54,7 @@ SHAPES = {
         "rollouts": 32,
         "tokens": 64,
         "steps": 3,
+        "positions": 1024,
     },
     "qwen3-1.7b": {
         "hidden": 2048,
@@ -65,6 +67,7 @@ SHAPES = {
         "rollouts": 64,
         "tokens": 256,
         "steps": 4,
+        "positions": 16384,
     },
 }
 GROUP = 8
