@@ -45,10 +45,11 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, head: Head, kernel: Kernel, sums: Sums):
         wanted = any(ctx.needs_input_grad[:3])
+        head_wanted = ctx.needs_input_grad[1]  # not where adapters are trained and the head stays as it is
         product_weight_VD = weight_VD.to(hidden_ND.dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND) if wanted else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wanted and bias_V is not None else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if head_wanted else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         for rows in _chunks(len(hidden_ND), weight_VD.shape[0]):
             logits_CV = head.logits(hidden_ND[rows])
@@ -64,9 +65,9 @@ class _FusedLoss(torch.autograd.Function):
                 grad_CV = grad_CV.mul_(slope_CV)
             grad_CV = grad_CV.to(hidden_ND.dtype)
             torch.mm(grad_CV, product_weight_VD, out=grad_hidden_ND[rows])
-            if grad_CV.dtype == torch.float32:
+            if head_wanted and grad_CV.dtype == torch.float32:
                 grad_weight_VD.addmm_(grad_CV.T, hidden_ND[rows])
-            else:
+            elif head_wanted:
                 grad_weight_VD += grad_CV.T @ hidden_ND[rows]
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0, dtype=torch.float32)
@@ -78,10 +79,18 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         (hidden_ND, weight_VD, bias_V), ctx.gradients = ctx.gradients, None
         weight_dtype, bias_dtype = ctx.dtypes
-        if upstream != 1:
-            hidden_ND, weight_VD = hidden_ND.mul_(upstream), weight_VD.mul_(upstream)
-            bias_V = None if bias_V is None else bias_V.mul_(upstream)
-        return hidden_ND, weight_VD.to(weight_dtype), None if bias_V is None else bias_V.to(bias_dtype), None, None, None
+        gradients = [
+            None if value is None else value if upstream == 1 else value.mul_(upstream) for value in (hidden_ND, weight_VD, bias_V)
+        ]
+        hidden_ND, weight_VD, bias_V = gradients
+        return (
+            hidden_ND,
+            None if weight_VD is None else weight_VD.to(weight_dtype),
+            None if bias_V is None else bias_V.to(bias_dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _apply(hidden_ND: torch.Tensor, head: Head, kernel: Kernel) -> tuple[torch.Tensor, Sums]:

@@ -131,6 +131,14 @@ def test_frozen_models_are_scored_without_gradients():
     assert not token_logprobs(hidden, head, TARGETS).requires_grad
 
 
+def test_a_frozen_head_gets_no_gradient_and_the_states_the_same_one():
+    hidden, head = make(D, 0)
+    expected = gradients(token_loss(hidden, head, TARGETS, weighted)[0], hidden, head)[0]
+    frozen = Head(head.weight_VD.detach(), head.bias_V.detach())
+    (found,) = torch.autograd.grad(token_loss(hidden, frozen, TARGETS, weighted)[0], [hidden])
+    assert torch.equal(found, expected)
+
+
 def test_ids_beyond_the_tokenizer_are_refused():
     hidden, head = make(D, 0)
     for function in (lambda ids: token_logprobs(hidden, head, ids), lambda ids: token_loss(hidden, head, ids, weighted)):
