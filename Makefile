@@ -22,7 +22,7 @@ quickstart: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart.sh $(OUT)
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
