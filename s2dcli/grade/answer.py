@@ -198,7 +198,8 @@ def is_right(gold: str, prediction: str) -> bool:
     if len(wanted) > 1 or len(found) > 1:
         if any(len(parts) == 1 and estimate.estimate(text) is not None for parts, text in ((wanted, gold), (found, prediction))):
             return False  # one value is no list
-        same = _same_elements(kind, wanted, kind_found, found)
+        sequence = kind == kind_found == "" and _is_sequence(gold, wanted)
+        same = _same_elements(kind, wanted, kind_found, found, sequence)
         if same is not None:
             return same
     return _same_leaf(gold, prediction)
@@ -247,7 +248,19 @@ def _as_tuples(gold: str, prediction: str) -> tuple[str, str]:
     return tuples[0] or gold, tuples[1] or prediction
 
 
-def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[str]) -> bool | None:
+def _is_sequence(gold: str, wanted: list[str]) -> bool:
+    """Whether a plain gold list means its order: three numbers or more, named by nothing, that are not in order of size.
+
+    A set of solutions is written from the smallest or from the largest on.
+    """
+    values = [exact.read(element) for element in wanted]
+    if len(values) < 3 or None in values or "=" in gold or ":" in gold:
+        return False
+    numbers = [value.value for value in values]
+    return numbers not in (sorted(numbers), sorted(numbers, reverse=True))
+
+
+def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[str], sequence: bool) -> bool | None:
     """Compare two lists, None where math-verify should see them whole."""
     ordered = kind.startswith(("(", "[")) or kind_found.startswith(("(", "["))
     if ordered and kind != kind_found:
@@ -258,7 +271,7 @@ def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[st
         wanted, found = list(dict.fromkeys(wanted)), list(dict.fromkeys(found))
     if len(wanted) != len(found):
         return None if "\\infty" in "".join(wanted + found) else False
-    if ordered:
+    if ordered or sequence:
         return all(is_right(a, b) for a, b in zip(wanted, found, strict=True))
     left = list(found)
     for element in sorted(wanted, key=lambda e: exact.read(e) is None):

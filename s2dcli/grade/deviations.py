@@ -30,6 +30,7 @@ EXACT = "rational numbers are decided exactly, not to six decimals"
 ROUNDED_GOLD = "a decimal gold answer of three digits or more may be a fraction rounded to it"
 SMALL = "numbers must agree relative to their size: tiny ones are not all zero"
 COUNT = "every element of a list counts, also one that is there twice"
+ORDER = "a plain list of three numbers or more that is not in order of size is a sequence: its order counts"
 BASE = "a number's base belongs to it, where both name one"
 SPACED = "a number may be grouped, `1\\,234`, `1 234`, `x = 1,234`; it is no mixed number and no list"
 POINTS = "formulas that agree to many digits at several points are equal, though sympy finds no proof"
@@ -67,6 +68,7 @@ TABLE = (
     Deviation(ROUNDED_GOLD, "14.29", r"\boxed{\frac{100}{7}}", False, True),
     Deviation(SMALL, r"\frac{1}{3^{90}}", r"\boxed{\frac{1}{3^{91}}}", True, False),
     Deviation(COUNT, "4,4", r"\boxed{4}", True, False),
+    Deviation(ORDER, "5, 12, 3", r"\boxed{12, 5, 3}", True, False),
     Deviation(BASE, "101_2", r"\boxed{101_3}", True, False),
     Deviation(SPACED, "5678", r"\boxed{5\,678}", False, True),
     Deviation(SPACED, "5678", r"\boxed{5 678}", False, True),
