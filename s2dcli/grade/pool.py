@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -165,6 +165,10 @@ class Grader:
         return self._process.pid
 
     # Rows and verdicts
+
+    def graded(self, records: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield the records themselves, in order, with the fields of their verdicts added."""
+        return ({**record, **fields} for record, fields in zip(records, self.grade(records), strict=True))
 
     def grade(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield one verdict per record, in order, as soon as it and its predecessors are there.

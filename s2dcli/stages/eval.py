@@ -116,7 +116,7 @@ def evaluate(
             with console.progress("evaluating", len(tasks), "problems") as advance:
                 for group in sampler.sample(tasks, samples):
                     rows = [row.to_record() for row in group]
-                    yield from ({**row, **verdict} for row, verdict in zip(rows, grader.grade(rows), strict=True))
+                    yield from grader.graded(rows)
                     advance()
 
         manifest = describe("eval", settings, inputs=[problems], parents=[checkpoint])

@@ -138,7 +138,7 @@ def fkl_warmup(
             params = SamplingParams(1.0, top_p=1.0, top_k=0, max_tokens=max_tokens)
             sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=options.SAMPLE_TOKENS)
             rows = [row.to_record() for group in sampler.sample(eval_tasks, eval_samples) for row in group]
-            return stats.summarize({**row, **verdict} for row, verdict in zip(rows, grader.grade(rows), strict=True))
+            return stats.summarize(grader.graded(rows))
 
         run = TrainingRun(
             "fkl-warmup",

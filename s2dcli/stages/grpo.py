@@ -230,7 +230,7 @@ def grpo(
 
         def evaluate() -> dict[str, Any]:
             rows = [row.to_record() for group in sampler.sample(eval_tasks, eval_samples) for row in group]
-            return stats.summarize({**row, **verdict} for row, verdict in zip(rows, grader.grade(rows), strict=True))
+            return stats.summarize(grader.graded(rows))
 
         run = TrainingRun(
             "grpo",
@@ -255,8 +255,8 @@ def grpo(
             num_sampled += sum(len(row.completion_ids) for group in groups for row in group)
             labels.update(group[0].problem_sha256 for group in groups)
             with step.phase("grade"):
-                verdicts = grader.grade(row.to_record() for group in groups for row in group)
-                return [[{**row.to_record(), **next(verdicts)} for row in group] for group in groups]
+                graded = grader.graded([row.to_record() for group in groups for row in group])
+                return [[next(graded) for _ in group] for group in groups]
 
         for step in run:
             num_sampled = 0

@@ -110,7 +110,7 @@ def opd(
 
         def evaluate() -> dict[str, Any]:
             rows = [row.to_record() for group in sampler.sample(eval_tasks, eval_samples) for row in group]
-            return stats.summarize({**row, **verdict} for row, verdict in zip(rows, grader.grade(rows), strict=True))
+            return stats.summarize(grader.graded(rows))
 
         run = TrainingRun(
             "opd",
