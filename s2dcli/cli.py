@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from s2dcli import __version__, console
+from s2dcli import __version__, console, options
 from s2dcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, S2DError
 from s2dcli.stages import eval as eval_stage
 from s2dcli.stages import fkl_warmup, grpo, opd, prepare, report, rollout, verify
@@ -45,7 +45,8 @@ def _terminate(signum: int, frame: object) -> None:
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command `-q` and `-v`, and turn what ends it into one line and an exit code."""
-    signature = inspect.signature(command, eval_str=True)
+    expanded = options.expand(command)
+    signature = inspect.signature(expanded)
     level = [
         inspect.Parameter(
             "quiet",
@@ -61,14 +62,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         ),
     ]
 
-    @functools.wraps(command)
-    def run(*, quiet: bool, verbose: bool, **options: object) -> None:
+    @functools.wraps(expanded)
+    def run(*, quiet: bool, verbose: bool, **given: object) -> None:
         console.configure(quiet=quiet, verbose=verbose)
         signal.signal(signal.SIGTERM, _terminate)
         debug = os.environ.get("S2D_DEBUG") == "1"
         try:
             console.claim_stdout()
-            command(**options)
+            expanded(**given)
         except BrokenPipeError:
             console.abandon_stdout()
             raise typer.Exit(EXIT_DONE) from None

@@ -1,16 +1,25 @@
-"""Options that several commands share, each declared once as an Annotated alias."""
+"""Options that several commands share, each declared once: an Annotated alias, or a field of a group.
+
+A command takes a whole group as one parameter, `training: options.TrainingOptions`; on the command line
+its fields are options like any other.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from s2dcli.errors import UsageError
 
 SAMPLING = "Sampling"
+GRADING = "Grading"
 TRAINING = "Training"
 MEMORY = "Memory"
 OUTPUT = "Output"
@@ -165,13 +174,23 @@ BatchTokens = Annotated[
 ]
 
 # Grading
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Grading processes.", show_default="CPUs")]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that one answer may take to grade.")]
-MemoryLimit = Annotated[str, typer.Option("--memory-limit", metavar="SIZE", help="Memory that one grading process may use.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Grading processes.", show_default="CPUs", rich_help_panel=GRADING)
+]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that one answer may take.", rich_help_panel=GRADING)]
+MemoryLimit = Annotated[
+    str, typer.Option("--memory-limit", metavar="SIZE", help="Memory that one grading process may use.", rich_help_panel=GRADING)
+]
 
 Reward = Annotated[
     list[str] | None,
-    typer.Option("--reward", metavar="REWARD", help="math, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", show_default="math"),
+    typer.Option(
+        "--reward",
+        metavar="REWARD",
+        help="math, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.",
+        show_default="math",
+        rich_help_panel=GRADING,
+    ),
 ]
 
 # Training
@@ -278,3 +297,100 @@ EvalSamples = Annotated[
     int, typer.Option("--eval-samples", min=1, help="k of avg@k in evaluations while training.", rich_help_panel=OUTPUT)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check inputs and print the plan; load no weights.", rich_help_panel=OUTPUT)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How checkpoints are loaded, and how their prompts are built."""
+
+    chat_template: ChatTemplate = None
+    chat_template_kwargs: ChatTemplateKwargs = "{}"
+    dtype: DtypeOption = Dtype.auto
+    device: Device = "auto"
+    trust_remote_code: TrustRemoteCode = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Who turns prompts into completions."""
+
+    sample_tokens: BatchTokens = SAMPLE_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingOptions:
+    """What is rewarded, and what grading may take."""
+
+    reward: Reward = None
+    workers: Workers = None
+    timeout: Timeout = 5.0
+    memory_limit: MemoryLimit = "2GiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How every trainer turns a loss into updates."""
+
+    lr: LearningRate = 1e-6
+    schedule: ScheduleOption = Schedule.constant
+    min_lr_ratio: MinLrRatio = 0.0
+    warmup_steps: WarmupSteps = 0
+    weight_decay: WeightDecay = 0.0
+    adam_beta2: AdamBeta2 = 0.999
+    grad_clip: GradClip = 1.0
+    tokens_per_batch: TokensPerBatch = 8192
+    weights: WeightsOption = Weights.float32
+    optimizer: OptimizerOption = Optimizer.adamw
+    gradient_checkpointing: GradientCheckpointing = False
+    lora_rank: LoraRank = None
+    lora_alpha: LoraAlpha = None
+    lora_targets: LoraTargets = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a training run writes, measures and repeats."""
+
+    save_every: SaveEvery = 50
+    eval_problems: EvalProblems = None
+    eval_every: EvalEvery = 50
+    eval_samples: EvalSamples = 4
+    dry_run: DryRun = False
+    overwrite: Overwrite = False
+    seed: Seed = 0
+
+
+def expand(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that takes the fields of its groups one by one, as its signature then says."""
+    groups: dict[str, type] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if not dataclasses.is_dataclass(parameter.annotation):
+            parameters.append(parameter)
+            continue
+        groups[name] = group = parameter.annotation
+        hints = get_type_hints(group, include_extras=True)
+        parameters += [
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+            for field in dataclasses.fields(group)
+        ]
+
+    def run(**options: Any) -> None:
+        for name, group in groups.items():
+            options[name] = group(**{field.name: options.pop(field.name) for field in dataclasses.fields(group)})
+        command(**options)
+
+    run.__signature__ = inspect.Signature(parameters)
+    run.__doc__ = command.__doc__
+    return run
+
+
+def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a command's options by name, those of its groups too; its `context` is left out."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if dataclasses.is_dataclass(value):
+            flat |= {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        elif name != "context":
+            flat[name] = value
+    return flat

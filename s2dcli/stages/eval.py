@@ -63,21 +63,14 @@ def evaluate(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     max_tokens: options.MaxTokens = 1024,
-    sample_tokens: options.BatchTokens = options.SAMPLE_TOKENS,
-    reward: options.Reward = None,
-    workers: options.Workers = None,
-    timeout: options.Timeout = 5.0,
-    memory_limit: options.MemoryLimit = "2GiB",
-    chat_template: options.ChatTemplate = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = "{}",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    device: options.Device = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    sampling: options.EngineOptions,
+    grading: options.GradingOptions,
+    loading: options.ModelOptions,
     overwrite: options.Overwrite = False,
     seed: options.Seed = 0,
 ) -> None:
     """Measure avg@k of a model, or of graded rollouts."""
-    settings = {name: value for name, value in locals().items() if name != "context"}
+    settings = options.flatten(locals())
     if (model is None) == (rollouts is None):
         raise UsageError("choose what to measure", hint="--model CKPT, or --rollouts GRADED for completions that exist already")
     if rollouts is not None and problems != jsonl.STDIN:
@@ -96,20 +89,20 @@ def evaluate(
 
     todo = read_problems(problems)
     samples = k or (1 if temperature == 0 else DEFAULT_K)
-    with Grader(reward or [MATH], workers=workers, timeout=timeout, memory_limit=memory_limit) as grader:
+    with Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader:
         from s2dcli.engines.base import SamplingParams
         from s2dcli.engines.sampling import make_tasks, open_sampler
         from s2dcli.models.checkpoints import load, resolve
         from s2dcli.models.prompts import PromptEncoder, parse_template_kwargs
 
-        template_kwargs = parse_template_kwargs(chat_template_kwargs)
+        template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
         checkpoint = resolve(model)
         if out:
             refuse_inside(out, [checkpoint.folder])
-        loaded = load(checkpoint, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        encoder = PromptEncoder(loaded.tokenizer, chat_template, template_kwargs)
+        loaded = load(checkpoint, device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
+        encoder = PromptEncoder(loaded.tokenizer, loading.chat_template, template_kwargs)
         params = SamplingParams(temperature, top_p, top_k, max_tokens)
-        sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sample_tokens)
+        sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sampling.sample_tokens)
         tasks = make_tasks(todo, encoder)
 
         def graded() -> Iterator[dict]:

@@ -54,45 +54,22 @@ def fkl_warmup(
     mini_batch_size: Annotated[
         int, typer.Option("--mini-batch-size", min=1, help="Rollouts per step.", rich_help_panel=options.TRAINING)
     ] = 64,
-    lr: options.LearningRate = 1e-6,
-    schedule: options.ScheduleOption = options.Schedule.constant,
-    min_lr_ratio: options.MinLrRatio = 0.0,
-    warmup_steps: options.WarmupSteps = 0,
-    weight_decay: options.WeightDecay = 0.0,
-    adam_beta2: options.AdamBeta2 = 0.999,
-    grad_clip: options.GradClip = 1.0,
-    tokens_per_batch: options.TokensPerBatch = 8192,
-    weights: options.WeightsOption = options.Weights.float32,
-    optimizer: options.OptimizerOption = options.Optimizer.adamw,
-    gradient_checkpointing: options.GradientCheckpointing = False,
-    lora_rank: options.LoraRank = None,
-    lora_alpha: options.LoraAlpha = None,
-    lora_targets: options.LoraTargets = None,
-    chat_template: options.ChatTemplate = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = "{}",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    device: options.Device = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
-    save_every: options.SaveEvery = 50,
-    eval_problems: options.EvalProblems = None,
-    eval_every: options.EvalEvery = 50,
-    eval_samples: options.EvalSamples = 4,
+    training: options.TrainingOptions,
+    loading: options.ModelOptions,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Longest completion in evaluations, in tokens.", rich_help_panel=options.OUTPUT)
     ] = 1024,
-    dry_run: options.DryRun = False,
-    overwrite: options.Overwrite = False,
-    seed: options.Seed = 0,
+    running: options.RunOptions,
 ) -> None:
     """Warm a student up on cached teacher rollouts by forward KL, or train it on their tokens (SFT)."""
-    settings = dict(locals())
-    refuse_folder(out, overwrite)
+    settings = options.flatten(locals())
+    refuse_folder(out, running.overwrite)
     if (teacher is None) != hard_labels:
         raise UsageError("choose what to learn from", hint="--teacher CKPT for its distributions, or --hard-labels for the sampled tokens")
     if hard_labels and temperature != 1.0:
         raise UsageError("--temperature shapes the distributions of a teacher; with --hard-labels there are none")
     records, labels = _read_rows(rollouts, only_correct)
-    held_out = read_problems(eval_problems) if eval_problems else []
+    held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
     from s2dcli.engines.base import SamplingParams
     from s2dcli.engines.sampling import make_tasks, open_sampler
@@ -107,19 +84,19 @@ def fkl_warmup(
     from s2dcli.train.plan import dry_run_plan
 
     parent = resolve(student)
-    tokenizer = load_tokenizer(parent.folder, trust_remote_code)
+    tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     guide = resolve(teacher) if teacher else None
-    inputs = [path for path in (rollouts, eval_problems) if path]
+    inputs = [path for path in (rollouts, running.eval_problems) if path]
     refuse_inside(out, [parent.folder, *([guide.folder] if guide else []), *inputs])
     if guide:
-        require_same_tokenizer(load_tokenizer(guide.folder, trust_remote_code), tokenizer)
+        require_same_tokenizer(load_tokenizer(guide.folder, loading.trust_remote_code), tokenizer)
     require_made_with(tokenizer, records)
     eval_tasks = []
     if held_out:
-        encoder = PromptEncoder(tokenizer, chat_template, parse_template_kwargs(chat_template_kwargs))
+        encoder = PromptEncoder(tokenizer, loading.chat_template, parse_template_kwargs(loading.chat_template_kwargs))
         eval_tasks = make_tasks(held_out, encoder)
-    order = Order(len(records), mini_batch_size, seed=seed, steps=steps, epochs=epochs)
-    if dry_run:
+    order = Order(len(records), mini_batch_size, seed=running.seed, steps=steps, epochs=epochs)
+    if running.dry_run:
         frozen = [guide] if guide else []
         jsonl.print_result(
             dry_run_plan(settings, steps=order.steps, rollouts_per_step=min(mini_batch_size, order.total), student=parent, frozen=frozen)
@@ -136,8 +113,8 @@ def fkl_warmup(
 
         def evaluate() -> dict[str, Any]:
             params = SamplingParams(1.0, top_p=1.0, top_k=0, max_tokens=max_tokens)
-            sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=options.SAMPLE_TOKENS)
-            rows = [row.to_record() for group in sampler.sample(eval_tasks, eval_samples) for row in group]
+            sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=options.SAMPLE_TOKENS)
+            rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
             return stats.summarize(grader.graded(rows))
 
         run = TrainingRun(

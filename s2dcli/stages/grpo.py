@@ -16,6 +16,7 @@ Shapes: R rollouts of a step, G groups among them.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate, islice
 from pathlib import Path
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from s2dcli.train.loop import Step, TrainingRun
     from s2dcli.train.policy import Policy
 
-OBJECTIVE = "Objective"
 # What would be ignored when the rollouts are there already
 SAMPLING_ONLY = {
     "num_samples": "-n",
@@ -87,6 +87,44 @@ PRESETS = {
 }
 
 
+def _knob(text: str, **settings: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel="Objective", **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is maximised."""
+
+    loss: Annotated[Preset, _knob("Sets the knobs of this panel that are not given.")] = Preset.grpo
+    aggregate: Annotated[
+        options.Aggregate | None,
+        _knob("What a token's loss is divided by: all tokens, its sequence's, or --max-tokens."),
+    ] = None
+    advantage: Annotated[options.Advantage | None, _knob("Divide by the group's standard deviation, or not.")] = None
+    importance: Annotated[options.Importance | None, _knob("Whose ratio is clipped: the token's or its sequence's.")] = None
+    surrogate: Annotated[options.Surrogate | None, _knob("PPO's minimum, or CISPO's truncated weight.")] = None
+    clip_low: Annotated[float | None, _knob("The ratio is clipped at 1 - this.", min=0.0)] = None
+    clip_high: Annotated[float | None, _knob("The ratio is clipped at 1 + this.", min=0.0)] = None
+    kl_coef: Annotated[float, _knob("Weight of the KL to the initial policy.", min=0.0)] = 0.0
+    kl_estimator: Annotated[options.KlEstimator, _knob("How that KL is estimated.")] = options.KlEstimator.k3
+    kl_in: Annotated[KlIn, _knob("Add it to the loss, or take its sum from each reward.")] = KlIn.loss
+    truncated: Annotated[
+        options.Truncated,
+        _knob("Completions that hit --max-tokens: keep, mask (learn nothing from), penalty (soft)."),
+    ] = options.Truncated.keep
+    overlong_buffer: Annotated[
+        int | None,
+        _knob("Tokens before the limit over which the penalty falls to -1.", min=1, show_default="a fifth"),
+    ] = None
+    correction: Annotated[options.Correction, _knob("Weigh tokens by trainer/sampler probability.")] = options.Correction.none
+    correction_level: Annotated[options.Importance, _knob("Ratio of each token, or of its sequence.")] = options.Importance.token
+    correction_cap: Annotated[float, _knob("Where that ratio is cut or masked.", min=1.0)] = 2.0
+    resample_flat: Annotated[
+        int,
+        _knob("Rounds of further problems for groups whose rewards are all equal.", min=0),
+    ] = 0
+
+
 def grpo(
     context: typer.Context,
     *,
@@ -100,91 +138,22 @@ def grpo(
     max_tokens: options.MaxTokens = 1024,
     max_prompt_tokens: options.MaxPromptTokens = None,
     temperature: options.TrainTemperature = 1.0,
-    sample_tokens: options.BatchTokens = options.SAMPLE_TOKENS,
-    loss: Annotated[Preset, typer.Option(help="Sets the knobs of this panel that are not given.", rich_help_panel=OBJECTIVE)] = Preset.grpo,
-    aggregate: Annotated[
-        options.Aggregate | None,
-        typer.Option(help="What a token's loss is divided by: all tokens, its sequence's, or --max-tokens.", rich_help_panel=OBJECTIVE),
-    ] = None,
-    advantage: Annotated[
-        options.Advantage | None, typer.Option(help="Divide by the group's standard deviation, or not.", rich_help_panel=OBJECTIVE)
-    ] = None,
-    importance: Annotated[
-        options.Importance | None, typer.Option(help="Whose ratio is clipped: the token's or its sequence's.", rich_help_panel=OBJECTIVE)
-    ] = None,
-    surrogate: Annotated[
-        options.Surrogate | None, typer.Option(help="PPO's minimum, or CISPO's truncated weight.", rich_help_panel=OBJECTIVE)
-    ] = None,
-    clip_low: Annotated[float | None, typer.Option(min=0.0, help="The ratio is clipped at 1 - this.", rich_help_panel=OBJECTIVE)] = None,
-    clip_high: Annotated[float | None, typer.Option(min=0.0, help="The ratio is clipped at 1 + this.", rich_help_panel=OBJECTIVE)] = None,
-    kl_coef: Annotated[float, typer.Option(min=0.0, help="Weight of the KL to the initial policy.", rich_help_panel=OBJECTIVE)] = 0.0,
-    kl_estimator: Annotated[
-        options.KlEstimator, typer.Option(help="How that KL is estimated.", rich_help_panel=OBJECTIVE)
-    ] = options.KlEstimator.k3,
-    kl_in: Annotated[
-        KlIn, typer.Option(help="Add it to the loss, or take its sum from each reward.", rich_help_panel=OBJECTIVE)
-    ] = KlIn.loss,
-    truncated: Annotated[
-        options.Truncated,
-        typer.Option(help="Completions that hit --max-tokens: keep, mask (learn nothing from), penalty (soft).", rich_help_panel=OBJECTIVE),
-    ] = options.Truncated.keep,
-    overlong_buffer: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tokens before the limit over which the penalty falls to -1.", show_default="a fifth", rich_help_panel=OBJECTIVE
-        ),
-    ] = None,
-    correction: Annotated[
-        options.Correction, typer.Option(help="Weigh tokens by trainer/sampler probability.", rich_help_panel=OBJECTIVE)
-    ] = options.Correction.none,
-    correction_level: Annotated[
-        options.Importance, typer.Option(help="Ratio of each token, or of its sequence.", rich_help_panel=OBJECTIVE)
-    ] = options.Importance.token,
-    correction_cap: Annotated[float, typer.Option(min=1.0, help="Where that ratio is cut or masked.", rich_help_panel=OBJECTIVE)] = 2.0,
-    resample_flat: Annotated[
-        int,
-        typer.Option(min=0, help="Rounds of further problems for groups whose rewards are all equal.", rich_help_panel=OBJECTIVE),
-    ] = 0,
+    sampling: options.EngineOptions,
+    objective: Objective,
     steps: options.Steps = None,
     epochs: options.Epochs = 1,
     problems_per_step: options.ProblemsPerStep = 32,
     mini_batch_size: options.MiniBatchSize = None,
-    lr: options.LearningRate = 1e-6,
-    schedule: options.ScheduleOption = options.Schedule.constant,
-    min_lr_ratio: options.MinLrRatio = 0.0,
-    warmup_steps: options.WarmupSteps = 0,
-    weight_decay: options.WeightDecay = 0.0,
-    adam_beta2: options.AdamBeta2 = 0.999,
-    grad_clip: options.GradClip = 1.0,
-    tokens_per_batch: options.TokensPerBatch = 8192,
-    weights: options.WeightsOption = options.Weights.float32,
-    optimizer: options.OptimizerOption = options.Optimizer.adamw,
-    gradient_checkpointing: options.GradientCheckpointing = False,
-    lora_rank: options.LoraRank = None,
-    lora_alpha: options.LoraAlpha = None,
-    lora_targets: options.LoraTargets = None,
-    reward: options.Reward = None,
-    workers: options.Workers = None,
-    timeout: options.Timeout = 5.0,
-    memory_limit: options.MemoryLimit = "2GiB",
-    chat_template: options.ChatTemplate = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = "{}",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    device: options.Device = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
-    save_every: options.SaveEvery = 50,
-    eval_problems: options.EvalProblems = None,
-    eval_every: options.EvalEvery = 50,
-    eval_samples: options.EvalSamples = 4,
+    training: options.TrainingOptions,
+    grading: options.GradingOptions,
+    loading: options.ModelOptions,
     keep_rollouts: options.KeepRollouts = False,
-    dry_run: options.DryRun = False,
-    overwrite: options.Overwrite = False,
-    seed: options.Seed = 0,
+    running: options.RunOptions,
 ) -> None:
     """Train a model by sparse-reward RL (GRPO) on labelled problems."""
-    settings = {name: value for name, value in locals().items() if name != "context"}
-    settings |= {name: value for name, value in PRESETS[loss].items() if settings[name] is None}
-    refuse_folder(out, overwrite)
+    settings = options.flatten(locals())
+    settings |= {name: value for name, value in PRESETS[objective.loss].items() if settings[name] is None}
+    refuse_folder(out, running.overwrite)
     if rollouts is not None and problems != jsonl.STDIN:
         raise UsageError("both PROBLEMS and --rollouts were given", hint="name one source to learn from")
     if rollouts is not None:
@@ -194,9 +163,9 @@ def grpo(
     stored = [] if rollouts is None else _read_groups(rollouts, temperature)
     if stored:  # the limit that the rollouts were sampled under
         settings["max_tokens"] = stored[0][0]["sampler"]["max_tokens"]
-    settings["overlong_buffer"] = overlong_buffer or max(1, settings["max_tokens"] // 5)
+    settings["overlong_buffer"] = objective.overlong_buffer or max(1, settings["max_tokens"] // 5)
     todo = _require_labels(read_problems(problems)) if rollouts is None else []
-    held_out = read_problems(eval_problems) if eval_problems else []
+    held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
     from s2dcli.engines.base import SamplingParams
     from s2dcli.engines.sampling import make_tasks, open_sampler, tasks_of_step
@@ -208,28 +177,28 @@ def grpo(
     from s2dcli.train.plan import dry_run_plan
 
     parent = resolve(model)
-    inputs = [path for path in (rollouts or problems, eval_problems) if path]
+    inputs = [path for path in (rollouts or problems, running.eval_problems) if path]
     refuse_inside(out, [parent.folder, *inputs])
-    tokenizer = load_tokenizer(parent.folder, trust_remote_code)
-    encoder = PromptEncoder(tokenizer, chat_template, parse_template_kwargs(chat_template_kwargs))
+    tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
+    encoder = PromptEncoder(tokenizer, loading.chat_template, parse_template_kwargs(loading.chat_template_kwargs))
     require_made_with(tokenizer, [record for group in stored for record in group])
     tasks = make_tasks(todo, encoder, max_prompt_tokens) if todo else []
     eval_tasks = make_tasks(held_out, encoder)
-    order = Order(len(tasks) or len(stored), problems_per_step, seed=seed, steps=steps, epochs=epochs)
-    if dry_run:
+    order = Order(len(tasks) or len(stored), problems_per_step, seed=running.seed, steps=steps, epochs=epochs)
+    if running.dry_run:
         per_step = min(problems_per_step, order.total) * (len(stored[0]) if stored else num_samples)
-        frozen = [parent] if kl_coef else []
+        frozen = [parent] if objective.kl_coef else []
         jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=frozen))
         return
 
-    with Grader(reward or [MATH], workers=workers, timeout=timeout, memory_limit=memory_limit) as grader:
+    with Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader:
         loaded, policy = load_trained(parent, settings)
-        reference = load_reference(policy, parent, settings) if kl_coef else None
+        reference = load_reference(policy, parent, settings) if objective.kl_coef else None
         params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
-        sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sample_tokens)
+        sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=sampling.sample_tokens)
 
         def evaluate() -> dict[str, Any]:
-            rows = [row.to_record() for group in sampler.sample(eval_tasks, eval_samples) for row in group]
+            rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
             return stats.summarize(grader.graded(rows))
 
         run = TrainingRun(
@@ -265,7 +234,7 @@ def grpo(
             labels.update(group[0]["problem_sha256"] for group in groups)
             drawn_again = 0
             spares = order.spares(step.number)
-            for _ in range(resample_flat):
+            for _ in range(objective.resample_flat):
                 flat = [slot for slot, group in enumerate(groups) if not _is_mixed(group)]
                 fresh = sample(step, list(islice(spares, len(flat)))) if flat else []
                 drawn_again += len(fresh)

@@ -35,45 +35,22 @@ def opd(
     max_tokens: options.MaxTokens = 1024,
     max_prompt_tokens: options.MaxPromptTokens = None,
     temperature: options.TrainTemperature = 1.0,
-    sample_tokens: options.BatchTokens = options.SAMPLE_TOKENS,
+    sampling: options.EngineOptions,
     aggregate: options.AggregateOption = options.Aggregate.token,
     steps: options.Steps = None,
     epochs: options.Epochs = 1,
     problems_per_step: options.ProblemsPerStep = 32,
     mini_batch_size: options.MiniBatchSize = None,
-    lr: options.LearningRate = 1e-6,
-    schedule: options.ScheduleOption = options.Schedule.constant,
-    min_lr_ratio: options.MinLrRatio = 0.0,
-    warmup_steps: options.WarmupSteps = 0,
-    weight_decay: options.WeightDecay = 0.0,
-    adam_beta2: options.AdamBeta2 = 0.999,
-    grad_clip: options.GradClip = 1.0,
-    tokens_per_batch: options.TokensPerBatch = 8192,
-    weights: options.WeightsOption = options.Weights.float32,
-    optimizer: options.OptimizerOption = options.Optimizer.adamw,
-    gradient_checkpointing: options.GradientCheckpointing = False,
-    lora_rank: options.LoraRank = None,
-    lora_alpha: options.LoraAlpha = None,
-    lora_targets: options.LoraTargets = None,
-    chat_template: options.ChatTemplate = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = "{}",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    device: options.Device = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
-    save_every: options.SaveEvery = 50,
-    eval_problems: options.EvalProblems = None,
-    eval_every: options.EvalEvery = 50,
-    eval_samples: options.EvalSamples = 4,
+    training: options.TrainingOptions,
+    loading: options.ModelOptions,
     keep_rollouts: options.KeepRollouts = False,
-    dry_run: options.DryRun = False,
-    overwrite: options.Overwrite = False,
-    seed: options.Seed = 0,
+    running: options.RunOptions,
 ) -> None:
     """Distil a frozen teacher into a student on the student's own samples."""
-    settings = dict(locals())
-    refuse_folder(out, overwrite)
+    settings = options.flatten(locals())
+    refuse_folder(out, running.overwrite)
     todo = read_problems(problems)
-    held_out = read_problems(eval_problems) if eval_problems else []
+    held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
     from s2dcli.engines.base import SamplingParams
     from s2dcli.engines.sampling import make_tasks, open_sampler, tasks_of_step
@@ -88,15 +65,15 @@ def opd(
     from s2dcli.train.plan import dry_run_plan
 
     parent, guide = resolve(student), resolve(teacher)
-    inputs = [path for path in (problems, eval_problems) if path]
+    inputs = [path for path in (problems, running.eval_problems) if path]
     refuse_inside(out, [parent.folder, guide.folder, *inputs])
-    tokenizer = load_tokenizer(parent.folder, trust_remote_code)
-    require_same_tokenizer(load_tokenizer(guide.folder, trust_remote_code), tokenizer)
-    encoder = PromptEncoder(tokenizer, chat_template, parse_template_kwargs(chat_template_kwargs))
+    tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
+    require_same_tokenizer(load_tokenizer(guide.folder, loading.trust_remote_code), tokenizer)
+    encoder = PromptEncoder(tokenizer, loading.chat_template, parse_template_kwargs(loading.chat_template_kwargs))
     tasks = make_tasks(todo, encoder, max_prompt_tokens)
     eval_tasks = make_tasks(held_out, encoder)
-    order = Order(len(tasks), problems_per_step, seed=seed, steps=steps, epochs=epochs)
-    if dry_run:
+    order = Order(len(tasks), problems_per_step, seed=running.seed, steps=steps, epochs=epochs)
+    if running.dry_run:
         per_step = min(problems_per_step, order.total) * num_samples
         jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=[guide]))
         return
@@ -104,12 +81,12 @@ def opd(
     loaded, policy = load_trained(parent, settings)
     frozen = load_frozen(guide, settings, loaded.vocabulary)
     params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
-    sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sample_tokens)
+    sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=sampling.sample_tokens)
 
     with Grader() if eval_tasks else nullcontext() as grader:
 
         def evaluate() -> dict[str, Any]:
-            rows = [row.to_record() for group in sampler.sample(eval_tasks, eval_samples) for row in group]
+            rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
             return stats.summarize(grader.graded(rows))
 
         run = TrainingRun(

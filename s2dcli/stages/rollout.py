@@ -31,15 +31,11 @@ def rollout(
     top_k: options.TopK = 0,
     max_tokens: options.MaxTokens = 1024,
     max_prompt_tokens: options.MaxPromptTokens = None,
-    sample_tokens: options.BatchTokens = options.SAMPLE_TOKENS,
+    sampling: options.EngineOptions,
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Sample only the I-th of N parts of the input.", rich_help_panel=options.SAMPLING)
     ] = "1/1",
-    chat_template: options.ChatTemplate = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = "{}",
-    dtype: options.DtypeOption = options.Dtype.auto,
-    device: options.Device = "auto",
-    trust_remote_code: options.TrustRemoteCode = False,
+    loading: options.ModelOptions,
     overwrite: options.Overwrite = False,
     seed: options.Seed = 0,
 ) -> None:
@@ -54,14 +50,14 @@ def rollout(
     from s2dcli.models.checkpoints import load, resolve
     from s2dcli.models.prompts import PromptEncoder, parse_template_kwargs
 
-    template_kwargs = parse_template_kwargs(chat_template_kwargs)
-    loaded = load(resolve(model), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    encoder = PromptEncoder(loaded.tokenizer, chat_template, template_kwargs)
+    template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
+    loaded = load(resolve(model), device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
+    encoder = PromptEncoder(loaded.tokenizer, loading.chat_template, template_kwargs)
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
-    sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sample_tokens)
+    sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sampling.sample_tokens)
 
     tasks = make_tasks(todo, encoder, max_prompt_tokens)
-    batches = shard_of(plan(tasks, num_samples, max_tokens, sample_tokens), shard_index, shard_count)
+    batches = shard_of(plan(tasks, num_samples, max_tokens, sampling.sample_tokens), shard_index, shard_count)
     truncated = 0
     with (
         jsonl.open_output(out, overwrite=overwrite) as writer,

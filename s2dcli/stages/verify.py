@@ -30,7 +30,7 @@ import typer
 from s2dcli import console
 from s2dcli.errors import DataError, UsageError, nearest
 from s2dcli.files import jsonl
-from s2dcli.options import MemoryLimit, OutFile, Overwrite, Reward, Rollouts, Timeout, Workers
+from s2dcli.options import GradingOptions, OutFile, Overwrite, Rollouts
 
 SHOWN_LINES = 100  # bad lines and changed verdicts that are named one by one; the rest is counted
 SHOWN_CHARACTERS = 60  # of an answer in a message
@@ -161,15 +161,13 @@ def _report(tally: Counter[str], errors: Counter[str], rows: Rows, num_mute: int
 
 
 def verify(
+    *,
     rollouts: Rollouts = jsonl.STDIN,
     out: OutFile = jsonl.STDIN,
-    workers: Workers = None,
-    timeout: Timeout = 5.0,
-    memory_limit: MemoryLimit = "2GiB",
+    grading: GradingOptions,
     extract: Annotated[
         Extract, typer.Option("--extract", help="strict: boxes only; lenient: without a box, the last stated answer.")
     ] = Extract.strict,
-    reward: Reward = None,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Exit with 0 although some lines were no JSON objects.")] = False,
     diff: Annotated[str | None, typer.Option("--diff", metavar="OLD.jsonl", help="Grade again and say which verdicts changed.")] = None,
     overwrite: Overwrite = False,
@@ -179,7 +177,7 @@ def verify(
     Reads rollouts as JSONL and writes each with its reward, label and extracted answer. Hanging,
     crashing or malformed answers cost their row at most its deadline, and never the run.
     """
-    from s2dcli.grade.pool import Grader
+    from s2dcli.grade.pool import MATH, Grader
 
     source = diff if diff is not None and jsonl.is_stream(rollouts) else rollouts
     if _same_file(source, out):
@@ -192,7 +190,8 @@ def verify(
     with ExitStack() as stack:
         stream = stack.enter_context(jsonl.open_input(source, "rollouts"))
         changes = Changes(None if source == diff else diff) if diff is not None else None
-        grader = stack.enter_context(Grader(reward or ["math"], workers, timeout, memory_limit, extract.value))
+        grader = Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit, extract.value)
+        stack.enter_context(grader)
         writer = stack.enter_context(jsonl.open_output(out, overwrite=overwrite))
         advance = stack.enter_context(console.progress("grading", None, "rows"))
         console.detail(f"verifier: {grader.verifier}")
