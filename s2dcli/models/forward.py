@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,14 @@ class Head:
     """The output projection: logits = cap(scale * (hidden @ weight.T + bias)) over the tokenizer's V ids.
 
     Rows of `weight` beyond the tokenizer are cut off, which gives padded columns probability 0.
+    `gradient_VD`, float32, is where losses add the weight's gradient up; without it autograd carries one.
     """
 
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None
     scale: float = 1.0
     soft_cap: float | None = None
+    gradient_VD: torch.Tensor | None = None
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [N, V]; the matrix product runs in the dtype of the hidden states."""
@@ -54,8 +57,11 @@ class Head:
         return None if self.scale == 1.0 else torch.full_like(logits_NV[:1, :1], self.scale)
 
 
-def head_of(model: PreTrainedModel, vocabulary: int) -> Head:
-    """Return the model's head over the first `vocabulary` ids. Raises ModelError if it has none."""
+def head_of(model: PreTrainedModel, vocabulary: int, gradient_of: Callable[[torch.nn.Parameter], torch.Tensor] | None = None) -> Head:
+    """Return the model's head over the first `vocabulary` ids. Raises ModelError if it has none.
+
+    `gradient_of` gives the tensor in which a trained weight's gradient is added up.
+    """
     layer = model.get_output_embeddings()
     if layer is None or getattr(layer, "weight", None) is None:
         raise ModelError(f"{type(model).__name__} has no output projection that s2d can use")
@@ -68,11 +74,13 @@ def head_of(model: PreTrainedModel, vocabulary: int) -> Head:
     if getattr(config, "logits_scaling", None):  # Granite
         scale = 1.0 / float(config.logits_scaling)
     bias = getattr(layer, "bias", None)
+    collects = gradient_of is not None and layer.weight.requires_grad and torch.is_grad_enabled()
     return Head(
         weight_VD=_first(layer.weight, vocabulary),
         bias_V=None if bias is None else _first(bias, vocabulary),
         scale=scale,
         soft_cap=getattr(config, "final_logit_softcapping", None),  # Gemma
+        gradient_VD=gradient_of(layer.weight)[:vocabulary] if collects else None,
     )
 
 

@@ -103,8 +103,8 @@ def fkl_warmup(
         )
         return
 
-    loaded, policy = load_trained(parent, settings)
-    frozen = load_frozen(guide, settings, loaded.vocabulary) if guide else None
+    loaded, policy = load_trained(parent, settings, tokenizer)
+    frozen = load_frozen(guide, settings, loaded) if guide else None
     rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
     lengths_R = [len(row.completion_ids) for row in rows_R]
     longest = max(1, *lengths_R)

@@ -192,8 +192,8 @@ def grpo(
         return
 
     with Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader:
-        loaded, policy = load_trained(parent, settings)
-        reference = load_reference(policy, parent, settings) if objective.kl_coef else None
+        loaded, policy = load_trained(parent, settings, tokenizer)
+        reference = load_reference(policy, loaded, settings) if objective.kl_coef else None
         params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
         sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=sampling.sample_tokens)
 

@@ -78,8 +78,8 @@ def opd(
         jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=[guide]))
         return
 
-    loaded, policy = load_trained(parent, settings)
-    frozen = load_frozen(guide, settings, loaded.vocabulary)
+    loaded, policy = load_trained(parent, settings, tokenizer)
+    frozen = load_frozen(guide, settings, loaded)
     params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
     sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=sampling.sample_tokens)
 

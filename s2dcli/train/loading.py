@@ -18,10 +18,12 @@ from s2dcli.train.optimizer import import_bitsandbytes
 from s2dcli.train.policy import Policy, freeze
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_trained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[LoadedModel, Policy]:
+def load_trained(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[LoadedModel, Policy]:
     """Load the model to be trained as the trainers' options say; sampler and policy share its weights.
 
     `settings`: device, dtype, trust_remote_code, weights, optimizer, gradient_checkpointing, lora_rank, lora_alpha, lora_targets, seed.
@@ -36,6 +38,7 @@ def load_trained(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> tuple[L
         dtype=compute_dtype(settings),
         masters=not (narrow and rank),  # weights that stay as they are need no masters
         trust_remote_code=settings["trust_remote_code"],
+        tokenizer=tokenizer,
     )
     if narrow:  # weights compute in their own type, float32 adapters beside them are cast to it
         loaded = replace(loaded, autocast=torch.bfloat16 if rank else None)
@@ -55,27 +58,28 @@ def adapter_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Adapter |
     return Adapter(model, rank, alpha, targets, settings["seed"])
 
 
-def load_reference(policy: Policy, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Policy:
-    """Return the policy as it was before training: loaded a second time, or `policy` with its adapter off.
+def load_reference(policy: Policy, loaded: LoadedModel, settings: Mapping[str, Any]) -> Policy:
+    """Return the policy as it was when loaded: loaded a second time, or `policy` with its adapter off.
 
     The latter shares the policy's weights, so no second model is held. Raises ModelError or UsageError.
     """
     if policy.adapter:
         return WithoutAdapter(policy)
     # As the policy computes, so that their KL is exactly 0 before the first update.
-    return load_frozen(checkpoint, settings, policy.vocabulary, masters=policy.autocast is not None)
+    return load_frozen(loaded.checkpoint, settings, loaded, masters=policy.autocast is not None)
 
 
-def load_frozen(checkpoint: Checkpoint, settings: Mapping[str, Any], vocabulary: int, masters: bool = False) -> Policy:
-    """Load a reference or teacher over the first `vocabulary` ids. Raises ModelError or UsageError."""
+def load_frozen(checkpoint: Checkpoint, settings: Mapping[str, Any], trained: LoadedModel, masters: bool = False) -> Policy:
+    """Load a reference or teacher of `trained`, whose tokenizer it shares. Raises ModelError or UsageError."""
     loaded = load(
         checkpoint,
         device=settings["device"],
         dtype=compute_dtype(settings),
         masters=masters,
         trust_remote_code=settings["trust_remote_code"],
+        tokenizer=trained.tokenizer,
     )
-    return freeze(Policy(loaded.model, vocabulary, loaded.autocast))
+    return freeze(Policy(loaded.model, trained.vocabulary, loaded.autocast))
 
 
 class WithoutAdapter(Policy):

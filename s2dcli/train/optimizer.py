@@ -34,6 +34,9 @@ class MasterOptimizer:
     + 8 bytes. Each micro-batch's gradient is then added to the master's as soon as autograd has formed
     it, in float32, so that the sum over micro-batches does not depend on how the batch was cut. A
     parameter of an adapter is always its own master.
+
+    A large vocabulary's gradient is as large as the model's, and is held once: the losses add the head's
+    where `gradient_of` says, and the embedding's comes sparse, as the rows of the tokens that were read.
     """
 
     def __init__(self, policy: Policy, settings: Mapping[str, Any]) -> None:
@@ -46,6 +49,11 @@ class MasterOptimizer:
         narrow = settings["weights"] is Weights.bfloat16 and policy.adapter is None
         # parameter of the model -> its master, which is the parameter itself unless that is narrow
         self.masters = {parameter: _split_off_master(parameter) if narrow else parameter for parameter in trained}
+        policy.gradient_of = self.gradient_of
+        embedding = policy.model.get_input_embeddings()
+        if embedding.weight in self.masters:
+            embedding.sparse = True
+            embedding.weight.register_post_accumulate_grad_hook(_make_dense)
         masters = list(self.masters.values())
         groups = [
             {"params": [master for master in masters if master.ndim >= 2], "weight_decay": settings["weight_decay"]},
@@ -58,6 +66,13 @@ class MasterOptimizer:
             self.adamw = kind(groups, lr=settings["lr"], betas=betas, min_8bit_size=MIN_8BIT_SIZE)
         else:
             self.adamw = torch.optim.AdamW(groups, lr=settings["lr"], betas=betas, fused=True)
+
+    def gradient_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Return the float32 gradient of a parameter's master, zeros at first, to add to."""
+        master = self.masters[parameter]
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        return master.grad
 
     def clip(self) -> float:
         """Scale the gradient down to the largest allowed norm; returns its norm before that."""
@@ -91,12 +106,20 @@ def _split_off_master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return master
 
 
+def _make_dense(parameter: torch.Tensor) -> None:
+    """Leave a gradient that sparse ones can be added to in place."""
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad.to_dense()
+
+
 def _move_gradient_to(master: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
     def move(parameter: torch.Tensor) -> None:
+        if parameter.grad is None:  # all of it was added up elsewhere: see MasterOptimizer.gradient_of
+            return
         if master.grad is None:
-            master.grad = parameter.grad.float()
+            master.grad = parameter.grad.float().to_dense()
         else:
-            master.grad += parameter.grad
+            master.grad += parameter.grad.float()
         parameter.grad = None
 
     return move

@@ -12,15 +12,13 @@ from s2dcli import options
 from s2dcli.models.checkpoints import Checkpoint, empty_model, pick_device, pick_dtype
 from s2dcli.train.loading import adapter_of, compute_dtype
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE
-from s2dcli.train.vocab import CHUNK_BYTES
+from s2dcli.train.vocab import CHUNK_BYTES, CHUNK_TENSORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FLOAT32_BYTES = 4
 NARROW_BYTES = 2  # bfloat16
-# Tensors of a chunk's size that a loss holds at once, at most; see train/vocab.CHUNK_BYTES.
-CHUNK_TENSORS = 4
 
 
 def num_parameters(checkpoint: Checkpoint) -> int:
@@ -51,8 +49,8 @@ def memory_plan(settings: Mapping[str, Any], student: Checkpoint, frozen: Sequen
 
     There all the time: the weights, float32 `masters` of weights in bfloat16, AdamW's two moments, and
     the frozen models. While updating: gradients in float32, bfloat16 `casts` of float32 weights that
-    compute in bfloat16, activations of one full micro-batch (see `activation_bytes`), and `logits`: the
-    chunks of the loss and the gradient of the head. While sampling instead: the `cache` of
+    compute in bfloat16, activations of one full micro-batch (see `activation_bytes`), and `logits`, the
+    chunks of the loss. While sampling instead: the `cache` of
     `--sample-tokens` positions, 2 * layers * key-value heads * head size numbers each. The `total` is what is
     always there and the larger of the two phases. Python, torch and CUDA themselves come on top.
 
@@ -88,8 +86,7 @@ def memory_plan(settings: Mapping[str, Any], student: Checkpoint, frozen: Sequen
         "gradients_bytes": trained * FLOAT32_BYTES,
         "casts_bytes": base * NARROW_BYTES if autocast else 0,
         "activations_bytes": activation_bytes(shape, tokens, compute_bytes, autocast, settings["gradient_checkpointing"]),
-        "logits_bytes": CHUNK_TENSORS * min(CHUNK_BYTES, tokens * head.shape[0] * FLOAT32_BYTES)
-        + (0 if adapter else head.numel() * FLOAT32_BYTES),
+        "logits_bytes": CHUNK_TENSORS * min(CHUNK_BYTES, tokens * head.shape[0] * FLOAT32_BYTES),
     }
     cache = {"cache_bytes": 2 * shape.layers * shape.keys * cached * compute_bytes}
     total = sum(always.values()) + max(sum(updating.values()), sum(cache.values()))

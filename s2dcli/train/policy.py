@@ -36,6 +36,8 @@ class Policy(torch.nn.Module):
         self.vocabulary = vocabulary
         self.autocast = autocast
         self.adapter = adapter
+        # Where the gradient of a parameter is added up, from the optimizer: a head's is as large as the head.
+        self.gradient_of: Callable[[torch.nn.Parameter], torch.Tensor] | None = None
 
     def states(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states [N, D] that predict the completion tokens."""
@@ -51,7 +53,7 @@ class Policy(torch.nn.Module):
         return hidden_ND if self.autocast is None else hidden_ND.to(self.autocast)
 
     def head(self) -> Head:
-        return head_of(self.model, self.vocabulary)
+        return head_of(self.model, self.vocabulary, self.gradient_of)
 
     def forward(self, batch: MicroBatch, loss: Loss) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return loss(self.states(batch), self.head())

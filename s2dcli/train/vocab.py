@@ -4,7 +4,8 @@ The logits of a whole batch never exist, and every logit is computed once. All l
 over tokens of something that depends on one token's logits and on numbers fixed before the pass.
 So the gradient with respect to a chunk's logits is known as soon as the chunk's logits are, and is
 pushed into the hidden states' and the head's gradients at once, inside the forward pass; the backward
-pass only hands these over. One autograd function serves every loss; a loss is a `Kernel`.
+pass only hands these over (the head's not where `Head.gradient_VD` collects it). One autograd function
+serves every loss; a loss is a `Kernel`.
 
 Shapes: N completion tokens, C tokens of a chunk, D hidden width, E the teacher's, V vocabulary.
 """
@@ -12,14 +13,17 @@ Shapes: N completion tokens, C tokens of a chunk, D hidden width, E the teacher'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
 from s2dcli.models.forward import Head
 
-# Bytes of one chunk of float32 logits. A pass holds at most four tensors of this size at once (two
-# models' logits and what is made of them), which stays under 200 MB whatever the batch and length.
+# Bytes of one chunk of float32 logits ...
 CHUNK_BYTES = 48 * 2**20
+# ... of which a pass holds at most so many at once (two models' logits and what is made of them): 151 MB,
+# whatever the batch and length.
+CHUNK_TENSORS = 3
 
 Sums = dict[str, torch.Tensor]
 # (logits of the chunk [C, V], slice of the chunk) -> (loss of the chunk, its gradient with respect to the
@@ -46,11 +50,14 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, bias_V, head: Head, kernel: Kernel, sums: Sums):
         wanted = any(ctx.needs_input_grad[:3])
         head_wanted = ctx.needs_input_grad[1]  # not where adapters are trained and the head stays as it is
-        product_weight_VD = weight_VD.to(hidden_ND.dtype)
+        ctx.collected = head.gradient_VD is not None
         grad_hidden_ND = torch.empty_like(hidden_ND) if wanted else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if head_wanted else None
+        grad_weight_VD = head.gradient_VD
+        if head_wanted and not ctx.collected:
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        head = replace(head, weight_VD=weight_VD.to(hidden_ND.dtype))  # cast once, not for every chunk
         for rows in _chunks(len(hidden_ND), weight_VD.shape[0]):
             logits_CV = head.logits(hidden_ND[rows])
             slope_CV = head.slope(logits_CV) if wanted else None
@@ -64,14 +71,13 @@ class _FusedLoss(torch.autograd.Function):
             if slope_CV is not None:
                 grad_CV = grad_CV.mul_(slope_CV)
             grad_CV = grad_CV.to(hidden_ND.dtype)
-            torch.mm(grad_CV, product_weight_VD, out=grad_hidden_ND[rows])
-            if head_wanted and grad_CV.dtype == torch.float32:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_ND[rows])
-            elif head_wanted:
-                grad_weight_VD += grad_CV.T @ hidden_ND[rows]
+            torch.mm(grad_CV, head.weight_VD, out=grad_hidden_ND[rows])
+            if head_wanted:
+                _add_product(grad_weight_VD, grad_CV, hidden_ND[rows])
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0, dtype=torch.float32)
-        ctx.gradients = (grad_hidden_ND, grad_weight_VD, grad_bias_V)
+            del grad_CV  # or it would be there beside the next chunk
+        ctx.gradients = (grad_hidden_ND, None if ctx.collected else grad_weight_VD, grad_bias_V)
         ctx.dtypes = (weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return loss
 
@@ -79,6 +85,8 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         (hidden_ND, weight_VD, bias_V), ctx.gradients = ctx.gradients, None
         weight_dtype, bias_dtype = ctx.dtypes
+        if ctx.collected and upstream != 1:
+            raise RuntimeError("the head's gradient has been added up already: scale the loss inside its kernel")
         gradients = [
             None if value is None else value if upstream == 1 else value.mul_(upstream) for value in (hidden_ND, weight_VD, bias_V)
         ]
@@ -91,6 +99,16 @@ class _FusedLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_product(total_VD: torch.Tensor, left_CV: torch.Tensor, right_CD: torch.Tensor) -> None:
+    """total += left.T @ right; products of a narrower type than total's go by blocks of at most CHUNK_BYTES."""
+    if left_CV.dtype == total_VD.dtype:
+        total_VD.addmm_(left_CV.T, right_CD)
+        return
+    size = max(1, CHUNK_BYTES // (right_CD.shape[1] * right_CD.element_size()))
+    for total_BD, left_CB in zip(total_VD.split(size), left_CV.split(size, dim=1), strict=True):
+        total_BD += left_CB.T @ right_CD
 
 
 def _apply(hidden_ND: torch.Tensor, head: Head, kernel: Kernel) -> tuple[torch.Tensor, Sums]:
@@ -164,19 +182,17 @@ def kl_loss(
         theirs_CV = teacher.logits(teacher_NE[rows])
         if temperature != 1.0:
             logits_CV, theirs_CV = logits_CV.div_(temperature), theirs_CV.div_(temperature)
+        theirs_CV = theirs_CV.sub_(theirs_CV.logsumexp(-1, keepdim=True))  # log q
         probs_CV, normaliser_C1 = _softmax(logits_CV)
         ours_CV = logits_CV.sub_(normaliser_C1)  # log p
-        their_probs_CV, normaliser_C1 = _softmax(theirs_CV)
-        theirs_CV = theirs_CV.sub_(normaliser_C1)  # log q
         entropy = -torch.linalg.vecdot(probs_CV, ours_CV).sum()
+        gap_CV = ours_CV.sub_(theirs_CV)
         if reverse:
-            del their_probs_CV
-            gap_CV = ours_CV.sub_(theirs_CV)
             kl_C = torch.linalg.vecdot(probs_CV, gap_CV)
             grad_CV = gap_CV.sub_(kl_C[:, None]).mul_(probs_CV).mul_(weights_C1)
         else:
-            gap_CV = theirs_CV.sub_(ours_CV)
-            kl_C = torch.linalg.vecdot(their_probs_CV, gap_CV)
+            their_probs_CV = theirs_CV.exp_()
+            kl_C = -torch.linalg.vecdot(their_probs_CV, gap_CV)
             grad_CV = probs_CV.sub_(their_probs_CV).mul_(weights_C1)
         return (weights_N[rows] * kl_C).sum(), grad_CV, {"kl": kl_C.sum(), "entropy": entropy}
 

@@ -54,7 +54,7 @@ SHAPES = {
         "rollouts": 32,
         "tokens": 64,
         "steps": 3,
-        "positions": 1024,
+        "positions": 512,
     },
     "qwen3-1.7b": {
         "hidden": 2048,
@@ -151,7 +151,7 @@ def memory_peak() -> int:
 
 def run_s2d(folder: Path, method: str, shape: dict, dtype: str) -> dict:
     """Run the stage as the command line does, in this process, so that its memory can be read."""
-    import transformers  # noqa: F401 - what both sides import is no part of the measure
+    from transformers import AutoModelForCausalLM  # noqa: F401 - what both sides import is no part of the measure
 
     from s2dcli.cli import app
 
@@ -163,7 +163,7 @@ def run_s2d(folder: Path, method: str, shape: dict, dtype: str) -> dict:
         "--dtype",
         dtype,
         "--tokens-per-batch",
-        2**14,
+        shape["positions"],
         "-o",
         folder / f"s2d-{method}",
         "--save-every",

@@ -9,7 +9,7 @@ from tiny import VOCABULARY, tiny
 
 from s2dcli.errors import UsageError
 from s2dcli.options import Aggregate, Dtype, Optimizer, Weights
-from s2dcli.train.batching import micro_batches
+from s2dcli.train.batching import Row, micro_batches
 from s2dcli.train.loading import compute_dtype
 from s2dcli.train.losses import weights_of
 from s2dcli.train.objectives import CrossEntropy
@@ -33,7 +33,7 @@ def settings(**changed) -> dict:
 
 
 def backward(policy: Policy, tokens_per_batch: int = 10_000) -> None:
-    rows = ragged_rows()
+    rows = [Row(row.prompt_ids, [min(token, policy.vocabulary - 1) for token in row.completion_ids]) for row in ragged_rows()]
     objective = CrossEntropy(weights_of(range(len(rows)), [len(row.completion_ids) for row in rows], Aggregate.token, 32))
     for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, 0, CPU):
         policy(batch, objective(batch))[0].backward()
@@ -152,3 +152,29 @@ def test_without_bitsandbytes_the_command_that_brings_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UsageError, match=r"pip install 's2d\[8bit\]'"):
         MasterOptimizer(Policy(tiny("llama"), VOCABULARY), settings(optimizer=Optimizer.adamw_8bit))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "gemma2", "cohere"])
+@pytest.mark.parametrize("weights", [Weights.float32, Weights.bfloat16])
+def test_the_gradient_of_a_vocabulary_is_added_up_in_one_place(family, weights):
+    """The head's, collected where the optimizer says, and the embedding's, which comes sparse, are autograd's own."""
+    plain, collected = Policy(tiny(family), VOCABULARY - 3), Policy(tiny(family), VOCABULARY - 3)
+    optimizer = MasterOptimizer(collected, settings(weights=weights))
+    for policy in (plain, collected):
+        backward(policy, tokens_per_batch=64)
+    tolerance = 1e-5 if weights is Weights.float32 else 0.1
+    for name, parameter in plain.named_parameters():
+        gradient = optimizer.masters[collected.get_parameter(name)].grad
+        assert not gradient.is_sparse
+        assert gradient.dtype == torch.float32
+        assert (gradient - parameter.grad).norm() <= tolerance * parameter.grad.norm(), name
+
+
+def test_a_collected_gradient_refuses_a_loss_that_is_scaled_afterwards():
+    policy = Policy(tiny("qwen3"), VOCABULARY)
+    MasterOptimizer(policy, settings(weights=Weights.float32))
+    rows = ragged_rows()
+    (batch,) = micro_batches(rows, range(len(rows)), 10_000, 0, CPU)
+    loss, _ = policy(batch, CrossEntropy(dict.fromkeys(range(len(rows)), 1.0))(batch))
+    with pytest.raises(RuntimeError, match="inside its kernel"):
+        (2 * loss).backward()
