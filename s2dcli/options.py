@@ -137,6 +137,16 @@ DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Compute type; auto: float32 on CPU, bfloat16 on a GPU.", rich_help_panel=MODEL)
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.", rich_help_panel=MODEL)]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="NAME",
+        help="One of transformers' implementations: eager, sdpa, flash_attention_2, ...",
+        show_default="the model's own",
+        rich_help_panel=MODEL,
+    ),
+]
 ChatTemplate = Annotated[
     str | None,
     typer.Option("--chat-template", metavar="plain|FILE", help="For models without a chat template.", rich_help_panel=MODEL),
@@ -307,7 +317,12 @@ class ModelOptions:
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     dtype: DtypeOption = Dtype.auto
     device: Device = "auto"
+    attention: Attention = None
     trust_remote_code: TrustRemoteCode = False
+
+    def of_load(self) -> dict[str, Any]:
+        """Return what models/checkpoints.load takes of these."""
+        return {name: getattr(self, name) for name in ("device", "dtype", "attention", "trust_remote_code")}
 
 
 @dataclass(frozen=True, kw_only=True)

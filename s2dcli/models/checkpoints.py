@@ -100,12 +100,14 @@ def load(
     dtype: str = "auto",
     masters: bool = False,
     trust_remote_code: bool = False,
+    attention: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer, unless there is one already.
 
     With `masters` the weights are float32 whatever `dtype` says, and the forward pass is cast: an
-    update of 1e-6 would round to nothing on bfloat16 weights. Raises ModelError.
+    update of 1e-6 would round to nothing on bfloat16 weights. `attention` names one of transformers'
+    implementations. Raises ModelError.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -118,9 +120,13 @@ def load(
     compute = pick_dtype(dtype, place)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint.folder), dtype=torch.float32 if masters else compute, use_safetensors=True, trust_remote_code=trust_remote_code
+            str(checkpoint.folder),
+            dtype=torch.float32 if masters else compute,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         text = str(error).strip() or type(error).__name__
         raise ModelError(f"cannot load the model: {text.splitlines()[0]}", where=checkpoint.name) from None
     vocabulary = vocabulary_size(tokenizer)

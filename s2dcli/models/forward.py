@@ -89,13 +89,19 @@ def _first(parameter: torch.Tensor, rows: int) -> torch.Tensor:
     return parameter if parameter.shape[0] == rows else parameter[:rows]
 
 
-def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None) -> torch.Tensor:
     """Run the backbone on right-padded rows; returns hidden states [B, T, D] after the final norm.
 
     No mask is needed: a causal model never looks at what stands to the right, and states of padding are
-    never read.
+    never read. Positions that start anew at 0 within a row mark sequences packed into it, which do not
+    see each other; transformers takes that from the positions as long as there is neither mask nor cache.
     """
-    return model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    return model.base_model(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether sequences packed into one row cost what they would alone: kernels of variable length, no T x T mask."""
+    return str(model.config.get_text_config()._attn_implementation).startswith(("flash", "flex"))
 
 
 def can_share_prompts(model: PreTrainedModel) -> bool:

@@ -99,7 +99,7 @@ def evaluate(
         checkpoint = resolve(model)
         if out:
             refuse_inside(out, [checkpoint.folder])
-        loaded = load(checkpoint, device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
+        loaded = load(checkpoint, **loading.of_load())
         encoder = PromptEncoder(loaded.tokenizer, loading.chat_template, template_kwargs)
         params = SamplingParams(temperature, top_p, top_k, max_tokens)
         sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sampling.sample_tokens)

@@ -51,7 +51,7 @@ def rollout(
     from s2dcli.models.prompts import PromptEncoder, parse_template_kwargs
 
     template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
-    loaded = load(resolve(model), device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
+    loaded = load(resolve(model), **loading.of_load())
     encoder = PromptEncoder(loaded.tokenizer, loading.chat_template, template_kwargs)
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
     sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sampling.sample_tokens)

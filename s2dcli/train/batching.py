@@ -7,10 +7,15 @@ completion tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
+# A micro-batch ends early where its padding would exceed this share of its positions ...
+MAX_PADDING = 0.04
+# ... unless it has less than this share of its budget: small ones cost their overhead, and pad little of the whole.
+MIN_FILL = 1 / 8
 # Sharing prompts runs the backbone twice, on fewer positions: worth it from a fifth fewer on.
 SHARING_WORTH = 0.8
 
@@ -39,7 +44,8 @@ class SharedPrompts:
 class MicroBatch:
     """Rows that go through the model at once, right-padded. Completion tokens stand row after row, in order.
 
-    `input_ids_BT` are prompts with their completions, or, with `prompts`, the completions alone.
+    `input_ids_BT` are prompts with their completions, or, with `prompts`, the completions alone; with
+    `position_ids_BT` they stand one behind the other in a single row.
     """
 
     rows: list[int]  # which rows of the whole batch, in this order
@@ -49,6 +55,7 @@ class MicroBatch:
     targets_N: torch.Tensor  # the completion tokens
     lengths_B: list[int]  # completion tokens of each row
     num_padding: int  # positions that are padding
+    position_ids_BT: torch.Tensor | None = None
 
     @property
     def num_positions(self) -> int:
@@ -73,51 +80,78 @@ def _exactly(values: Sequence[float], length: int) -> Sequence[float]:
 
 
 def micro_batches(
-    rows: Sequence[Row], chosen: Sequence[int], tokens_per_batch: int, pad_id: int, device: torch.device, *, share_prompts: bool = True
+    rows: Sequence[Row],
+    chosen: Sequence[int],
+    tokens_per_batch: int,
+    pad_id: int,
+    device: torch.device,
+    *,
+    share_prompts: bool = True,
+    pack: bool = False,
 ) -> list[MicroBatch]:
     """Cut the `chosen` rows into micro-batches of at most `tokens_per_batch` positions, padding included.
 
     Two plans are weighed by the positions that they run through the model: rows sorted by length, so
-    that neighbours pad each other little; or rows of one prompt together, the prompt run once for all of
-    them (only with `share_prompts`: it needs a model that caches). A row that is longer than the budget
-    is a micro-batch of its own. Rows without completion tokens are left out: they have nothing to learn
+    that neighbours pad each other little, or with `pack` one behind the other and without padding (see
+    `models/forward.can_pack`); or rows of one prompt together, the prompt run once for all of them (only
+    with `share_prompts`: it needs a model that caches). A row that is longer than the budget is a
+    micro-batch of its own. Rows without completion tokens are left out: they have nothing to learn
     from, and their weight in the loss's denominators stays.
     """
     by_length = sorted((index for index in chosen if rows[index].completion_ids), key=lambda index: -len(rows[index]))
     families: dict[tuple[int, ...], list[int]] = {}
     for index in by_length:
         families.setdefault(tuple(rows[index].prompt_ids), []).append(index)
-    plain, plain_cost = _fill([(rows[index].prompt_ids, [index]) for index in by_length], rows, tokens_per_batch, share=False)
+    if pack:
+        plain, plain_cost = _fill_packed(by_length, rows, tokens_per_batch), sum(len(rows[index]) for index in by_length)
+    else:
+        plain, plain_cost = _fill([(rows[index].prompt_ids, [index]) for index in by_length], rows, tokens_per_batch, share=False)
     if share_prompts and len(families) < len(by_length):
         shared, shared_cost = _fill(list(families.items()), rows, tokens_per_batch, share=True)
         if shared_cost <= SHARING_WORTH * plain_cost:
             return [_collate_shared(rows, group, pad_id, device) for group in shared]
-    return [_collate(rows, group, pad_id, device) for group in plain]
+    return [_collate_packed(rows, group, device) if pack else _collate(rows, group, pad_id, device) for group in plain]
+
+
+def _fill_packed(chosen: Sequence[int], rows: Sequence[Row], budget: int) -> list[list[int]]:
+    """Cut the chosen rows, in order, into groups of at most `budget` tokens."""
+    groups: list[list[int]] = []
+    filled = 0
+    for index in chosen:
+        if groups and filled + len(rows[index]) <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            filled = 0
+        filled += len(rows[index])
+    return groups
 
 
 def _fill(
     families: Sequence[tuple[Sequence[int], list[int]]], rows: Sequence[Row], budget: int, *, share: bool
 ) -> tuple[list[list[int]], int]:
-    """Cut the rows of (prompt, rows) families, in order, into groups within the budget.
+    """Cut the rows of (prompt, rows) families, in order, into groups within the budget and MAX_PADDING.
 
     Returns the groups and how many positions all of them run through the model, padding included.
     """
     groups: list[list[int]] = []
-    total = cost = num_prompts = longest_prompt = longest = 0
+    total = cost = used = num_prompts = longest_prompt = longest = 0
     for prompt, members in families:
         new_prompt = 1  # the family's prompt is not yet in the group
         for index in members:
             length = len(rows[index].completion_ids) if share else len(rows[index])
             wider, longer = (max(longest_prompt, len(prompt)) if share else 0), max(longest, length)
             needed = (num_prompts + new_prompt) * wider + (len(groups[-1]) + 1 if groups else 1) * longer
-            if groups and needed <= budget:
+            now_used = used + length + (len(prompt) if share and new_prompt else 0)
+            padded = needed - now_used > MAX_PADDING * needed and cost >= MIN_FILL * budget
+            if groups and needed <= budget and not padded:
                 groups[-1].append(index)
-                num_prompts, longest_prompt, longest, cost = num_prompts + new_prompt, wider, longer, needed
+                num_prompts, longest_prompt, longest, cost, used = num_prompts + new_prompt, wider, longer, needed, now_used
             else:
                 total += cost
                 groups.append([index])
                 num_prompts, longest_prompt, longest = 1, len(prompt) if share else 0, length
-                cost = num_prompts * longest_prompt + longest
+                cost = used = longest_prompt + longest
             new_prompt = 0
     return groups, total + cost
 
@@ -129,8 +163,6 @@ def _padded(lists: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
 
 
 def _collate(rows: Sequence[Row], group: list[int], pad_id: int, device: torch.device) -> MicroBatch:
-    if not all(rows[index].prompt_ids for index in group):
-        raise ValueError("a row without prompt tokens has no state to predict its first token from")
     ids_BT = _padded([[*rows[index].prompt_ids, *rows[index].completion_ids] for index in group], pad_id)
     # The state before the first completion token is that of the prompt's last token.
     starts = [b * ids_BT.shape[1] + len(rows[index].prompt_ids) - 1 for b, index in enumerate(group)]
@@ -138,11 +170,18 @@ def _collate(rows: Sequence[Row], group: list[int], pad_id: int, device: torch.d
     return _micro_batch(rows, group, ids_BT, None, starts, ids_BT.numel() - used, device)
 
 
+def _collate_packed(rows: Sequence[Row], group: list[int], device: torch.device) -> MicroBatch:
+    lengths = [len(rows[index]) for index in group]
+    ids_1T = torch.tensor([[token for index in group for token in (*rows[index].prompt_ids, *rows[index].completion_ids)]])
+    positions_1T = torch.cat([torch.arange(length) for length in lengths])[None]
+    starts = [end - len(rows[index].completion_ids) - 1 for end, index in zip(accumulate(lengths), group, strict=True)]
+    batch = _micro_batch(rows, group, ids_1T, None, starts, 0, device)
+    return replace(batch, position_ids_BT=positions_1T.to(device))
+
+
 def _collate_shared(rows: Sequence[Row], group: list[int], pad_id: int, device: torch.device) -> MicroBatch:
     numbers: dict[tuple[int, ...], int] = {}
     of_B = [numbers.setdefault(tuple(rows[index].prompt_ids), len(numbers)) for index in group]
-    if () in numbers:
-        raise ValueError("a row without prompt tokens has no state to predict its first token from")
     lengths_P = [len(prompt) for prompt in numbers]
     prompts = SharedPrompts(_padded(list(numbers), pad_id).to(device), torch.tensor(lengths_P).to(device), torch.tensor(of_B).to(device))
     ids_BT = _padded([rows[index].completion_ids for index in group], pad_id)
@@ -160,6 +199,8 @@ def _micro_batch(
     padding: int,
     device: torch.device,
 ) -> MicroBatch:
+    if not all(rows[index].prompt_ids for index in group):
+        raise ValueError("a row without prompt tokens has no state to predict its first token from")
     completions = [rows[index].completion_ids for index in group]
     states = [start + t for start, ids in zip(starts, completions, strict=True) for t in range(len(ids))]
     return MicroBatch(

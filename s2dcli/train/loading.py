@@ -38,6 +38,7 @@ def load_trained(
         dtype=compute_dtype(settings),
         masters=not (narrow and rank),  # weights that stay as they are need no masters
         trust_remote_code=settings["trust_remote_code"],
+        attention=settings["attention"],
         tokenizer=tokenizer,
     )
     if narrow:  # weights compute in their own type, float32 adapters beside them are cast to it
@@ -77,6 +78,7 @@ def load_frozen(checkpoint: Checkpoint, settings: Mapping[str, Any], trained: Lo
         dtype=compute_dtype(settings),
         masters=masters,
         trust_remote_code=settings["trust_remote_code"],
+        attention=settings["attention"],
         tokenizer=trained.tokenizer,
     )
     return freeze(Policy(loaded.model, trained.vocabulary, loaded.autocast))

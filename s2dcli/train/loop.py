@@ -26,7 +26,7 @@ from s2dcli.files.checkpoint import create_folder, save_step, step_name
 from s2dcli.files.manifest import MANIFEST, describe, write_json
 from s2dcli.files.records import Problem
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, saved_dtype
-from s2dcli.models.forward import can_share_prompts
+from s2dcli.models.forward import can_pack, can_share_prompts
 from s2dcli.options import Schedule
 from s2dcli.train.batching import MicroBatch, Row, micro_batches
 from s2dcli.train.optimizer import MasterOptimizer
@@ -154,7 +154,8 @@ class TrainingRun:
             # Prompts are shared through a cache, which layers that run twice would fill twice.
             share = can_share_prompts(self.loaded.model) and not self.settings["gradient_checkpointing"]
             budget = self.settings["tokens_per_batch"]
-            batches = micro_batches(rows, chosen, budget, self.loaded.pad_id, self.device, share_prompts=share)
+            pack = can_pack(self.loaded.model)
+            batches = micro_batches(rows, chosen, budget, self.loaded.pad_id, self.device, share_prompts=share, pack=pack)
             for batch in batches:
                 loss, sums = self.policy(batch, loss_of(batch))
                 loss.backward()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from s2dcli.models.forward import Head, can_share_prompts, head_of, hidden_states, shared_prompt_states
+from s2dcli.models.forward import Head, can_pack, can_share_prompts, head_of, hidden_states, shared_prompt_states
 from s2dcli.train.batching import MicroBatch, Row, micro_batches
 from s2dcli.train.vocab import token_logprobs
 
@@ -44,7 +44,7 @@ class Policy(torch.nn.Module):
         device = batch.input_ids_BT.device
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
             if batch.prompts is None:
-                hidden_BTD = hidden_states(self.model, batch.input_ids_BT)
+                hidden_BTD = hidden_states(self.model, batch.input_ids_BT, batch.position_ids_BT)
             else:
                 shared = batch.prompts
                 hidden_BTD = shared_prompt_states(self.model, shared.ids_PT, shared.lengths_P, shared.of_B, batch.input_ids_BT)
@@ -69,8 +69,8 @@ def score(policy: Policy, rows: Sequence[Row], *, tokens_per_batch: int, pad_id:
     """Log-probs (nats) of the completion tokens of every row, under softmax(logits / temperature)."""
     device = next(policy.parameters()).device
     scores: list[list[float]] = [[] for _ in rows]
-    share = can_share_prompts(policy.model)
-    for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, pad_id, device, share_prompts=share):
+    layout = {"share_prompts": can_share_prompts(policy.model), "pack": can_pack(policy.model)}
+    for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, pad_id, device, **layout):
         logprobs_N = token_logprobs(policy.states(batch), policy.head(), batch.targets_N, temperature)
         for row, values in zip(batch.rows, logprobs_N.split(batch.lengths_B), strict=True):
             scores[row] = values.tolist()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny
 
-from s2dcli.models.forward import can_share_prompts, head_of, require_known_head
+from s2dcli.models.forward import can_pack, can_share_prompts, head_of, require_known_head
 from s2dcli.options import Aggregate, KlEstimator, Surrogate
 from s2dcli.train import batching
 from s2dcli.train.batching import Row, micro_batches, split
@@ -188,7 +188,7 @@ def test_prompts_are_shared_where_that_saves_positions():
     long, short = [Row([5] * 20, [6] * 10)] * 8, [Row([5] * 2, [6] * 10)] * 8
     assert shared(micro_batches(long, range(8), 1000, 0, CPU)) == [True]
     assert shared(micro_batches(short, range(8), 1000, 0, CPU)) == [False]
-    assert shared(micro_batches(ragged_rows(8), range(8), 1000, 0, CPU)) == [False]
+    assert not any(shared(micro_batches(ragged_rows(8), range(8), 1000, 0, CPU)))
     batches = micro_batches(long, range(8), 60, 0, CPU)  # 20 + 4 x 10 positions each
     assert [(len(batch.rows), batch.num_positions) for batch in batches] == [(4, 60), (4, 60)]
     assert padding_share(batches) == 0.0
@@ -231,3 +231,42 @@ def test_models_with_a_sliding_window_do_not_share_prompts():
         "gemma2": False,
         "cohere": True,
     }
+
+
+@pytest.mark.parametrize("budget", [2048, 8192, 16384])
+def test_padding_stays_under_five_percent_on_skewed_lengths(budget):
+    """Log-normal completions, a few of them at the limit, as reasoning models write them."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(32):
+        prompt = [3] * draw.randint(40, 200)
+        rows += [Row([*prompt, index], [7] * min(1024, max(1, int(draw.lognormvariate(5.0, 0.9))))) for index in range(8)]
+    batches = micro_batches(rows, range(len(rows)), budget, 0, CPU)
+    assert sum(batch.num_padding for batch in batches) < 0.05 * sum(batch.num_positions for batch in batches)
+    assert all(batch.num_positions <= budget for batch in batches)
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradients_of_packed_rows_equal_those_of_padded_ones(attention):
+    rows = ragged_rows(12)
+    weights = weights_of(range(12), [len(row.completion_ids) for row in rows], Aggregate.sequence, 32)
+    for family in FAMILIES:
+        policy = Policy(tiny(family), VOCABULARY)
+        policy.model.set_attn_implementation(attention)
+        padded = gradient(policy, rows, CrossEntropy(weights), 120)
+        policy.zero_grad()
+        batches = micro_batches(rows, range(12), 120, 0, CPU, share_prompts=False, pack=True)
+        assert len(batches) < 12
+        assert not any(batch.num_padding for batch in batches)
+        for batch in batches:
+            policy(batch, CrossEntropy(weights)(batch))[0].backward()
+        packed = torch.cat([parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None])
+        assert (packed - padded).norm() <= 1e-5 * padded.norm(), family
+
+
+def test_only_kernels_of_variable_length_pack():
+    model = tiny("qwen3")
+    for attention, packs in [("sdpa", False), ("eager", False), ("flex_attention", True)]:
+        model.set_attn_implementation(attention)
+        assert can_pack(model) is packs

@@ -15,6 +15,7 @@ from s2dcli.train.plan import memory_plan
 
 TOKENS = 1024
 SETTINGS = {
+    "attention": None,
     "weights": Weights.float32,
     "optimizer": Optimizer.adamw,
     "dtype": Dtype.auto,
