@@ -3,7 +3,8 @@
     s2d opd --teacher runs/teacher --student runs/warmup problems.jsonl -o runs/opd
 
 At every token that the student wrote, KL(student || teacher) is taken exactly, over the whole
-vocabulary (paper, Eq. 4 and stage 2b). No answer is looked at, so no label is spent. The teacher
+vocabulary (paper, Eq. 4 and stage 2b); --estimator takes it over the teacher's likeliest ids and a bucket
+for the rest, or from the sampled token alone. No answer is looked at, so no label is spent. The teacher
 never changes; teacher and student must share one tokenizer.
 
 Departures from the paper's settings: the loss is the mean over all tokens of an update (--aggregate),
@@ -15,8 +16,11 @@ Shapes: R rollouts of a step.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from s2dcli import options, stats
 from s2dcli.files import jsonl
@@ -25,7 +29,16 @@ from s2dcli.files.records import read_problems
 from s2dcli.grade.pool import Grader
 
 
+class Estimator(StrEnum):
+    """What KL(student || teacher) is computed from."""
+
+    full = "full"
+    top_k = "top-k"
+    sampled = "sampled"
+
+
 def opd(
+    context: typer.Context,
     *,
     teacher: options.Teacher,
     student: options.Student,
@@ -36,6 +49,12 @@ def opd(
     max_prompt_tokens: options.MaxPromptTokens = None,
     temperature: options.TrainTemperature = 1.0,
     sampling: options.EngineOptions,
+    estimator: Annotated[
+        Estimator, typer.Option(help="Of the KL: exact, the teacher's top k, or the sampled tokens.", rich_help_panel=options.TRAINING)
+    ] = Estimator.full,
+    top_k: Annotated[
+        int, typer.Option(min=1, help="Ids of the teacher that --estimator top-k tells apart.", rich_help_panel=options.TRAINING)
+    ] = 128,
     aggregate: options.AggregateOption = options.Aggregate.token,
     steps: options.Steps = None,
     epochs: options.Epochs = 1,
@@ -48,6 +67,8 @@ def opd(
 ) -> None:
     """Distil a frozen teacher into a student on the student's own samples."""
     settings = options.flatten(locals())
+    if estimator is not Estimator.top_k:
+        options.refuse_given(context, {"top_k": "--top-k"}, "goes with --estimator top-k")
     refuse_folder(out, running.overwrite)
     todo = read_problems(problems)
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
@@ -60,9 +81,10 @@ def opd(
     from s2dcli.train.loading import load_frozen, load_trained
     from s2dcli.train.loop import TrainingRun
     from s2dcli.train.losses import weights_of
-    from s2dcli.train.objectives import Distillation
+    from s2dcli.train.objectives import Distillation, SampledDistillation
     from s2dcli.train.order import Order
     from s2dcli.train.plan import dry_run_plan
+    from s2dcli.train.policy import score
 
     parent, guide = resolve(student), resolve(teacher)
     inputs = [path for path in (problems, running.eval_problems) if path]
@@ -95,7 +117,7 @@ def opd(
             policy,
             loaded,
             steps=order.steps,
-            phases=("sample", "update"),
+            phases=("sample", "score", "update"),
             inputs=inputs,
             parents=[parent, guide],
             problems=todo,
@@ -108,9 +130,19 @@ def opd(
                 rollouts_R = [rollout for group in groups for rollout in group]
             rows_R = [Row(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts_R]
             lengths_R = [len(row.completion_ids) for row in rows_R]
+            if estimator is Estimator.sampled:
+                with step.phase("score"):
+                    scoring = {"tokens_per_batch": training.tokens_per_batch, "pad_id": loaded.pad_id, "temperature": temperature}
+                    teacher_R = score(frozen, rows_R, **scoring)
+                sampler_R = [rollout.completion_logprobs for rollout in rollouts_R]
             for mini_batch in split(range(len(rows_R)), mini_batch_size):
                 weights_R = weights_of(mini_batch, lengths_R, aggregate, max_tokens)
-                run.update(step, rows_R, mini_batch, Distillation(frozen, weights_R, reverse=True, temperature=temperature))
+                if estimator is Estimator.sampled:
+                    objective = SampledDistillation(teacher_R, sampler_R, weights_R, temperature)
+                else:
+                    k = top_k if estimator is Estimator.top_k else None
+                    objective = Distillation(frozen, weights_R, reverse=True, temperature=temperature, top_k=k)
+                run.update(step, rows_R, mini_batch, objective)
             step.log(
                 kl=step.per_token("kl"),
                 entropy=step.per_token("entropy"),

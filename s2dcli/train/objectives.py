@@ -19,7 +19,7 @@ from s2dcli.options import KlEstimator, Surrogate
 from s2dcli.train.batching import MicroBatch
 from s2dcli.train.losses import kl_estimate, policy_loss
 from s2dcli.train.policy import Loss, Policy
-from s2dcli.train.vocab import Sums, kl_loss, token_loss
+from s2dcli.train.vocab import Sums, kl_loss, token_loss, top_k_kl_loss, top_k_logprobs
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,54 @@ class Distillation:
 
     `reverse`: KL(student || teacher), on the student's own samples (paper, Eq. 4); else
     KL(teacher || student), on the teacher's (Eq. 5). Both distributions are softmax(logits / temperature).
+    With `top_k` it is the KL over the teacher's likeliest ids and one bucket for all others.
     """
 
     teacher: Policy
     weights_R: Mapping[int, float]
     reverse: bool
     temperature: float
+    top_k: int | None = None
 
     def __call__(self, batch: MicroBatch) -> Loss:
         weights_N = batch.spread(self.weights_R)
+        how = {"reverse": self.reverse, "temperature": self.temperature}
 
         def loss(hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, Sums]:
             with torch.no_grad():
-                teacher_NE = self.teacher.states(batch)
-            guide = self.teacher.head()
-            return kl_loss(hidden_ND, head, teacher_NE, guide, weights_N, reverse=self.reverse, temperature=self.temperature)
+                teacher_NE, guide = self.teacher.states(batch), self.teacher.head()
+            if self.top_k is None:
+                return kl_loss(hidden_ND, head, teacher_NE, guide, weights_N, **how)
+            ids_NK, logprobs_NK = top_k_logprobs(teacher_NE, guide, min(self.top_k, self.teacher.vocabulary), self.temperature)
+            return top_k_kl_loss(hidden_ND, head, ids_NK, logprobs_NK, weights_N, **how)
 
         return loss
+
+
+@dataclass(frozen=True)
+class SampledDistillation:
+    """KL(student || teacher) from the sampled tokens alone: the log-ratio as a policy gradient's reward.
+
+    For a token y that the sampler drew with probability s(y), the loss's gradient is (p(y) / s(y)) * (log p(y) -
+    log q(y)) * grad log p(y), student p and teacher q: its mean over y is the gradient of the exact KL at that
+    position. Needs the teacher's log-probs of the sampled tokens only.
+    """
+
+    teacher_R: Sequence[Sequence[float]]
+    sampler_R: Sequence[Sequence[float]]
+    weights_R: Mapping[int, float]
+    temperature: float
+
+    def __call__(self, batch: MicroBatch) -> Loss:
+        weights_N = batch.spread(self.weights_R)
+        teacher_N, sampler_N = batch.tokens(self.teacher_R), batch.tokens(self.sampler_R)
+
+        def per_token(logprobs_C: torch.Tensor, rows: slice) -> tuple[torch.Tensor, Sums]:
+            now_C = logprobs_C.detach()
+            kl_C = (now_C - sampler_N[rows]).exp() * (now_C - teacher_N[rows])
+            return (weights_N[rows] * kl_C * (1.0 + logprobs_C - now_C)).sum(), {"kl": kl_C.sum()}
+
+        return lambda hidden_ND, head: token_loss(hidden_ND, head, batch.targets_N, per_token, self.temperature)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ CHUNK_BYTES = 48 * 2**20
 # ... of which a pass holds at most so many at once (two models' logits and what is made of them): 151 MB,
 # whatever the batch and length.
 CHUNK_TENSORS = 3
+# Least probability of what lies outside a top k: rounding of a sum of float32 probabilities that should be 1.
+TAIL_FLOOR = 2.0**-23
 
 Sums = dict[str, torch.Tensor]
 # (logits of the chunk [C, V], slice of the chunk) -> (loss of the chunk, its gradient with respect to the
@@ -197,6 +199,69 @@ def kl_loss(
         return (weights_N[rows] * kl_C).sum(), grad_CV, {"kl": kl_C.sum(), "entropy": entropy}
 
     return _apply(student_ND, student, kernel)
+
+
+def top_k_kl_loss(
+    hidden_ND: torch.Tensor,
+    head: Head,
+    top_ids_NK: torch.Tensor,
+    top_logprobs_NK: torch.Tensor,
+    weights_N: torch.Tensor,
+    *,
+    reverse: bool,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, Sums]:
+    """Weighted sum over tokens of the KL between a student and the K ids of a teacher, the rest in one bucket.
+
+    `top_logprobs_NK` (nats, float32) are normalised over the whole vocabulary; what they leave of 1 is the
+    teacher's probability of the tail, and the student's is the sum over all other ids. So both sides are
+    distributions over K + 1 outcomes, their KL is never negative, and 0 where the buckets agree; it is a
+    lower bound of `kl_loss`. The teacher's tail is known to the rounding of its sum, about 1e-7.
+
+    With student p, teacher q, r = log p - log q of the outcome that an id belongs to, and z the student's
+    logits: d KL(p || q) / dz = p * (r - KL) / temperature, and d KL(q || p) / dz = (p - q) / temperature for
+    the K ids, p * (1 - q_tail / p_tail) / temperature for the others.
+    Sums for the metrics: `kl` and the student's `entropy`.
+    """
+    _require_inside(top_ids_NK, head)
+    top_logprobs_NK = top_logprobs_NK.float()
+    tail_logprobs_N = torch.log1p(-top_logprobs_NK.exp().sum(-1).clamp(max=1.0 - TAIL_FLOOR))
+
+    def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        ids_CK, theirs_CK, their_tail_C1 = top_ids_NK[rows], top_logprobs_NK[rows], tail_logprobs_N[rows, None]
+        weights_C1 = weights_N[rows, None] / temperature
+        if temperature != 1.0:
+            logits_CV = logits_CV.div_(temperature)
+        probs_CV, normaliser_C1 = _softmax(logits_CV)
+        entropy = normaliser_C1.sum() - torch.linalg.vecdot(probs_CV, logits_CV).sum()
+        ours_CK, probs_CK = logits_CV.gather(1, ids_CK) - normaliser_C1, probs_CV.gather(1, ids_CK)
+        tail_C1 = probs_CV.scatter_(1, ids_CK, 0.0).sum(-1, keepdim=True).clamp_(min=TAIL_FLOOR)  # not 1 - sum, which cancels
+        gap_CK, tail_gap_C1 = ours_CK - theirs_CK, tail_C1.log() - their_tail_C1
+        if reverse:
+            kl_C1 = (probs_CK * gap_CK).sum(-1, keepdim=True) + tail_C1 * tail_gap_C1
+            slope_CK, tail_slope_C1 = probs_CK * (gap_CK - kl_C1), tail_gap_C1 - kl_C1
+        else:
+            kl_C1 = -(theirs_CK.exp() * gap_CK).sum(-1, keepdim=True) - their_tail_C1.exp() * tail_gap_C1
+            slope_CK, tail_slope_C1 = probs_CK - theirs_CK.exp(), 1.0 - their_tail_C1.exp() / tail_C1
+        grad_CV = probs_CV.mul_(tail_slope_C1 * weights_C1).scatter_(1, ids_CK, slope_CK * weights_C1)
+        return (weights_N[rows] * kl_C1[:, 0]).sum(), grad_CV, {"kl": kl_C1.sum(), "entropy": entropy}
+
+    return _apply(hidden_ND, head, kernel)
+
+
+@torch.no_grad()
+def top_k_logprobs(hidden_ND: torch.Tensor, head: Head, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` likeliest ids under softmax(logits / temperature), [N, k], and their log-probs over the whole vocabulary.
+
+    Descending; float32, nats.
+    """
+    ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
+    logprobs_NK = hidden_ND.new_empty(len(hidden_ND), k, dtype=torch.float32)
+    for rows in _chunks(len(hidden_ND), head.weight_VD.shape[0]):
+        logits_CV = head.logits(hidden_ND[rows]) / temperature
+        values_CK, ids_NK[rows] = logits_CV.topk(k, dim=-1)
+        logprobs_NK[rows] = values_CK - logits_CV.logsumexp(-1, keepdim=True)
+    return ids_NK, logprobs_NK
 
 
 @torch.no_grad()

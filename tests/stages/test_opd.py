@@ -106,3 +106,21 @@ def test_dry_run(s2d, toy, few, tmp_path):
     assert (plan["steps"], plan["rollouts_per_step"], plan["parameters"]) == (1, 64, 36160)
     assert plan["frozen_bytes"] == 4 * 109056
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("estimator", [["top-k", "--top-k", 4], ["top-k"], ["sampled"]])
+def test_estimators_of_the_kl_agree_at_the_start(s2d, toy, few, tmp_path, estimator):
+    arguments = ["opd", "--teacher", toy / "teacher", "--student", toy / "student", few, *SHORT, "--steps", 1]
+    exact = s2d(*arguments, "-o", tmp_path / "full").result
+    found = s2d(*arguments, "-o", tmp_path / "other", "--estimator", *estimator).result
+    assert found["entropy"] == pytest.approx(exact["entropy"], rel=1e-4)
+    if estimator == ["top-k", "--top-k", 4]:
+        assert 0 < found["kl"] < exact["kl"]
+    else:  # all ids of the toy; one sample a position
+        assert found["kl"] == pytest.approx(exact["kl"], rel=1e-3 if estimator == ["top-k"] else 0.5)
+
+
+def test_top_k_without_its_estimator_is_refused(s2d, toy, few, tmp_path):
+    result = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", "--top-k", 4)
+    assert result.code == 2
+    assert "--top-k goes with --estimator top-k" in result.err

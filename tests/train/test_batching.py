@@ -13,7 +13,7 @@ from s2dcli.options import Aggregate, KlEstimator, Surrogate
 from s2dcli.train import batching
 from s2dcli.train.batching import Row, micro_batches, split
 from s2dcli.train.losses import weights_of
-from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient
+from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient, SampledDistillation
 from s2dcli.train.policy import Policy, freeze, score
 
 CPU = torch.device("cpu")
@@ -52,6 +52,8 @@ def objectives(rows: list[Row], aggregate: Aggregate) -> dict:
         "cispo": policy(noise(), 1.0, surrogate=Surrogate.cispo),
         "forward KL": Distillation(teacher, weights, reverse=False, temperature=1.0),
         "reverse KL": Distillation(teacher, weights, reverse=True, temperature=1.0),
+        "top-k KL": Distillation(teacher, weights, reverse=True, temperature=1.0, top_k=5),
+        "sampled KL": SampledDistillation(noise(), noise(), weights, 1.0),
         "cross-entropy": CrossEntropy(weights),
     }
 

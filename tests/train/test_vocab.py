@@ -7,7 +7,7 @@ import torch
 
 from s2dcli.models.forward import Head
 from s2dcli.train import vocab
-from s2dcli.train.vocab import kl_loss, token_logprobs, token_loss
+from s2dcli.train.vocab import kl_loss, token_logprobs, token_loss, top_k_kl_loss, top_k_logprobs
 
 N, D, E, V = 37, 8, 6, 23
 
@@ -189,3 +189,37 @@ def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     token_loss(hidden, head, torch.zeros(2000, dtype=torch.long), lambda logprobs, rows: (logprobs.sum(), {}))[0].backward()
     assert max(sizes) == 64
     assert sum(sizes) == 2000  # every logit is computed once, backward pass included
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("k", [1, 5, V // 2])
+@pytest.mark.parametrize(("bias", "scale", "cap"), HEADS)
+def test_top_k_kl_and_gradients_equal_dense_float64(bias, scale, cap, k, reverse, temperature):
+    """Against the KL of two distributions over k + 1 outcomes, gathered from dense ones."""
+    hidden, student = make(D, 0, bias=bias, scale=scale, cap=cap)
+    states, teacher = make(E, 5, scale=0.5)
+    ids, logprobs = top_k_logprobs(states, teacher, k, temperature)
+    q = (dense_logits(states, teacher) / temperature).log_softmax(-1).detach()
+    torch.testing.assert_close(logprobs.double(), q.sort(-1, descending=True).values[:, :k], rtol=1e-5, atol=1e-5)
+
+    p = (dense_logits(hidden, student) / temperature).softmax(-1)
+    inside = torch.zeros(N, V, dtype=torch.bool).scatter_(1, ids, True)
+    buckets = lambda probs: torch.cat([probs.gather(1, ids), probs.masked_fill(inside, 0.0).sum(-1, keepdim=True)], 1)  # noqa: E731
+    ours, theirs = buckets(p), buckets(q.exp())
+    kl = (ours * (ours / theirs).log()).sum(-1) if reverse else (theirs * (theirs / ours).log()).sum(-1)
+    loss, sums = top_k_kl_loss(hidden, student, ids, logprobs, WEIGHTS, reverse=reverse, temperature=temperature)
+    check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
+    assert sums["kl"].item() == pytest.approx(kl.sum().item(), rel=1e-5)
+    assert sums["entropy"].item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_top_k_kl_is_a_lower_bound_that_all_ids_reach(reverse):
+    hidden, student = make(D, 0)
+    states, teacher = make(E, 5)
+    ones = torch.ones(N)
+    exact = kl_loss(hidden, student, states, teacher, ones, reverse=reverse)[0].item()
+    of = lambda k: top_k_kl_loss(hidden, student, *top_k_logprobs(states, teacher, k), ones, reverse=reverse)[0].item()  # noqa: E731
+    assert 0 <= of(1) <= of(5) <= of(V) + 1e-3
+    assert of(V) == pytest.approx(exact, rel=1e-4)
