@@ -276,6 +276,10 @@ LoraTargets = Annotated[
         rich_help_panel=MEMORY,
     ),
 ]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="Keep the frozen model in main memory while it is not asked (GPU).", rich_help_panel=MEMORY),
+]
 TrainTemperature = Annotated[
     float,
     typer.Option("--temperature", min=1e-3, help="Of sampling and of every probability in the loss.", rich_help_panel=SAMPLING),

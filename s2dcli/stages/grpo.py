@@ -145,6 +145,7 @@ def grpo(
     problems_per_step: options.ProblemsPerStep = 32,
     mini_batch_size: options.MiniBatchSize = None,
     training: options.TrainingOptions,
+    offload: options.Offload = False,
     grading: options.GradingOptions,
     loading: options.ModelOptions,
     keep_rollouts: options.KeepRollouts = False,
@@ -160,6 +161,8 @@ def grpo(
         options.refuse_given(context, SAMPLING_ONLY, "goes with sampling, --rollouts learns from what there is")
     elif num_samples == 1:
         raise UsageError("-n 1 makes groups of one, which have nothing to be compared with", hint="-n 2 or more")
+    if offload and not objective.kl_coef:
+        raise UsageError("--offload moves the reference, and there is none without --kl-coef", hint="leave it out")
     stored = [] if rollouts is None else _read_groups(rollouts, temperature)
     if stored:  # the limit that the rollouts were sampled under
         settings["max_tokens"] = stored[0][0]["sampler"]["max_tokens"]
@@ -270,7 +273,7 @@ def _learn(
     from s2dcli.train.batching import Row, split
     from s2dcli.train.losses import corrections, group_advantages, is_mixed, kl_estimates, mean_gap, overlong_penalty, weights_of
     from s2dcli.train.objectives import PolicyGradient
-    from s2dcli.train.policy import score
+    from s2dcli.train.policy import at_work, score
 
     records = [record for group in groups for record in group]
     groups_G = [slice(end - len(group), end) for group, end in zip(groups, accumulate(map(len, groups)), strict=True)]
@@ -286,7 +289,10 @@ def _learn(
     mini_batches = split(usable, settings["mini_batch_size"])
     sequence_level = settings["importance"] is options.Importance.sequence
     with step.phase("score"):
-        reference_R = None if reference is None else score(reference, rows_R, **scoring)
+        reference_R = None
+        if reference is not None:
+            with at_work(reference, run.loaded.model.device, offload=settings["offload"]):
+                reference_R = score(reference, rows_R, **scoring)
         if settings["rollouts"] is not None:
             old_R = sampler_R
         elif len(mini_batches) > 1 or settings["correction"] is not options.Correction.none:

@@ -18,15 +18,19 @@ from __future__ import annotations
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from s2dcli import options, stats
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import refuse_folder, refuse_inside
-from s2dcli.files.records import read_problems
+from s2dcli.files.records import Rollout, read_problems
 from s2dcli.grade.pool import Grader
+
+if TYPE_CHECKING:
+    from s2dcli.train.loop import Step, TrainingRun
+    from s2dcli.train.policy import Policy
 
 
 class Estimator(StrEnum):
@@ -61,6 +65,7 @@ def opd(
     problems_per_step: options.ProblemsPerStep = 32,
     mini_batch_size: options.MiniBatchSize = None,
     training: options.TrainingOptions,
+    offload: options.Offload = False,
     loading: options.ModelOptions,
     keep_rollouts: options.KeepRollouts = False,
     running: options.RunOptions,
@@ -77,14 +82,11 @@ def opd(
     from s2dcli.engines.sampling import make_tasks, open_sampler, tasks_of_step
     from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_same_tokenizer
-    from s2dcli.train.batching import Row, split
     from s2dcli.train.loading import load_frozen, load_trained
     from s2dcli.train.loop import TrainingRun
-    from s2dcli.train.losses import weights_of
-    from s2dcli.train.objectives import Distillation, SampledDistillation
     from s2dcli.train.order import Order
     from s2dcli.train.plan import dry_run_plan
-    from s2dcli.train.policy import score
+    from s2dcli.train.policy import at_work
 
     parent, guide = resolve(student), resolve(teacher)
     inputs = [path for path in (problems, running.eval_problems) if path]
@@ -128,21 +130,9 @@ def opd(
                 sampler.identity = run.identity(step)
                 groups = sampler.sample(tasks_of_step(tasks, order.at(step.number), step.number), num_samples)
                 rollouts_R = [rollout for group in groups for rollout in group]
-            rows_R = [Row(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts_R]
-            lengths_R = [len(row.completion_ids) for row in rows_R]
-            if estimator is Estimator.sampled:
-                with step.phase("score"):
-                    scoring = {"tokens_per_batch": training.tokens_per_batch, "pad_id": loaded.pad_id, "temperature": temperature}
-                    teacher_R = score(frozen, rows_R, **scoring)
-                sampler_R = [rollout.completion_logprobs for rollout in rollouts_R]
-            for mini_batch in split(range(len(rows_R)), mini_batch_size):
-                weights_R = weights_of(mini_batch, lengths_R, aggregate, max_tokens)
-                if estimator is Estimator.sampled:
-                    objective = SampledDistillation(teacher_R, sampler_R, weights_R, temperature)
-                else:
-                    k = top_k if estimator is Estimator.top_k else None
-                    objective = Distillation(frozen, weights_R, reverse=True, temperature=temperature, top_k=k)
-                run.update(step, rows_R, mini_batch, objective)
+            with at_work(frozen, loaded.model.device, offload=offload):
+                _learn(run, step, rollouts_R, frozen, settings)
+            lengths_R = [len(rollout.completion_ids) for rollout in rollouts_R]
             step.log(
                 kl=step.per_token("kl"),
                 entropy=step.per_token("entropy"),
@@ -156,3 +146,28 @@ def opd(
             if keep_rollouts:
                 run.keep_rollouts(step, [rollout.to_record() for rollout in rollouts_R])
         jsonl.print_result(run.result())
+
+
+def _learn(run: TrainingRun, step: Step, rollouts_R: list[Rollout], teacher: Policy, settings: dict[str, Any]) -> None:
+    """Make the updates of one step from the student's rollouts."""
+    from s2dcli.train.batching import Row, split
+    from s2dcli.train.losses import weights_of
+    from s2dcli.train.objectives import Distillation, SampledDistillation
+    from s2dcli.train.policy import score
+
+    estimator, temperature = settings["estimator"], settings["temperature"]
+    rows_R = [Row(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts_R]
+    lengths_R = [len(row.completion_ids) for row in rows_R]
+    if estimator is Estimator.sampled:
+        with step.phase("score"):
+            tokens, pad_id = settings["tokens_per_batch"], run.loaded.pad_id
+            teacher_R = score(teacher, rows_R, tokens_per_batch=tokens, pad_id=pad_id, temperature=temperature)
+        sampler_R = [rollout.completion_logprobs for rollout in rollouts_R]
+    for mini_batch in split(range(len(rows_R)), settings["mini_batch_size"]):
+        weights_R = weights_of(mini_batch, lengths_R, settings["aggregate"], settings["max_tokens"])
+        if estimator is Estimator.sampled:
+            objective = SampledDistillation(teacher_R, sampler_R, weights_R, temperature)
+        else:
+            top_k = settings["top_k"] if estimator is Estimator.top_k else None
+            objective = Distillation(teacher, weights_R, reverse=True, temperature=temperature, top_k=top_k)
+        run.update(step, rows_R, mini_batch, objective)

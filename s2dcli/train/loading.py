@@ -65,6 +65,8 @@ def load_reference(policy: Policy, loaded: LoadedModel, settings: Mapping[str, A
     The latter shares the policy's weights, so no second model is held. Raises ModelError or UsageError.
     """
     if policy.adapter:
+        if settings["offload"]:
+            raise UsageError("--offload moves a reference of its own; with --lora-rank it is the policy itself", hint="leave it out")
         return WithoutAdapter(policy)
     # As the policy computes, so that their KL is exactly 0 before the first update.
     return load_frozen(loaded.checkpoint, settings, loaded, masters=policy.autocast is not None)
@@ -72,6 +74,8 @@ def load_reference(policy: Policy, loaded: LoadedModel, settings: Mapping[str, A
 
 def load_frozen(checkpoint: Checkpoint, settings: Mapping[str, Any], trained: LoadedModel, masters: bool = False) -> Policy:
     """Load a reference or teacher of `trained`, whose tokenizer it shares. Raises ModelError or UsageError."""
+    if settings.get("offload") and trained.model.device.type == "cpu":
+        raise UsageError("--offload moves a frozen model off the GPU, and this run is on the CPU", hint="leave it out")
     loaded = load(
         checkpoint,
         device=settings["device"],
@@ -81,6 +85,8 @@ def load_frozen(checkpoint: Checkpoint, settings: Mapping[str, Any], trained: Lo
         attention=settings["attention"],
         tokenizer=trained.tokenizer,
     )
+    if settings.get("offload"):
+        loaded.model.to("cpu")
     return freeze(Policy(loaded.model, trained.vocabulary, loaded.autocast))
 
 

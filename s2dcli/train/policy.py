@@ -6,7 +6,8 @@ error; so whatever wraps a model wraps this module, and the loss is computed wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +63,18 @@ class Policy(torch.nn.Module):
 def freeze(policy: Policy) -> Policy:
     """Make a reference or teacher: no gradient ever reaches it."""
     return policy.requires_grad_(False).eval()
+
+
+@contextmanager
+def at_work(policy: Policy, device: torch.device, *, offload: bool) -> Iterator[None]:
+    """Have a frozen policy on the device for a while; with `offload` it waits in main memory otherwise."""
+    if offload:
+        policy.to(device)
+    try:
+        yield
+    finally:
+        if offload:
+            policy.to("cpu")
 
 
 @torch.no_grad()

@@ -124,3 +124,10 @@ def test_top_k_without_its_estimator_is_refused(s2d, toy, few, tmp_path):
     result = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", "--top-k", 4)
     assert result.code == 2
     assert "--top-k goes with --estimator top-k" in result.err
+
+
+def test_offload_is_refused_without_a_gpu(s2d, toy, few, tmp_path):
+    arguments = ["--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", "--device", "cpu"]
+    result = s2d("opd", *arguments, "--offload")
+    assert result.code == 2
+    assert "this run is on the CPU" in result.err
