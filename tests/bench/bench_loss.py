@@ -1,0 +1,143 @@
+"""Memory of the losses over a large vocabulary, and what forming their gradients in the forward pass is worth.
+
+    python tests/bench/bench_loss.py memory --hidden 64      Qwen3's vocabulary, on the CPU
+    python tests/bench/bench_loss.py speed
+    python tests/bench/bench_loss.py memory --device cuda --hidden 2048 --dtype bfloat16
+
+`memory` is the peak beyond hidden states, head and the head's gradient, at 1k, 4k and 16k tokens. `speed`
+compares three ways to the same gradients, in one run: `fused` is what s2d does; `recompute`
+cuts the same chunks, and lets torch compute a chunk's logits again in the backward pass; `dense` lets
+autograd keep the logits of all tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from memory import peak_bytes  # noqa: E402 - after the path
+
+from s2dcli.models.forward import Head  # noqa: E402
+from s2dcli.train import vocab  # noqa: E402
+
+VOCABULARY = 151_936
+TOKENS = (1024, 4096, 16384)
+SPEED_TOKENS = 1024
+TOP_K = 128
+REPEATS = 3  # of a timing; the least counts
+
+
+class Case:
+    """Inputs of all losses, for N tokens."""
+
+    def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
+        self.hidden_ND = draw(tokens, hidden).requires_grad_()
+        self.weight_VD = (draw(VOCABULARY, hidden) * hidden**-0.5).requires_grad_()
+        self.gradient_VD = torch.zeros(VOCABULARY, hidden, device=device)
+        self.head = Head(self.weight_VD, None, gradient_VD=self.gradient_VD)
+        self.teacher_ND, self.teacher = draw(tokens, hidden), Head(draw(VOCABULARY, hidden) * hidden**-0.5, None)
+        self.targets_N = torch.randint(VOCABULARY, (tokens,), generator=generator).to(device)
+        self.weights_N = torch.full((tokens,), 1 / tokens, device=device)
+
+    def losses(self) -> dict:
+        """Name -> loss, to be run backward."""
+        both = (self.hidden_ND, self.head, self.teacher_ND, self.teacher, self.weights_N)
+        return {
+            "token log-probs": lambda: self.fused_cross_entropy(),
+            "KL(student || teacher)": lambda: vocab.kl_loss(*both, reverse=True)[0],
+            "KL(teacher || student)": lambda: vocab.kl_loss(*both, reverse=False)[0],
+            f"KL over the top {TOP_K}": lambda: vocab.top_k_kl_loss(
+                self.hidden_ND, self.head, *vocab.top_k_logprobs(self.teacher_ND, self.teacher, TOP_K), self.weights_N, reverse=True
+            )[0],
+        }
+
+    def fused_cross_entropy(self) -> torch.Tensor:
+        per_token = lambda logprobs_C, rows: (-(self.weights_N[rows] * logprobs_C).sum(), {})  # noqa: E731
+        return vocab.token_loss(self.hidden_ND, self.head, self.targets_N, per_token)[0]
+
+    def dense_cross_entropy(self, rows: slice = slice(None)) -> torch.Tensor:
+        logprobs_CV = linear(self.hidden_ND[rows], self.weight_VD).float().log_softmax(-1)
+        return -(self.weights_N[rows] * logprobs_CV.gather(1, self.targets_N[rows, None])[:, 0]).sum()
+
+    def dense_kl(self, rows: slice = slice(None)) -> torch.Tensor:
+        ours_CV = linear(self.hidden_ND[rows], self.weight_VD).float().log_softmax(-1)
+        theirs_CV = linear(self.teacher_ND[rows], self.teacher.weight_VD).float().log_softmax(-1)
+        return (self.weights_N[rows, None] * ours_CV.exp() * (ours_CV - theirs_CV)).sum()
+
+    def recomputed(self, dense) -> torch.Tensor:
+        size = vocab.chunk_tokens(VOCABULARY)
+        starts = range(0, len(self.hidden_ND), size)
+        return torch.stack([checkpoint(dense, slice(start, start + size), use_reentrant=False) for start in starts]).sum()
+
+
+def peak_of(work, device: str) -> int:
+    if device == "cpu":
+        return peak_bytes(lambda: None, work)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def seconds_of(work, device: str) -> float:
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def memory(hidden: int, dtype: torch.dtype, device: str) -> None:
+    print("| loss | " + " | ".join(f"{tokens // 1024}k tokens, MB" for tokens in TOKENS) + " |\n|" + "---|" * (1 + len(TOKENS)))
+    peaks: dict[str, list[str]] = {}
+    for tokens in TOKENS:
+        case = Case(tokens, hidden, dtype, device)
+        states = case.hidden_ND.numel() * case.hidden_ND.element_size()  # their gradient is no part of the loss's own memory
+        for name, loss in case.losses().items():
+            peak = peak_of(lambda loss=loss: loss().backward(), device) - states
+            peaks.setdefault(name, []).append(f"{peak / 1e6:.0f}")
+    for name, row in peaks.items():
+        print(f"| {name} | " + " | ".join(row) + " |")
+
+
+def speed(hidden: int, dtype: torch.dtype, device: str) -> None:
+    case = Case(SPEED_TOKENS, hidden, dtype, device)
+    print(f"{SPEED_TOKENS} tokens, forward and backward\n\n| loss | way | seconds | peak, MB |\n|---|---|---|---|")
+    ways = {
+        "token log-probs": (case.fused_cross_entropy, case.dense_cross_entropy),
+        "KL(student || teacher)": (case.losses()["KL(student || teacher)"], case.dense_kl),
+    }
+    for name, (fused, dense) in ways.items():
+        for way, loss in {"fused": fused, "recompute": lambda dense=dense: case.recomputed(dense), "dense": dense}.items():
+            work = lambda loss=loss: loss().backward()  # noqa: E731
+            seconds = seconds_of(work, device)
+            case.hidden_ND.grad = case.weight_VD.grad = None
+            print(f"| {name} | {way} | {seconds:.2f} | {peak_of(work, device) / 1e6:,.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=["memory", "speed"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--hidden", type=int, default=256, help="hidden width")
+    options = parser.parse_args()
+    {"memory": memory, "speed": speed}[options.table](options.hidden, getattr(torch, options.dtype), options.device)
+
+
+if __name__ == "__main__":
+    main()
