@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from s2dcli.errors import ModelError, UsageError
 from s2dcli.files.checkpoint import LATEST
+from s2dcli.files.manifest import MANIFEST, files_sha256
 from s2dcli.models.prompts import load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SETUP = (".json", ".model", ".txt", ".jinja", ".py")
 # What a checkpoint needs; other weight formats are not even downloaded. Code is run with --trust-remote-code only.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_HUB_FILES = [f"*{suffix}" for suffix in (*_SETUP, ".safetensors")]
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,12 @@ class Checkpoint:
     @cached_property
     def weights_sha256(self) -> str:
         """Hash over the safetensors files, in the order of their names."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return files_sha256(self.folder.glob("*.safetensors"))
+
+    @cached_property
+    def setup_sha256(self) -> str:
+        """Hash over what decides what the weights mean: config, tokenizer, chat template, code."""
+        return files_sha256(path for path in self.folder.iterdir() if path.suffix in _SETUP and path.name != MANIFEST)
 
 
 def resolve(name: str) -> Checkpoint:
