@@ -128,6 +128,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**53 - 1, help="Seed of
 OutFile = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Output file; - is standard output.", rich_help_panel=OUTPUT)]
 RunDir = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Run folder.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=OUTPUT)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was not finished.", rich_help_panel=OUTPUT)]
 
 # Models and prompts
 Model = Annotated[str, typer.Option("--model", "-m", metavar="CKPT", help="Hub id, checkpoint folder or run folder.", show_default=False)]
@@ -184,9 +185,7 @@ BatchTokens = Annotated[
 ]
 
 # Grading
-Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Grading processes.", show_default="CPUs", rich_help_panel=GRADING)
-]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Grading processes.", show_default="CPUs", rich_help_panel=GRADING)]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that one answer may take.", rich_help_panel=GRADING)]
 MemoryLimit = Annotated[
     str, typer.Option("--memory-limit", metavar="SIZE", help="Memory that one grading process may use.", rich_help_panel=GRADING)
@@ -327,6 +326,11 @@ class ModelOptions:
     def of_load(self) -> dict[str, Any]:
         """Return what models/checkpoints.load takes of these."""
         return {name: getattr(self, name) for name in ("device", "dtype", "attention", "trust_remote_code")}
+
+    @property
+    def files(self) -> list[str]:
+        """Files that are named here; what is in them counts as an input does."""
+        return [] if self.chat_template in (None, "plain") else [self.chat_template]
 
 
 @dataclass(frozen=True, kw_only=True)
