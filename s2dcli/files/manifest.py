@@ -89,13 +89,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest. Raises DataError if it is none, OSError if it cannot be read."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `write_json` wrote. Raises DataError if it is none or cannot be read."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"cannot read it: {error.strerror}", where=str(path)) from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error})", where=str(path)) from None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    if not isinstance(content, dict):
+        raise DataError("a JSON object was expected", where=str(path))
+    return content
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest. Raises DataError if it is none or cannot be read."""
+    content = read_json(path)
+    if content.get("schema") != SCHEMA:
         raise DataError(f"not a manifest of s2d ({SCHEMA})", where=str(path))
     return content
 
