@@ -144,3 +144,13 @@ def read_jsonl(path: Path) -> list[dict]:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of the fault-injection tests: what was killed how often, and what came out differently."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports if isinstance(report, pytest.TestReport)]
+    rows = [value for report in reports if report.when == "call" for name, value in report.user_properties if name == "faults"]
+    if rows:
+        terminalreporter.section("fault injection")
+        for row in [("stage", "kills", "runs", "mismatches"), *sorted(rows)]:
+            terminalreporter.write_line("{:24} {:>6} {:>6} {:>11}".format(*row))
