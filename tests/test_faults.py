@@ -14,8 +14,8 @@ def arguments(s2d, toy, few, tmp_path_factory):
     rollouts = write_jsonl(tmp_path_factory.mktemp("rolled") / "rollouts.jsonl", rolled.rows * 20)
     return {
         "rollout": ["rollout", "-m", toy / "student", few, "-n", 2, *SAMPLING],
-        "verify": ["verify", rollouts, "--workers", 1],
-        "eval": ["eval", "-m", toy / "student", few, "-k", 2, *SAMPLING, "--workers", 1],
+        "verify": ["verify", rollouts, "--workers", 1, "--reward", "exact"],
+        "eval": ["eval", "-m", toy / "student", few, "-k", 2, *SAMPLING, "--workers", 1, "--reward", "exact"],
     }
 
 
