@@ -119,6 +119,25 @@ def refuse_given(context: typer.Context, names: dict[str, str], reason: str) -> 
             raise UsageError(f"{option} {reason}", hint="leave it out")
 
 
+def parse_cadence(text: str) -> tuple[int | None, float | None]:
+    """Return (steps, seconds), one of them None: `50` is 50 steps, `30m` is 1800 seconds. Raises ValueError."""
+    if text.endswith("m"):
+        steps, seconds = None, 60.0 * float(text.removesuffix("m"))
+    else:
+        steps, seconds = int(text), None
+    if not (steps or seconds or 0) > 0:
+        raise ValueError
+    return steps, seconds
+
+
+def _check_cadence(text: str) -> str:
+    try:
+        parse_cadence(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of steps, 50, nor of minutes, 30m") from None
+    return text
+
+
 # Inputs
 Problems = Annotated[str, typer.Argument(metavar="PROBLEMS", help="Problems, JSONL; - is standard input.", show_default=False)]
 Rollouts = Annotated[str, typer.Argument(metavar="ROLLOUTS", help="Rollouts, JSONL; - is standard input.", show_default=False)]
@@ -291,8 +310,31 @@ AggregateOption = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with this very command after its last whole step, or begin.", rich_help_panel=OUTPUT)
+]
 SaveEvery = Annotated[
-    int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last step is always saved.", rich_help_panel=OUTPUT)
+    str,
+    typer.Option(
+        "--save-every",
+        metavar="STEPS|MINUTESm",
+        callback=_check_cadence,
+        help="Between checkpoints, e.g. 50 or 30m; the last step is always saved.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+KeepLast = Annotated[
+    int | None,
+    typer.Option("--keep-last", min=1, help="Checkpoints that are kept.", show_default="all", rich_help_panel=OUTPUT),
+]
+KeepStates = Annotated[
+    int,
+    typer.Option(
+        "--keep-states",
+        min=1,
+        help="Checkpoints that keep the optimizer's state, which --resume needs: 12 bytes a parameter.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 KeepRollouts = Annotated[
     bool, typer.Option("--keep-rollouts", help="Write each step's rollouts to the run folder.", rich_help_panel=OUTPUT)
@@ -374,12 +416,15 @@ class TrainingOptions:
 class RunOptions:
     """What a training run writes, measures and repeats."""
 
-    save_every: SaveEvery = 50
+    save_every: SaveEvery = "50"
+    keep_last: KeepLast = None
+    keep_states: KeepStates = 1
     eval_problems: EvalProblems = None
     eval_every: EvalEvery = 50
     eval_samples: EvalSamples = 4
     dry_run: DryRun = False
     overwrite: Overwrite = False
+    resume: Resume = False
     seed: Seed = 0
 
 

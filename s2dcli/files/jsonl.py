@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,6 +34,14 @@ class Line(NamedTuple):
 def dumps(record: dict) -> bytes:
     """Return one line of ASCII JSON with its newline. Raises ValueError on NaN or infinity."""
     return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+
+
+def sha256(records: Iterable[dict]) -> str:
+    """Hash of records, as a file of them would have it."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(dumps(record))
+    return digest.hexdigest()
 
 
 def is_stream(path: str | Path) -> bool:

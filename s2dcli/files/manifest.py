@@ -14,6 +14,7 @@ from typing import Any
 
 from s2dcli import __version__, console
 from s2dcli.errors import DataError, UsageError
+from s2dcli.files.atomic import whole_file
 
 MANIFEST = "s2d.json"
 SCHEMA = "s2d.manifest/1"
@@ -79,14 +80,9 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON under a temporary name, sync it, and move it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="ascii") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a file of JSON that appears when it is whole. Raises OSError."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2dcli.errors import ModelError, UsageError
-from s2dcli.files.checkpoint import LATEST
+from s2dcli.files.checkpoint import LATEST, step_of
 from s2dcli.files.manifest import MANIFEST, files_sha256
 from s2dcli.models.prompts import load_tokenizer, vocabulary_size
 
@@ -57,15 +57,10 @@ def resolve(name: str) -> Checkpoint:
             raise ModelError("neither a checkpoint (no config.json) nor a run folder (no latest)", where=name)
         if not list(path.glob("*.safetensors")):
             raise ModelError("holds no *.safetensors; other weight formats are not read", where=name)
-        return Checkpoint(name, path, "", _step_of(path))
+        return Checkpoint(name, path, "", step_of(path))
     if path.exists() or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise UsageError("no such checkpoint folder", where=name)
     return _download(name)
-
-
-def _step_of(folder: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)", folder.name)
-    return int(match[1]) if match else 0
 
 
 def _download(name: str) -> Checkpoint:
