@@ -92,8 +92,8 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed have left in a folder under temporary names. Raises OSError."""
-    for path in [path for path in folder.iterdir() if is_temporary(path)]:
+    """Remove what processes that were killed have left in a folder, if there is one, under temporary names. Raises OSError."""
+    for path in [path for path in folder.iterdir() if is_temporary(path)] if folder.is_dir() else []:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

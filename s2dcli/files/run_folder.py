@@ -84,7 +84,8 @@ class RunFolder:
         with disk_errors("make the folder", self.out), ExitStack() as held:
             self.out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(self.out))
-            remove_leftovers(self.out)
+            for folder in [self.out, self.out / ROLLOUTS, *self._step_folders()]:
+                remove_leftovers(folder)
             if self.resume:
                 self._take_up()
             else:
@@ -174,11 +175,8 @@ class RunFolder:
         if (self.out / MANIFEST).is_file():
             begun = read_manifest(self.out / MANIFEST)
             refuse_differences(self.out, begun, self.manifest, MAY_CHANGE | self._may_grow(begun))
-        for folder in folders:
-            remove_leftovers(folder)
-            if step_of(folder) > self.step:
-                remove(folder)
-        for path in (self.out / ROLLOUTS).glob("step-*.jsonl"):
+        rollouts = list((self.out / ROLLOUTS).glob("step-*.jsonl"))
+        for path in [*folders, *rollouts]:
             if step_of(path) > self.step:
                 remove(path)
         self.last_row, self.last_eval = self._cut(METRICS), self._cut(EVALS)
