@@ -310,9 +310,6 @@ AggregateOption = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with this very command after its last whole step, or begin.", rich_help_panel=OUTPUT)
-]
 SaveEvery = Annotated[
     str,
     typer.Option(

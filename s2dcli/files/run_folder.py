@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from s2dcli.files.atomic import disk_errors, remove, remove_leftovers, whole_fil
 from s2dcli.files.checkpoint import LATEST, TRAINING_STATE, empty_folder, refuse_folder, step_name, step_of
 from s2dcli.files.lock import locked
 from s2dcli.files.manifest import MANIFEST, read_manifest, refuse_differences, write_json
+from s2dcli.files.output import cut_after, kept_lines
 from s2dcli.options import Schedule
 
 METRICS = "metrics.jsonl"
@@ -197,21 +199,13 @@ class RunFolder:
 
     def _cut(self, name: str) -> dict[str, Any]:
         """Drop the rows of a file that tell of later steps, and what is no whole row; returns the last row that stays."""
-        path, last, end = self.out / name, {}, 0
+        path = self.out / name
         if not self.step or not path.exists():
             path.unlink(missing_ok=True)
             return {}
-        with open(path, "rb+") as file:
-            for raw in file:
-                try:
-                    row = jsonl.parse_line(raw, name)
-                except DataError:  # of a write that was not finished, or never reached the disk
-                    break
-                if not raw.endswith(b"\n") or row["step"] > self.step:
-                    break
-                last, end = row, end + len(raw)
-            file.truncate(end)
-        return last
+        kept = list(takewhile(lambda line: line.record["step"] <= self.step, kept_lines(path)))
+        cut_after(path, len(kept))
+        return kept[-1].record if kept else {}
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with disk_errors("write", self.out / name):

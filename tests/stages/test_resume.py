@@ -1,6 +1,5 @@
 """Trainers that are killed and go on end where an undisturbed run does, to the byte; times are exempt."""
 
-import json
 import os
 import random
 import signal
@@ -10,42 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import read_jsonl, start, wait, write_jsonl
+from conftest import start, wait
+from faults import COLD_KILLS, WARM_KILLS, differing, kill_and_resume
 
 STEPS = 5
-# Kills of each trainer: in children of this process, which has the imports behind it, and of cold processes.
-WARM_KILLS = int(os.environ.get("S2D_KILLS", "7"))
-COLD_KILLS = 3
-
-
-def settled(run: Path) -> dict[str, object]:
-    """All files of a run folder by name, without the figures that are times."""
-    contents: dict[str, object] = {}
-    for path in run.rglob("*"):
-        name = str(path.relative_to(run))
-        if path.name == "metrics.jsonl":
-            contents[name] = [
-                {key: value for key, value in row.items() if not key.endswith(("seconds", "per_second"))} for row in read_jsonl(path)
-            ]
-        elif path.name == "s2d.json":
-            manifest = json.loads(path.read_text())
-            assert manifest["counts"].pop("seconds") > 0
-            contents[name] = manifest
-        elif path.is_file():
-            contents[name] = path.read_bytes()
-    return contents
-
-
-def assert_same(run: Path, undisturbed: Path) -> None:
-    got, wanted = settled(run), settled(undisturbed)
-    assert got.keys() == wanted.keys()
-    assert [name for name in wanted if got[name] != wanted[name]] == []
+TRAINERS = ["grpo", "opd", "fkl-warmup"]
+OUT = ["-o", "run"]  # in the folder where a command is started: runs name themselves in what they write
 
 
 def begin(args: list[str], cwd: Path) -> int:
     """Start a command in a child of this process, its output in cwd/log. Returns its pid."""
     with open(os.devnull, "rb") as null, open(cwd / "log", "ab") as log:
-        return start(args, null.fileno(), log.fileno(), log.fileno(), cwd)
+        return start([*args, *OUT], null.fileno(), log.fileno(), log.fileno(), cwd)
 
 
 def kill(pid: int) -> bool:
@@ -93,8 +68,8 @@ def half(toy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(toy, few, graded, half):
-    """Commands of each trainer, by what they are to try; all write to `run`. Eight problems, three a step: passes end within steps."""
-    few_steps = ["--steps", STEPS, "--lr", "1e-3", "--schedule", "cosine", "--warmup-steps", 2, "--save-every", 1, "-o", "run"]
+    """Commands of each trainer, by what they are to try. Eight problems, three a step: passes end within steps."""
+    few_steps = ["--steps", STEPS, "--lr", "1e-3", "--schedule", "cosine", "--warmup-steps", 2, "--save-every", 1]
     sampling = [few, *few_steps, "--problems-per-step", 3, "-n", 4, "--max-tokens", 16]
     measured = ["--eval-problems", few, "--eval-every", 2, "--eval-samples", 1]
     grpo = ["grpo", "--model", toy / "teacher"]
@@ -122,7 +97,7 @@ def undisturbed(s2d, command, tmp_path_factory):
     def run(name: str):
         if name not in done:
             cwd = tmp_path_factory.mktemp("undisturbed")
-            done[name] = s2d(*command[name], cwd=cwd).result, cwd / "run"
+            done[name] = s2d(*command[name], *OUT, cwd=cwd).result, cwd / "run"
         return done[name]
 
     return run
@@ -134,17 +109,18 @@ VARIANTS = ["grpo", "grpo, several updates", "grpo from disk", "opd", "opd in bf
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_killed_run_that_goes_on_equals_an_undisturbed_one(s2d, command, undisturbed, tmp_path, name):
     kill_at_step(command[name], tmp_path, 2)
-    result = s2d(*command[name], "--resume", cwd=tmp_path)
+    result = s2d(*command[name], *OUT, "--resume", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "run: goes on after step" in result.err
     expected, folder = undisturbed(name)
-    assert_same(tmp_path / "run", folder)
+    assert differing(folder, tmp_path / "run") == []
     timeless = [{key: value for key, value in row.items() if "second" not in key} for row in (result.result, expected)]
     assert timeless[0] == timeless[1]
 
 
-def is_complete(run: Path) -> bool:
-    return (run / "s2d.json").exists() and json.loads((run / "s2d.json").read_text())["complete"]
+def longer(args: list[str]) -> list[str]:
+    """The same run of four times as many steps, so that a cold process can be killed within them."""
+    return [*args, "--steps", str(4 * STEPS)]
 
 
 def num_rows(run: Path) -> int:
@@ -154,46 +130,30 @@ def num_rows(run: Path) -> int:
 
 
 def finish(s2d, args: list[str], cwd: Path) -> None:
-    result = s2d(*args, "--resume", cwd=cwd)
+    result = s2d(*args, *OUT, "--resume", cwd=cwd)
     assert result.code == 0, result.err
 
 
-@pytest.mark.parametrize("name", ["grpo", "opd", "fkl-warmup"])
-def test_kills_at_random_moments_lose_nothing(s2d, command, undisturbed, tmp_path, name, capsys):
-    """Each kill hits a run that went on after the one before, until one comes to its end; then another run begins."""
-    _, folder = undisturbed(name)
-    started = time.monotonic()
-    s2d(*command[name], cwd=tmp_path)
-    duration, rng = time.monotonic() - started, random.Random(name)
-    kills, runs, cwd = 0, 1, tmp_path
-    while kills < WARM_KILLS:
-        if is_complete(cwd / "run"):
-            assert_same(cwd / "run", folder)
-            cwd = tmp_path / str(runs)
-            cwd.mkdir()
-            runs += 1
-        pid = begin([*command[name], "--resume"], cwd)
-        time.sleep(rng.uniform(0.1, 1.0) * duration)
-        kills += kill(pid)
-    finish(s2d, command[name], cwd)
-    assert_same(cwd / "run", folder)
-    with capsys.disabled():
-        print(f"\n{name:<12} warm kills {kills:>4}   runs {runs:>4}   mismatches 0")
+@pytest.mark.parametrize("name", TRAINERS)
+def test_kills_at_random_moments_lose_nothing(command, tmp_path, record_property, name):
+    outcome = kill_and_resume(command[name], tmp_path, kills=WARM_KILLS, seed=WARM_KILLS)
+    record_property("faults", (f"{name} (warm)", outcome.kills, outcome.runs, len(outcome.mismatches)))
+    assert outcome.mismatches == []
 
 
-def test_cold_processes_may_be_killed_too(s2d, command, undisturbed, tmp_path, capsys):
+def test_cold_processes_may_be_killed_too(s2d, command, tmp_path, record_property):
     """All trainers at a time: each is killed, goes on in a new process, is killed again, ..., and ends like an undisturbed run."""
-    names, rng = ["grpo", "opd", "fkl-warmup"], random.Random(0)
+    draw = random.Random(0)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    kills = dict.fromkeys(names, 0)
-    for name in names:
+    kills = dict.fromkeys(TRAINERS, 0)
+    for name in TRAINERS:
         (tmp_path / name).mkdir()
     for _ in range(COLD_KILLS):
         running = {}
-        for name in names:
+        for name in TRAINERS:
             log = open(tmp_path / name / "log", "ab")  # noqa: SIM115 - the child's
             running[name] = subprocess.Popen(
-                [sys.executable, "-m", "s2dcli", *command[name], "--steps", str(4 * STEPS), "--resume"],
+                [sys.executable, "-m", "s2dcli", *longer(command[name]), *OUT, "--resume"],
                 cwd=tmp_path / name,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -201,25 +161,23 @@ def test_cold_processes_may_be_killed_too(s2d, command, undisturbed, tmp_path, c
                 stderr=log,
                 start_new_session=True,
             )
-        begun = {name: num_rows(tmp_path / name / "run") for name in names}
+        begun = {name: num_rows(tmp_path / name / "run") for name in TRAINERS}
         moments: dict[str, float] = {}
         while running:
             for name, process in list(running.items()):
                 assert process.poll() is None, (tmp_path / name / "log").read_text()
                 if name not in moments and num_rows(tmp_path / name / "run") > begun[name]:
-                    moments[name] = time.monotonic() + rng.uniform(0.0, 0.3)
+                    moments[name] = time.monotonic() + draw.uniform(0.0, 0.3)
                 if time.monotonic() >= moments.get(name, float("inf")):
                     os.killpg(process.pid, signal.SIGKILL)
                     kills[name] += process.wait() == -signal.SIGKILL
                     del running[name]
             time.sleep(0.002)
-    for name in names:
-        longer = [*command[name], "--steps", str(4 * STEPS)]
-        finish(s2d, longer, tmp_path / name)
+    for name in TRAINERS:
+        finish(s2d, longer(command[name]), tmp_path / name)
         (tmp_path / name / "whole").mkdir()
-        assert s2d(*longer, cwd=tmp_path / name / "whole").code == 0
-        assert_same(tmp_path / name / "run", tmp_path / name / "whole" / "run")
-        with capsys.disabled():
-            print(f"\n{name:<12} cold kills {kills[name]:>4}   mismatches 0")
-    assert set(kills.values()) == {COLD_KILLS}
-
+        assert s2d(*longer(command[name]), *OUT, cwd=tmp_path / name / "whole").code == 0
+        mismatches = differing(tmp_path / name / "whole" / "run", tmp_path / name / "run")
+        record_property("faults", (f"{name} (cold)", kills[name], 1, len(mismatches)))
+        assert mismatches == []
+        assert kills[name] == COLD_KILLS
