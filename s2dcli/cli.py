@@ -39,8 +39,16 @@ def _root(
     pass
 
 
-def _terminate(signum: int, frame: object) -> None:
-    raise SystemExit(EXIT_TERMINATED)
+def _end(signum: int, frame: object) -> None:
+    """End a command in good order; whoever signals again wants it to end at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_at_once)
+    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(EXIT_TERMINATED)
+
+
+def _end_at_once(signum: int, frame: object) -> None:
+    console.show_cursor()
+    os._exit(EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_TERMINATED)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -65,7 +73,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(expanded)
     def run(*, quiet: bool, verbose: bool, **given: object) -> None:
         console.configure(quiet=quiet, verbose=verbose)
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, _end)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore it
+            signal.signal(signal.SIGINT, _end)
         debug = os.environ.get("S2D_DEBUG") == "1"
         try:
             console.claim_stdout()

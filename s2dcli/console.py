@@ -96,6 +96,12 @@ def live_display() -> bool:
     return _level >= 0 and stderr.is_terminal and not stderr.is_dumb_terminal
 
 
+def show_cursor() -> None:
+    """Bring back the cursor that a live display hides, from within a signal handler."""
+    if stderr.is_terminal:
+        os.write(2, b"\x1b[?25h")
+
+
 @contextmanager
 def progress(description: str, total: int | None, unit: str = "") -> Iterator:
     """Show a bar on a terminal; yields `advance(count=1)`. Elsewhere it says nothing."""

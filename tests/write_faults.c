@@ -1,7 +1,7 @@
-/* Preloaded into a process, makes the N-th call that changes what is under a folder fail, or kills the process there.
+/* Preloaded into a process, makes the N-th call that changes what is under a folder fail, or sends the process a signal there.
 
    faults_arm(folder, n, error, lasting): the n-th such call from now on fails with `error`, and so do those after
-   it if `lasting` (a full disk stays full); error 0 kills the process instead. n 0 only counts.
+   it if `lasting` (a full disk stays full); a negative error is a signal to send instead.
    faults_disarm() ends that and returns the number of such calls since. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -34,8 +34,11 @@ long faults_disarm(void) {
 static int fails(const char *path) {
     if (!folder[0] || strncmp(path, folder, strlen(folder))) return 0;
     calls++;
-    if (!nth || calls < nth || (calls > nth && !lasts)) return 0;
-    if (!error_number) kill(getpid(), SIGKILL);
+    if (calls < nth || (calls > nth && !lasts)) return 0;
+    if (error_number < 0) {
+        kill(getpid(), -error_number);
+        return 0;
+    }
     errno = error_number;
     return 1;
 }

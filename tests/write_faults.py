@@ -29,7 +29,7 @@ from s2dcli.files.checkpoint import read_training_state, write_checkpoint, write
 from s2dcli.files.manifest import describe
 from s2dcli.files.run_folder import RunFolder
 
-KILL = 0
+SIGNALS = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130, "SIGTERM": 143}  # and what a command ends with
 # What a full disk or quota says goes on; an I/O error may hit one call alone.
 ERRORS = {"ENOSPC": (errno.ENOSPC, True), "EDQUOT": (errno.EDQUOT, True), "EROFS": (errno.EROFS, True), "EIO": (errno.EIO, False)}
 preloaded = ctypes.CDLL(None)
@@ -93,14 +93,14 @@ def fail_saves(model: torch.nn.Module, folder: Path, name: str) -> int:
             assert sum(value.sum() for _, value in read_training_state(run.checkpoint / "training_state")).isfinite()
 
 
-def run_command(arguments: list[str], folder: Path, nth: int = 0, error: int = 0, lasting: bool = False) -> tuple[int, int]:
-    """Run a training command in a child, whose `nth` call fails if that is not 0; returns its exit code and what it counted."""
+def run_command(arguments: list[str], folder: Path, nth: int = 0, error: int = 0, lasting: bool = False) -> int:
+    """Run a training command in a child, whose `nth` call fails if that is not 0; returns its exit code."""
     if nth:
         arm(folder / "run", nth, error, lasting)
     with open(os.devnull, "rb") as null, open(folder / "log", "wb") as log:
         pid = start([*arguments, "-o", str(folder / "run"), "--resume"], null.fileno(), log.fileno(), log.fileno())
     preloaded.faults_disarm()
-    return wait(pid), nth
+    return wait(pid)
 
 
 def fail_runs(folder: Path, every: int) -> tuple[int, list[str]]:
@@ -110,23 +110,24 @@ def fail_runs(folder: Path, every: int) -> tuple[int, list[str]]:
         *["--steps", "2", "--problems-per-step", "2", "-n", "2", "--max-tokens", "8", "--lr", "1e-3", "--save-every", "1"],
         "--keep-rollouts",
     ]
-    kinds = [("SIGKILL", (KILL, False)), *ERRORS.items()]
+    kinds = {**{name: (-signal.Signals[name], False) for name in SIGNALS}, **ERRORS}
     run, whole = folder / "run", folder / "whole"
-    assert run_command(arguments, folder)[0] == 0, (folder / "log").read_text()
+    assert run_command(arguments, folder) == 0, (folder / "log").read_text()
     run.rename(whole)
     nth, faults, mismatches = 1, 0, []
     while True:
-        name, (error, lasting) = kinds[faults % len(kinds)]
-        code, _ = run_command(arguments, folder, nth, error, lasting)
+        name = list(kinds)[faults % len(kinds)]
+        error, lasting = kinds[name]
+        code = run_command(arguments, folder, nth, error, lasting)
         if code == 0:
             return faults, mismatches
         log = (folder / "log").read_text()
-        if error:
-            assert code == 1, f"{name} at call {nth}: exit code {code}: {log}"
+        assert code == SIGNALS.get(name, 1), f"{name} at call {nth}: exit code {code}: {log}"
+        if name in ERRORS:
             assert [line for line in log.splitlines() if "error: " in line and os.strerror(error) in line], log
-        else:
-            assert code == -signal.SIGKILL
-        assert run_command(arguments, folder)[0] == 0, (folder / "log").read_text()
+        if name != "SIGKILL":
+            assert [path for path in run.rglob("*") if is_temporary(path)] == [], f"{name} at call {nth} left litter"
+        assert run_command(arguments, folder) == 0, (folder / "log").read_text()
         mismatches += [f"{name} at call {nth}: {path}" for path in differing(whole, run)]
         shutil.rmtree(run)
         nth, faults = nth + every, faults + 1

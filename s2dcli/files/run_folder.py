@@ -66,12 +66,17 @@ class RunFolder:
         *,
         steps: int,
         problems: Iterable[dict[str, Any]] = (),
+        keep_last: int | None = None,
+        keep_states: int = 1,
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        """`manifest` describes a run (manifest.describe) of `steps` steps. Nothing is touched before the folder is entered."""
+        """`manifest` describes a run (manifest.describe) of `steps` steps. Nothing is touched before the folder is entered.
+
+        Of the checkpoints the newest `keep_last` are kept (None: all), of the training states the newest `keep_states`.
+        """
         self.out, self.manifest, self.steps, self.problems = out, manifest, steps, problems
-        self.overwrite, self.resume = overwrite, resume
+        self.keep_last, self.keep_states, self.overwrite, self.resume = keep_last, keep_states, overwrite, resume
         self.step = 0
         self.counts: dict[str, float] = {}
         self.labels: set[str] = set()
@@ -144,16 +149,8 @@ class RunFolder:
                 write_json(draft / MANIFEST, self._described(complete=True))
             self.step = step
             self._point_to_step()
-
-    def prune(self, keep_last: int | None, keep_states: int) -> None:
-        """Remove all but the newest `keep_last` checkpoints (None: keep all) and `keep_states` training states."""
         with disk_errors("remove old checkpoints", self.out):
-            if keep_last:
-                for folder in self._step_folders()[:-keep_last]:
-                    remove(folder)
-            states = [folder / TRAINING_STATE for folder in self._step_folders() if (folder / TRAINING_STATE).is_dir()]
-            for state in states[:-keep_states]:
-                remove(state)
+            self._prune()
 
     def finish(self) -> None:
         """Say in the run's manifest that it is complete."""
@@ -189,7 +186,16 @@ class RunFolder:
         manifest = read_manifest(self.checkpoint / MANIFEST)
         self.counts, self.labels = manifest["counts"], set(manifest["labels"])
         self._point_to_step()
+        self._prune()
         console.info(f"{self.out}: {'was finished' if self.finished else 'goes on'} after step {self.step} of {self.steps}")
+
+    def _prune(self) -> None:
+        if self.keep_last:
+            for folder in self._step_folders()[: -self.keep_last]:
+                remove(folder)
+        states = [folder / TRAINING_STATE for folder in self._step_folders() if (folder / TRAINING_STATE).is_dir()]
+        for state in states[: -self.keep_states]:
+            remove(state)
 
     def _may_grow(self, begun: Mapping[str, Any]) -> set[str]:
         """Return `steps` if their number may be another: where no step so far depends on it, and all of them are within it."""

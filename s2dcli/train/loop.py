@@ -108,6 +108,8 @@ def open_run(
         manifest,
         steps=steps,
         problems=given,
+        keep_last=settings["keep_last"],
+        keep_states=settings["keep_states"],
         overwrite=settings["overwrite"],
         resume=settings["resume"],
     )
@@ -134,7 +136,7 @@ class TrainingRun:
         """Make an optimizer, and put it and `policy` where the run stands that `folder` holds.
 
         `settings` are the stage's resolved options; of these the loop reads the ones that all trainers
-        share: the optimizer's, tokens_per_batch, save_every, keep_last, keep_states, eval_every. `loaded`
+        share: the optimizer's, tokens_per_batch, save_every, eval_every. `loaded`
         is the model in training as it came from disk; `phases` names the parts of a step to be timed.
         `evaluate` returns the figures of an evaluation; it is called before the first step too.
         """
@@ -243,5 +245,4 @@ class TrainingRun:
             write_training_state(draft / TRAINING_STATE, self.optimizer.state())
 
         self.folder.save(number, self.counts, self.labels, fill)
-        self.folder.prune(self.settings["keep_last"], self.settings["keep_states"])
         self._save_seconds = time.perf_counter() - started
