@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from s2dcli.errors import UsageError
+from s2dcli.errors import ModelError, UsageError
 from s2dcli.files.atomic import disk_errors, is_temporary, remove
 from s2dcli.files.lock import LOCK
 from s2dcli.files.manifest import MANIFEST
@@ -41,6 +41,17 @@ def step_of(path: Path) -> int:
     """Return the step that a file or folder is named after, 0 if none."""
     match = re.fullmatch(r"step-(\d+)(\.jsonl)?", path.name)
     return int(match[1]) if match else 0
+
+
+def latest_step(folder: Path) -> Path:
+    """Return the last whole step of a run folder; another folder is returned as it is. Raises ModelError."""
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        return folder
+    step = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"step-\d+", step) or not (folder / step).is_dir():  # only a step: no path leads out of the folder
+        raise ModelError(f"{LATEST!r} names {step!r}, which is no step in there", where=str(folder))
+    return folder / step
 
 
 def refuse_folder(out: Path, overwrite: bool, resume: bool = False) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from s2dcli import console
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.manifest import MANIFEST, file_sha256, read_manifest, refuse_differences, write_json
+from s2dcli.files.manifest import file_sha256, read_manifest, refuse_differences, sidecar, write_json
 
 
 class Kept(NamedTuple):
@@ -27,11 +27,6 @@ class Kept(NamedTuple):
     where: str
     raw: bytes
     record: dict
-
-
-def sidecar(path: str | Path) -> Path:
-    """Return where the manifest of a single file lies."""
-    return Path(f"{path}.{MANIFEST}")
 
 
 def is_file(path: str | Path) -> bool:

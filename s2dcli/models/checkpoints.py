@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2dcli.errors import ModelError, UsageError
-from s2dcli.files.checkpoint import LATEST, step_of
+from s2dcli.files.checkpoint import latest_step, step_of
 from s2dcli.files.manifest import MANIFEST, files_sha256
 from s2dcli.models.prompts import load_tokenizer, vocabulary_size
 
@@ -48,19 +48,26 @@ def resolve(name: str) -> Checkpoint:
     """Find the checkpoint that `name` means; a hub id is downloaded. Raises ModelError or UsageError."""
     path = Path(name)
     if path.is_dir():
-        if (path / LATEST).is_file():
-            step = (path / LATEST).read_text(encoding="utf-8").strip()
-            if Path(step).name != step or not (path / step).is_dir():
-                raise ModelError(f"{LATEST!r} names {step!r}, which is not there", where=name)
-            path = path / step
+        path = latest_step(path)
         if not (path / "config.json").is_file():
             raise ModelError("neither a checkpoint (no config.json) nor a run folder (no latest)", where=name)
-        if not list(path.glob("*.safetensors")):
-            raise ModelError("holds no *.safetensors; other weight formats are not read", where=name)
+        _require_safetensors(path, name)
         return Checkpoint(name, path, "", step_of(path))
     if path.exists() or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise UsageError("no such checkpoint folder", where=name)
     return _download(name)
+
+
+def _require_safetensors(folder: Path, name: str) -> None:
+    """Raise ModelError unless there are weights that can be read without running what is in them."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+    converting = (
+        f"python -c 'from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f'[k.from_pretrained("{name}").save_pretrained("converted") for k in (M, T)]\' converts it, if you trust where it is from'
+    )
+    raise ModelError("holds no *.safetensors; other weight formats are not read", where=name, hint=converting if pickled else "")
 
 
 def _download(name: str) -> Checkpoint:
@@ -74,6 +81,7 @@ def _download(name: str) -> Checkpoint:
             where=name,
             hint="check the spelling, the network, and HF_TOKEN for gated models",
         ) from None
+    _require_safetensors(folder, name)
     return Checkpoint(name, folder, folder.name, 0)
 
 

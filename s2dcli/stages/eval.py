@@ -23,7 +23,8 @@ from s2dcli import console, options, stats
 from s2dcli.errors import DataError, S2DError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import create_folder, refuse_folder, refuse_inside
-from s2dcli.files.manifest import MANIFEST, describe, read_json, write_json
+from s2dcli.files.lineage import warnings
+from s2dcli.files.manifest import MANIFEST, describe, name_samplers, read_json, write_json
 from s2dcli.files.output import begun, cut_after, kept_lines
 from s2dcli.files.records import read_problems, read_rollouts, take
 from s2dcli.grade.pool import MATH, Grader
@@ -177,6 +178,10 @@ def _measure(graded: Iterable[dict], out: Path | None, name: str | None, manifes
     results = {"name": name or seen["model"], **seen, **figures}
     if figures["ungraded"]:
         console.warn(f"{figures['ungraded']} answers could not be graded and count as wrong")
+    if not manifest["parents"]:
+        name_samplers(manifest, [{"sampler": seen}])
+    for caution in warnings(manifest, measured):
+        console.warn(caution)
     if out:
         write_json(out / RESULTS, results)
         rollouts = figures["problems"] * figures["k"]
@@ -192,7 +197,8 @@ def _note(seen: dict[str, Any], record: dict) -> None:
     """Note whose completions these are; one result must not mix models or ways of sampling."""
     sampler, source = record["sampler"], record["source"]
     whose = {
-        key: sampler.get(key, "") for key in ("model", "checkpoint", "step", "temperature", "top_p", "top_k", "max_tokens", "template")
+        key: sampler.get(key, "")
+        for key in ("model", "revision", "checkpoint", "step", "temperature", "top_p", "top_k", "max_tokens", "template")
     }
     dataset = "/".join(str(part) for part in (source.get("dataset"), source.get("split")) if part)
     if not seen:

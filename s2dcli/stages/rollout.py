@@ -21,8 +21,8 @@ import typer
 
 from s2dcli import console, options
 from s2dcli.errors import UsageError
-from s2dcli.files.manifest import describe
-from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded, sidecar
+from s2dcli.files.manifest import describe, sidecar
+from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded
 from s2dcli.files.records import read_problems
 
 # On --resume: how batches are cut and where they run changes log-probs in the sixth decimal only, but the cut

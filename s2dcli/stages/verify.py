@@ -32,8 +32,8 @@ import typer
 from s2dcli import console
 from s2dcli.errors import DataError, UsageError, nearest
 from s2dcli.files import jsonl
-from s2dcli.files.manifest import describe
-from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded, sidecar
+from s2dcli.files.manifest import describe, sidecar
+from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded
 from s2dcli.options import GradingOptions, OutFile, Overwrite, Resume, Rollouts, flatten
 
 SHOWN_LINES = 100  # bad lines and changed verdicts that are named one by one; the rest is counted

@@ -11,7 +11,7 @@ from s2dcli.files.manifest import describe, differences, refuse_differences
 class Model:
     """What `describe` reads of a checkpoint."""
 
-    revision, step = "", 0
+    revision, step, folder = "", 0, Path("nowhere")
 
     def __init__(self, name: str, weights: str = "w", setup: str = "s") -> None:
         self.name, self.weights_sha256, self.setup_sha256 = name, weights, setup
