@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from s2dcli.errors import ModelError, UsageError
 from s2dcli.files.checkpoint import latest_step, step_of
 from s2dcli.files.manifest import MANIFEST, files_sha256
-from s2dcli.models.prompts import load_tokenizer, vocabulary_size
+from s2dcli.models.prompts import load_tokenizer, loading_failed, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
@@ -132,8 +132,7 @@ def load(
             attn_implementation=attention,
         )
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        text = str(error).strip() or type(error).__name__
-        raise ModelError(f"cannot load the model: {text.splitlines()[0]}", where=checkpoint.name) from None
+        raise loading_failed("the model", error, checkpoint.name) from None
     vocabulary = vocabulary_size(tokenizer)
     model = model.to(place).eval()
     require_known_head(model, vocabulary, checkpoint.name)
@@ -167,8 +166,7 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreT
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
     except (OSError, ValueError, KeyError) as error:
-        text = str(error).strip() or type(error).__name__
-        raise ModelError(f"cannot make the model of config.json: {text.splitlines()[0]}", where=checkpoint.name) from None
+        raise loading_failed("the model of config.json", error, checkpoint.name) from None
 
 
 def quieten_transformers() -> None:
