@@ -24,7 +24,7 @@ import typer
 from s2dcli import console, stats
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
-from s2dcli.files.lineage import distinct_labels, manifest_of
+from s2dcli.files.ledger import distinct_labels, manifest_of
 from s2dcli.files.manifest import NEVER_COMPARED, flag
 from s2dcli.files.records import take
 

@@ -23,7 +23,7 @@ from s2dcli import console, options, stats
 from s2dcli.errors import DataError, S2DError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import create_folder, refuse_folder, refuse_inside
-from s2dcli.files.lineage import warnings
+from s2dcli.files.ledger import warnings
 from s2dcli.files.manifest import MANIFEST, describe, name_samplers, read_json, write_json
 from s2dcli.files.output import begun, cut_after, kept_lines
 from s2dcli.files.records import read_problems, read_rollouts, take

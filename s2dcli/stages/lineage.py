@@ -21,7 +21,7 @@ import typer
 
 from s2dcli import console
 from s2dcli.files import jsonl
-from s2dcli.files.lineage import distinct_labels, manifest_of, spent, unknown_parents, warnings
+from s2dcli.files.ledger import distinct_labels, manifest_of, spent, unknown_parents, warnings
 from s2dcli.files.manifest import NEVER_COMPARED, UNKNOWN, flag
 from s2dcli.files.records import take
 

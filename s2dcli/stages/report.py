@@ -30,7 +30,7 @@ import typer
 from s2dcli import console
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
-from s2dcli.files.lineage import warnings
+from s2dcli.files.ledger import warnings
 from s2dcli.files.manifest import MANIFEST, read_manifest
 from s2dcli.files.records import take
 

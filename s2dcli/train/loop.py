@@ -99,7 +99,7 @@ def open_run(
     `problems`, which the folder keeps, or `rollouts` are what was read from the first of `inputs`.
     """
     given = [problem.to_record() for problem in problems]
-    manifest = describe(stage, settings, inputs=inputs, parents=parents)
+    manifest = describe(stage, settings, inputs=inputs, parents=parents, rollouts=rollouts)
     manifest["options"] = {name: value for name, value in manifest["options"].items() if name not in HOW_STARTED}
     if jsonl.is_stream(inputs[0]):  # so that a resume is given the same
         manifest["inputs"][0]["sha256"] = jsonl.sha256([*given, *rollouts])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from s2dcli.errors import DataError
-from s2dcli.files.lineage import behind, distinct_labels, manifest_of, spent, unknown_parents, warnings
+from s2dcli.files.ledger import behind, distinct_labels, manifest_of, spent, unknown_parents, warnings
 from s2dcli.files.manifest import MANIFEST, describe, file_sha256, files_sha256, read_manifest, record_of, sidecar, write_json
 
 TEACHER = [f"t{i}" for i in range(6)]
