@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import start, wait
-from faults import COLD_KILLS, WARM_KILLS, differing, kill_and_resume
+from faults import COLD_KILLS, WARM_KILLS, contents, differing, kill_and_resume
 
 STEPS = 5
 TRAINERS = ["grpo", "opd", "fkl-warmup"]
@@ -181,3 +182,119 @@ def test_cold_processes_may_be_killed_too(s2d, command, tmp_path, record_propert
         record_property("faults", (f"{name} (cold)", kills[name], 1, len(mismatches)))
         assert mismatches == []
         assert kills[name] == COLD_KILLS
+
+
+def test_a_finished_run_is_said_to_be_and_gives_the_same_result(s2d, command, undisturbed):
+    expected, folder = undisturbed("grpo")
+    before = contents(folder)
+    result = s2d(*command["grpo"], *OUT, "--resume", cwd=folder.parent)
+    assert result.result == expected
+    assert f"run: was finished after step {STEPS} of {STEPS}" in result.err
+    assert contents(folder) == before
+
+
+def test_what_another_run_would_be_is_refused_with_all_that_differs(s2d, command, undisturbed, toy, few, tmp_path):
+    _, folder = undisturbed("grpo, several updates")
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(few.read_bytes() + b"\n")
+    args = [{str(few): str(other), str(toy / "teacher"): str(toy / "student")}.get(arg, arg) for arg in command["grpo, several updates"]]
+    result = s2d(*args, *OUT, "--resume", "--lr", "1e-2", "--seed", 3, "--tokens-per-batch", 99, cwd=folder.parent)
+    assert result.code == 2
+    for phrase in (
+        "run: cannot be resumed, 4 things differ",
+        "--lr was 0.001, is 0.01",
+        "--seed was 0, is 3",
+        "other.jsonl",
+        "other weights",
+    ):
+        assert phrase in result.err
+    assert "--tokens-per-batch was" not in result.err
+
+
+def test_a_micro_batch_may_be_of_another_size(s2d, command, undisturbed, tmp_path):
+    from safetensors.torch import load_file
+
+    kill_at_step(command["opd"], tmp_path, 2)
+    result = s2d(*command["opd"], *OUT, "--resume", "--tokens-per-batch", 64, "--save-every", "100m", "--keep-states", 3, cwd=tmp_path)
+    assert result.code == 0, result.err
+    _, folder = undisturbed("opd")
+    one, other = (load_file(run / f"step-{STEPS:06d}" / "model.safetensors") for run in (folder, tmp_path / "run"))
+    assert all((one[name] - other[name]).abs().max() < 1e-4 for name in one)
+
+
+def test_what_comes_through_a_pipe_must_be_the_same_too(s2d, command, few, tmp_path):
+    args = [arg for arg in command["opd"] if arg != str(few)]
+    lines = few.read_bytes().splitlines(keepends=True)
+    assert s2d(*args, *OUT, stdin=b"".join(lines), cwd=tmp_path).code == 0
+    assert s2d(*args, *OUT, "--resume", stdin=b"".join(lines), cwd=tmp_path).code == 0
+    result = s2d(*args, *OUT, "--resume", stdin=b"".join(lines[::-1]), cwd=tmp_path)
+    assert result.code == 2
+    assert "input - is not what - was" in result.err
+
+
+def test_checkpoints_can_be_minutes_apart(s2d, command, tmp_path):
+    for cadence, folders in (("1e-9m", STEPS), ("60m", 1)):
+        assert s2d(*command["sft"], "--save-every", cadence, "-o", tmp_path / cadence).code == 0
+        assert len(list((tmp_path / cadence).glob("step-*"))) == folders
+    result = s2d(*command["sft"], "--save-every", "often", "-o", tmp_path / "no")
+    assert result.code == 2
+    assert "neither a number of steps" in result.err
+
+
+def test_a_second_run_is_kept_out_of_the_folder(s2d, command, tmp_path):
+    pid = begin([*command["grpo"], "--steps", "500"], tmp_path)
+    while not (tmp_path / "run" / "latest").exists():
+        time.sleep(0.01)
+    for how in ("--resume", "--overwrite"):
+        result = s2d(*command["grpo"], "--steps", 500, *OUT, how, cwd=tmp_path)
+        assert result.code == 2
+        assert f"run: is in use by process {pid} on " in result.err
+    assert kill(pid)
+    assert s2d(*command["grpo"], *OUT, "--overwrite", cwd=tmp_path).code == 0
+
+
+def supervisors(pid: int) -> list[int]:
+    """The grading processes that a command has started."""
+    lines = [(int(path.name), path / "cmdline") for path in Path("/proc").iterdir() if path.name.isdigit()]
+    found = []
+    for number, path in lines:
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        if b"s2dcli.grade.supervisor" in words and str(pid).encode() in words:
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_the_last_whole_step_and_no_grader(s2d, command, undisturbed, tmp_path, number, code):
+    pid = begin(command["grpo"], tmp_path)
+    while not (tmp_path / "run" / "latest").exists():
+        time.sleep(0.01)
+    assert supervisors(pid)
+    os.kill(pid, number)
+    assert wait(pid) == code
+    assert supervisors(pid) == []
+    assert list((tmp_path / "run").rglob(".*")) == []
+    finish(s2d, command["grpo"], tmp_path)
+    assert differing(undisturbed("grpo")[1], tmp_path / "run") == []
+
+
+def test_a_second_ctrl_c_waits_for_nothing(command, tmp_path):
+    pid = begin([*command["grpo"], "--steps", "500"], tmp_path)
+    while not (tmp_path / "run" / "latest").exists():
+        time.sleep(0.01)
+    graders = supervisors(pid)
+    for grader in graders:
+        os.kill(grader, signal.SIGSTOP)  # so that the first one has something to wait for
+    try:
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGINT)
+        assert wait(pid) == 130
+        assert "error: interrupted" not in (tmp_path / "log").read_text()
+    finally:
+        for grader in graders:
+            with suppress(ProcessLookupError):
+                os.kill(grader, signal.SIGCONT)
