@@ -103,11 +103,17 @@ class RunFolder:
             self._held = held.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Unlock the folder; one in which nothing has come about before an error is not left behind."""
         for file in self._files.values():
             with suppress(OSError):  # of a row that could not be written, which has been told
                 file.close()
+        with suppress(OSError):
+            if error and not (self.last_row or self.last_eval):
+                empty_folder(self.out)
         self._held.close()
+        with suppress(OSError):
+            self.out.rmdir()  # where it is empty
 
     @property
     def checkpoint(self) -> Path:

@@ -91,6 +91,15 @@ def test_without_a_whole_step_a_run_begins_anew(tmp_path):
             assert json.loads((out / "s2d.json").read_text())["complete"] is False
 
 
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_what_fails_before_the_first_step_leaves_nothing_behind(tmp_path, how):
+    out = tmp_path / "run"
+    for error in (DataError, KeyboardInterrupt):
+        with pytest.raises(error), folder(out, problems=[{"id": "a"}], **how):
+            raise error("no such model")
+        assert not out.exists()
+
+
 def test_rows_that_a_whole_step_needs_must_be_there(tmp_path):
     with folder(tmp_path) as run:
         advance(run, 3)
