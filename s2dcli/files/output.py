@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 from s2dcli import console
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
+from s2dcli.files.atomic import disk_errors
+from s2dcli.files.lock import locked
 from s2dcli.files.manifest import file_sha256, read_manifest, refuse_differences, sidecar, write_json
 
 
@@ -47,10 +49,10 @@ def check_output(path: str | Path, *, overwrite: bool, resume: bool) -> None:
 def begun(output: Path, manifest_path: Path, new: dict[str, Any], may_change: Collection[str] = ()) -> dict[str, Any] | None:
     """Return the manifest of what `--resume` goes on with; None if nothing has begun.
 
-    Raises UsageError if the output has no manifest, or one that describes other work than `new`.
+    Raises UsageError if a file has no manifest, or an output one that describes other work than `new`.
     """
     if not manifest_path.exists():
-        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        if output.is_file():
             raise UsageError(
                 f"cannot be resumed: without {manifest_path.name} it is not known what made it",
                 where=str(output),
@@ -100,19 +102,26 @@ def open_recorded(
 ) -> Iterator[jsonl.Writer]:
     """Open an output with its manifest beside it; the body adds `counts` to the manifest before it ends.
 
-    `kept` is None for a new file, or the number of lines after which an old one goes on.
+    `kept` is None for a new file, or the number of lines after which an old one goes on. No other process
+    may write there meanwhile. Raises UsageError if one does, DataError if the file system refuses.
     """
     if not is_file(path):
         with jsonl.open_output(path, overwrite=overwrite) as writer:
             yield writer
         return
+    path = Path(path)
     if kept is None:
-        with jsonl.open_output(path, overwrite=overwrite):  # emptied first: old rows never lie beside a new manifest
-            pass
-        write_json(sidecar(path), {**manifest, "complete": False})
-    elif os.path.exists(path):
-        cut_after(path, kept)
-    with jsonl.open_output(path, append=True) as writer:
-        yield writer
-        writer.sync()
-    write_json(sidecar(path), {**manifest, "complete": True, "output_sha256": file_sha256(path)})
+        jsonl.refuse_existing(path, overwrite)
+    with disk_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        with disk_errors("write", path):
+            if path.exists():
+                cut_after(path, kept or 0)  # before the manifest is new, so that no old rows lie beside it
+            if kept is None:
+                write_json(sidecar(path), {**manifest, "complete": False})
+        with jsonl.open_output(path, append=True) as writer:
+            yield writer
+            writer.sync()
+        with disk_errors("write", sidecar(path)):
+            write_json(sidecar(path), {**manifest, "complete": True, "output_sha256": file_sha256(path)})

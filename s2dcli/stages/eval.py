@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +22,10 @@ import typer
 from s2dcli import console, options, stats
 from s2dcli.errors import DataError, S2DError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import create_folder, refuse_folder, refuse_inside
+from s2dcli.files.atomic import disk_errors
+from s2dcli.files.checkpoint import empty_folder, refuse_folder, refuse_inside
 from s2dcli.files.ledger import warnings
+from s2dcli.files.lock import locked
 from s2dcli.files.manifest import MANIFEST, describe, name_samplers, read_json, write_json
 from s2dcli.files.output import begun, cut_after, kept_lines
 from s2dcli.files.records import read_problems, read_rollouts, take
@@ -86,10 +88,10 @@ def evaluate(
         options.refuse_given(context, MODEL_ONLY, "goes with --model; graded rollouts are measured as they are")
     if temperature == 0 and (k or 1) > 1:
         raise UsageError(f"-k {k} at --temperature 0: greedy samples are all equal", hint="leave -k out, or sample at --temperature 1")
-    if resume and (overwrite or out is None):
-        raise UsageError("--resume goes on with a folder", hint="name it with -o, and leave --overwrite out")
+    if resume and out is None:
+        raise UsageError("--resume goes on with a folder", hint="-o DIR names it")
     if out:
-        refuse_folder(out, overwrite or resume)
+        refuse_folder(out, overwrite, resume)
         refuse_inside(out, [rollouts or problems])
 
     from s2dcli.models.checkpoints import load, resolve
@@ -150,13 +152,10 @@ def _measure(graded: Iterable[dict], out: Path | None, name: str | None, manifes
     started = time.monotonic()
     seen: dict[str, Any] = {}
     measured: set[str] = set()
-    if out and done:
-        cut_after(out / GRADED, done)
-        graded = chain((line.record for line in kept_lines(out / GRADED, done)), graded)
-    elif out:
-        create_folder(out, overwrite=True)  # what may not be replaced was refused before
-        write_json(out / MANIFEST, {**manifest, "complete": False})
-    with jsonl.open_output(out / GRADED, append=True) if out else nullcontext() as writer:
+    with ExitStack() as stack:
+        writer = stack.enter_context(_open_folder(out, manifest, done)) if out else None
+        if writer and done:
+            graded = chain((line.record for line in kept_lines(out / GRADED, done)), graded)
 
         def noted() -> Iterator[dict]:
             for number, record in enumerate(graded):
@@ -173,24 +172,40 @@ def _measure(graded: Iterable[dict], out: Path | None, name: str | None, manifes
             if isinstance(error, S2DError):
                 raise
             raise DataError(f"cannot be evaluated: {error}", where=jsonl.input_name(manifest["inputs"][0]["path"])) from None
-        if writer:
-            writer.sync()
-    results = {"name": name or seen["model"], **seen, **figures}
+        results = {"name": name or seen["model"], **seen, **figures}
+        if not manifest["parents"]:
+            name_samplers(manifest, [{"sampler": seen}])
+        if out:
+            rollouts = figures["problems"] * figures["k"]
+            tokens = round(figures["mean_tokens"] * rollouts)
+            counts = {"problems": figures["problems"], "rollouts": rollouts, "tokens": tokens, "seconds": time.monotonic() - started}
+            with disk_errors("write the results", out):
+                writer.sync()
+                write_json(out / RESULTS, results)
+                write_json(out / MANIFEST, {**manifest, "complete": True, "counts": counts, "measured": sorted(measured)})
     if figures["ungraded"]:
         console.warn(f"{figures['ungraded']} answers could not be graded and count as wrong")
-    if not manifest["parents"]:
-        name_samplers(manifest, [{"sampler": seen}])
     for caution in warnings(manifest, measured):
         console.warn(caution)
-    if out:
-        write_json(out / RESULTS, results)
-        rollouts = figures["problems"] * figures["k"]
-        tokens = round(figures["mean_tokens"] * rollouts)
-        counts = {"problems": figures["problems"], "rollouts": rollouts, "tokens": tokens, "seconds": time.monotonic() - started}
-        write_json(out / MANIFEST, {**manifest, "complete": True, "counts": counts, "measured": sorted(measured)})
     k, average, error = figures["k"], figures["avg_at_k"], figures["se"]
     console.info(f"avg@{k} {average:.1%} ± {error:.1%} over {figures['problems']} problems; {figures['truncated']:.1%} truncated")
     jsonl.print_result(results)
+
+
+@contextmanager
+def _open_folder(out: Path, manifest: dict[str, Any], done: int) -> Iterator[jsonl.Writer]:
+    """Open the graded rollouts of an output folder, which is new or emptied unless `done` of them are there already."""
+    with disk_errors("make the folder", out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        with disk_errors("write", out):
+            if done:
+                cut_after(out / GRADED, done)
+            else:
+                empty_folder(out)  # what may not be replaced was refused before
+                write_json(out / MANIFEST, {**manifest, "complete": False})
+        with jsonl.open_output(out / GRADED, append=True) as writer:
+            yield writer
 
 
 def _note(seen: dict[str, Any], record: dict) -> None:

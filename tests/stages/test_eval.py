@@ -149,7 +149,7 @@ def test_a_finished_evaluation_prints_its_result_again(s2d, toy, few, undisturbe
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--resume"], "--seed was 0, is 1"), (["--resume", "--overwrite"], "leave --overwrite out"), ([], "output exists")],
+    [(["--resume"], "--seed was 0, is 1"), (["--resume", "--overwrite"], "give one of them"), ([], "output exists")],
 )
 def test_other_work_is_not_mixed_in(s2d, toy, few, undisturbed, more, message):
     result = s2d("eval", "-m", toy / "student", few, *RESUMED, "--seed", 1, "-o", undisturbed[0], *more)
