@@ -77,14 +77,6 @@ def refuse_inside(out: Path, inputs: Iterable[str | Path]) -> None:
             )
 
 
-def create_folder(out: Path, overwrite: bool) -> None:
-    """Make an output folder, emptying an old one where `refuse_folder` lets it."""
-    refuse_folder(out, overwrite)
-    with disk_errors("make the folder", out):
-        out.mkdir(parents=True, exist_ok=True)
-        empty_folder(out)
-
-
 def empty_folder(out: Path) -> None:
     """Remove all that s2d has made in a folder, last what shows that it was s2d. Raises OSError."""
     for path in sorted(_contents(out), key=lambda path: (path.name == MANIFEST, path.name != LATEST)):

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny
 
 from s2dcli.errors import UsageError
-from s2dcli.files.checkpoint import create_folder, write_checkpoint
+from s2dcli.files.checkpoint import empty_folder, refuse_folder, write_checkpoint
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "gemma2"])
@@ -22,13 +22,15 @@ def test_saved_models_load_with_the_same_logits(family, toy, tmp_path):
 
 def test_only_folders_of_s2d_are_replaced(tmp_path):
     mine = tmp_path / "run"
-    create_folder(mine, overwrite=False)
-    create_folder(mine, overwrite=False)  # empty
+    refuse_folder(mine, overwrite=False)
+    mine.mkdir()
+    refuse_folder(mine, overwrite=False)  # empty
     (mine / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match="--overwrite replaces it"):
-        create_folder(mine, overwrite=False)
+        refuse_folder(mine, overwrite=False)
     with pytest.raises(UsageError, match="was not made by s2d"):
-        create_folder(mine, overwrite=True)
+        refuse_folder(mine, overwrite=True)
     (mine / "s2d.json").write_text("{}")
-    create_folder(mine, overwrite=True)
+    refuse_folder(mine, overwrite=True)
+    empty_folder(mine)
     assert list(mine.iterdir()) == []
