@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -119,23 +121,13 @@ def refuse_given(context: typer.Context, names: dict[str, str], reason: str) -> 
             raise UsageError(f"{option} {reason}", hint="leave it out")
 
 
-def parse_cadence(text: str) -> tuple[int | None, float | None]:
-    """Return (steps, seconds), one of them None: `50` is 50 steps, `30m` is 1800 seconds. Raises ValueError."""
-    if text.endswith("m"):
-        steps, seconds = None, 60.0 * float(text.removesuffix("m"))
-    else:
-        steps, seconds = int(text), None
-    if not (steps or seconds or 0) > 0:
-        raise ValueError
-    return steps, seconds
-
-
-def _check_cadence(text: str) -> str:
-    try:
-        parse_cadence(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a number of steps, 50, nor of minutes, 30m") from None
-    return text
+def parse_cadence(text: str) -> tuple[float, float]:
+    """Return steps and seconds between two saves, one of them infinite: `50` is 50 steps, `30m` 1800 seconds."""
+    with suppress(ValueError):
+        cadence = (math.inf, 60 * float(text[:-1])) if text.endswith("m") else (int(text), math.inf)
+        if min(cadence) > 0:
+            return cadence
+    raise typer.BadParameter(f"{text!r} is neither a number of steps, 50, nor of minutes, 30m")
 
 
 # Inputs
@@ -315,7 +307,7 @@ SaveEvery = Annotated[
     typer.Option(
         "--save-every",
         metavar="STEPS|MINUTESm",
-        callback=_check_cadence,
+        callback=lambda text: parse_cadence(text) and text,
         help="Between checkpoints, e.g. 50 or 30m; the last step is always saved.",
         rich_help_panel=OUTPUT,
     ),

@@ -32,12 +32,13 @@ EVALS = "evals.jsonl"
 PROBLEMS = "problems.jsonl"
 ROLLOUTS = "rollouts"
 # Options that a run may go on with other values of. Most say what is kept or how fast things go. The
-# first four change the shapes or the place of a computation: its results then agree to rounding only.
+# first five change the shapes or the place of a computation: its results then agree to rounding only.
 MAY_CHANGE = frozenset(
     {
         "tokens_per_batch",
         "sample_tokens",
         "gradient_checkpointing",
+        "attention",
         "device",
         "trust_remote_code",
         "workers",

@@ -86,7 +86,7 @@ def fkl_warmup(
     parent = resolve(student)
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     guide = resolve(teacher) if teacher else None
-    inputs = [path for path in (rollouts, running.eval_problems) if path]
+    inputs = [path for path in (rollouts, running.eval_problems, *loading.files) if path]
     refuse_inside(out, [parent.folder, *([guide.folder] if guide else []), *inputs])
     if guide:
         require_same_tokenizer(load_tokenizer(guide.folder, loading.trust_remote_code), tokenizer)

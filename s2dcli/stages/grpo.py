@@ -180,7 +180,7 @@ def grpo(
     from s2dcli.train.plan import dry_run_plan
 
     parent = resolve(model)
-    inputs = [path for path in (rollouts or problems, running.eval_problems) if path]
+    inputs = [path for path in (rollouts or problems, running.eval_problems, *loading.files) if path]
     refuse_inside(out, [parent.folder, *inputs])
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     encoder = PromptEncoder(tokenizer, loading.chat_template, parse_template_kwargs(loading.chat_template_kwargs))

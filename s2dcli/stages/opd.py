@@ -89,7 +89,7 @@ def opd(
     from s2dcli.train.policy import at_work
 
     parent, guide = resolve(student), resolve(teacher)
-    inputs = [path for path in (problems, running.eval_problems) if path]
+    inputs = [path for path in (problems, running.eval_problems, *loading.files) if path]
     refuse_inside(out, [parent.folder, guide.folder, *inputs])
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     require_same_tokenizer(load_tokenizer(guide.folder, loading.trust_remote_code), tokenizer)

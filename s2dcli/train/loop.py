@@ -148,7 +148,7 @@ class TrainingRun:
         # The problems whose answers the run has learnt from; stages add to it.
         self.labels = set(folder.labels)
         self.counts = {"steps": 0, "updates": 0, "rollouts": 0, "tokens": 0, "seconds": 0.0, **folder.counts}
-        self._save_steps, self._save_interval = parse_cadence(settings["save_every"])
+        self._cadence = parse_cadence(settings["save_every"])
         self._save_seconds = 0.0  # that saving has taken since the last row
         if folder.step:
             self.optimizer.restore(read_training_state(folder.checkpoint / TRAINING_STATE))
@@ -166,7 +166,8 @@ class TrainingRun:
                 show(row)
                 if number % self.settings["eval_every"] == 0 or number == steps:
                     self._evaluate(number)
-                due = time.monotonic() - saved >= self._save_interval if self._save_interval else number % self._save_steps == 0
+                every_steps, every_seconds = self._cadence
+                due = number % every_steps == 0 or time.monotonic() - saved >= every_seconds
                 if due or number == steps:
                     self._save(number)
                     saved = time.monotonic()
