@@ -32,7 +32,7 @@ WARM_KILLS = LONG or 20
 COLD_KILLS = 3
 # What differs between two undisturbed runs: times, and how the run was started.
 _TIME = re.compile(r"(.*_)?(seconds|per_second)")
-_HOW = ("resume", "overwrite", "out", "argv")
+_HOW = ("resume", "overwrite", "out", "commit")
 
 
 @dataclass

@@ -91,9 +91,10 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed have left in a folder, if there is one, under temporary names. Raises OSError."""
-    for path in [path for path in folder.iterdir() if is_temporary(path)] if folder.is_dir() else []:
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what processes that were killed have left in a folder, if there is one, under temporary names (of `name`). Raises OSError."""
+    drafts = [path for path in folder.iterdir() if is_temporary(path) and path.name.startswith(f".{name}")] if folder.is_dir() else []
+    for path in drafts:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

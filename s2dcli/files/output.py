@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from s2dcli import console
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.atomic import disk_errors
+from s2dcli.files.atomic import disk_errors, remove_leftovers
 from s2dcli.files.lock import locked
 from s2dcli.files.manifest import file_sha256, read_manifest, refuse_differences, sidecar, write_json
 
@@ -116,6 +116,7 @@ def open_recorded(
         path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
         with disk_errors("write", path):
+            remove_leftovers(path.parent, f"{sidecar(path).name}.")
             if path.exists():
                 cut_after(path, kept or 0)  # before the manifest is new, so that no old rows lie beside it
             if kept is None:

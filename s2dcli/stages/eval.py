@@ -22,7 +22,7 @@ import typer
 from s2dcli import console, options, stats
 from s2dcli.errors import DataError, S2DError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.atomic import disk_errors
+from s2dcli.files.atomic import disk_errors, remove_leftovers
 from s2dcli.files.checkpoint import empty_folder, refuse_folder, refuse_inside
 from s2dcli.files.ledger import warnings
 from s2dcli.files.lock import locked
@@ -199,6 +199,7 @@ def _open_folder(out: Path, manifest: dict[str, Any], done: int) -> Iterator[jso
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         with disk_errors("write", out):
+            remove_leftovers(out)
             if done:
                 cut_after(out / GRADED, done)
             else:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -83,6 +85,22 @@ def test_going_on_after_the_kept_lines_gives_the_bytes_of_an_undisturbed_file(tm
         for row in ROWS[2:]:
             writer.write(row)
     assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_what_a_killed_command_left_of_its_manifest_is_removed(tmp_path):
+    for name in (".rows.jsonl.s2d.json.123", ".rows.jsonl2.s2d.json.123", ".rows.jsonl.123"):
+        (tmp_path / name).touch()
+    write(tmp_path / "rows.jsonl", ROWS)
+    left = {".rows.jsonl2.s2d.json.123", ".rows.jsonl.123"}  # of others
+    assert set(os.listdir(tmp_path)) == {"rows.jsonl", "rows.jsonl.s2d.json", *left}
+
+
+def test_a_second_writer_is_kept_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with open_recorded(path, describe("rollout", {})):
+        code = f"from s2dcli.files.output import open_recorded\nwith open_recorded({str(path)!r}, {{}}, kept=0): pass"
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"{path}: is in use by process {os.getpid()}" in second.stderr
 
 
 def test_what_cannot_be_resumed_says_why(tmp_path):
