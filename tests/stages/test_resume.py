@@ -76,6 +76,7 @@ def command(toy, few, graded, half):
     grpo = ["grpo", "--model", toy / "teacher"]
     opd = ["opd", "--teacher", toy / "teacher", "--student"]
     warmup = ["fkl-warmup", "--student", half, "--rollouts", graded, *few_steps, "--mini-batch-size", 96]
+    swapped = ["--student", toy / "teacher", "--teacher", toy / "student"]  # whose matrices are large enough for 8 bits
     commands = {
         "grpo": [*grpo, *sampling, *measured, "--reward", "exact", "--keep-rollouts", "--resample-flat", 1, "--kl-coef", 0.01],
         "grpo, several updates": [*grpo, *sampling, "--reward", "exact", "--mini-batch-size", 4, "--keep-states", 2, "--loss", "dapo"],
@@ -83,7 +84,7 @@ def command(toy, few, graded, half):
         "opd": [*opd, toy / "student", *sampling, "--keep-rollouts", "--lora-rank", 4],
         "opd in bfloat16": [*opd, half, *sampling, "--weights", "bfloat16", "--keep-last", 2],
         "fkl-warmup": [*warmup, "--teacher", toy / "teacher"],
-        "fkl-warmup in 8 bits": [*warmup, "--teacher", toy / "teacher", "--optimizer", "adamw-8bit", *measured, "--max-tokens", 16],
+        "fkl-warmup in 8 bits": [*warmup, *swapped, "--optimizer", "adamw-8bit", *measured, "--max-tokens", 16],
         "sft": [*warmup, "--hard-labels", "--only-correct", "--lora-rank", 2],
     }
     del commands["grpo from disk"][-2:]  # grading is done
