@@ -318,12 +318,7 @@ KeepLast = Annotated[
 ]
 KeepStates = Annotated[
     int,
-    typer.Option(
-        "--keep-states",
-        min=1,
-        help="Checkpoints that keep the optimizer's state, which --resume needs: 12 bytes a parameter.",
-        rich_help_panel=OUTPUT,
-    ),
+    typer.Option("--keep-states", min=1, help="Checkpoints that keep the optimizer's state, for --resume.", rich_help_panel=OUTPUT),
 ]
 KeepRollouts = Annotated[
     bool, typer.Option("--keep-rollouts", help="Write each step's rollouts to the run folder.", rich_help_panel=OUTPUT)

@@ -40,6 +40,7 @@ MAY_CHANGE = frozenset(
         "gradient_checkpointing",
         "attention",
         "device",
+        "offload",
         "trust_remote_code",
         "workers",
         "timeout",

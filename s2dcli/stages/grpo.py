@@ -227,12 +227,10 @@ def grpo(
                 return [[next(graded) for _ in group] for group in groups]
 
         for step in run:
-            num_sampled = 0
+            num_sampled, drawn_again, spares = 0, 0, order.spares(step.number)
             chosen = order.at(step.number)
             groups = _draw(stored, chosen) if stored else sample(step, chosen)
             run.labels.update(group[0]["problem_sha256"] for group in groups)
-            drawn_again = 0
-            spares = order.spares(step.number)
             for _ in range(objective.resample_flat):
                 flat = [slot for slot, group in enumerate(groups) if not _is_mixed(group)]
                 fresh = sample(step, list(islice(spares, len(flat)))) if flat else []
