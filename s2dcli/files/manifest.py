@@ -30,6 +30,7 @@ MANIFEST = "s2d.json"
 SCHEMA = "s2d.manifest/1"
 RECORDED_VERSIONS = ("torch", "transformers", "vllm", "math-verify")
 ROLES = ("model", "student", "teacher", "tokenizer")  # options that name a checkpoint
+SAMPLER = "sampler"  # role of a checkpoint that sampled the rollouts
 UNKNOWN = "unknown"
 # What a manifest's record keeps of it
 RECORDED = ("command", "options", "versions", "commit", "seeds", "inputs", "parents", "counts", "labels", "output_sha256")
@@ -133,7 +134,7 @@ def name_samplers(manifest: dict[str, Any], rollouts: Iterable[Mapping[str, Any]
             same = (parent["record"] for parent in known if parent["weights_sha256"] == sampler["weights_sha256"] != "")
             record = next(same, None)
             manifest["parents"].append(
-                {"role": "sampler", **sampler, "setup_sha256": "", "record": _found(sampler, ancestors) if record is None else record}
+                {"role": SAMPLER, **sampler, "setup_sha256": "", "record": _found(sampler, ancestors) if record is None else record}
             )
 
 
@@ -237,7 +238,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Coll
     """Return a phrase for each thing in which two manifests describe different work; [] if in none.
 
     Inputs are compared by their hashes and models by those of their weights and of their config,
-    tokenizer and chat template, so a moved file or folder is no difference. Options are compared by
+    tokenizer and chat template, so a moved file or folder is no difference; who sampled rollouts is
+    told by an input's hash, and may be found out at the end only. Options are compared by
     value; `may_change` names those that may differ because the result does not depend on them.
     """
     if old["command"] != new["command"]:
@@ -248,7 +250,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Coll
         was, now = old["options"][name], new["options"][name]
         if was != now and not (was in named_old and now in named_new):
             found.append(f"{flag(name)} was {_shown(was)}, is {_shown(now)}")
-    return sorted(found) + _other_inputs(old["inputs"], new["inputs"]) + _other_parents(old["parents"], new["parents"])
+    models = ([parent for parent in manifest["parents"] if parent["role"] != SAMPLER] for manifest in (old, new))
+    return sorted(found) + _other_inputs(old["inputs"], new["inputs"]) + _other_parents(*models)
 
 
 def _shown(value: Any) -> str:

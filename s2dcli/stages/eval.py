@@ -96,11 +96,14 @@ def evaluate(
 
     from s2dcli.models.checkpoints import load, resolve
 
+    todo = read_problems(problems) if model else []
     checkpoint = resolve(model) if model else None
     if out and checkpoint:
         refuse_inside(out, [checkpoint.folder])
     parents = [checkpoint] if checkpoint else []
     manifest = describe("eval", settings, inputs=[rollouts or problems, *loading.files], parents=parents)
+    if model and jsonl.is_stream(problems):  # so that a resume is given the same
+        manifest["inputs"][0]["sha256"] = jsonl.sha256(problem.to_record() for problem in todo)
     old = begun(out, out / MANIFEST, manifest, MAY_CHANGE) if resume else None
     if old and old["complete"]:
         console.info(f"{out} is complete already")
@@ -110,7 +113,6 @@ def evaluate(
         _measure(_read_graded(rollouts), out, name, manifest)
         return
 
-    todo = read_problems(problems)
     samples = k or (1 if temperature == 0 else DEFAULT_K)
     with Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader:
         from s2dcli.engines.base import SamplingParams

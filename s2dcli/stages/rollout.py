@@ -21,6 +21,7 @@ import typer
 
 from s2dcli import console, options
 from s2dcli.errors import UsageError
+from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe, sidecar
 from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded
 from s2dcli.files.records import read_problems
@@ -66,6 +67,8 @@ def rollout(
     checkpoint = resolve(model)
     template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
     manifest = describe("rollout", settings, inputs=[problems, *loading.files], parents=[checkpoint])
+    if jsonl.is_stream(problems):  # so that a resume is given the same
+        manifest["inputs"][0]["sha256"] = jsonl.sha256(problem.to_record() for problem in todo)
     old = begun(Path(out), sidecar(out), manifest, MAY_CHANGE if shard_count == 1 else MAY_CHANGE_IN_SHARDS) if resume else None
     if is_finished(out, old):
         return

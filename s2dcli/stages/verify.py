@@ -194,7 +194,7 @@ def verify(
     check_output(out, overwrite=overwrite, resume=resume)
     manifest = describe("verify", settings, inputs=[source])
     old = begun(Path(out), sidecar(out), manifest, MAY_CHANGE) if resume else None
-    if is_finished(out, old):
+    if not jsonl.is_stream(source) and is_finished(out, old):
         _refuse_invalid(old["counts"]["invalid"], source, skip_invalid)
         return
     done = sum(1 for _ in kept_lines(out)) if old else 0

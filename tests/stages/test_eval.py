@@ -162,3 +162,6 @@ def test_graded_rollouts_name_who_sampled_them(s2d, toy, undisturbed, tmp_path):
     assert s2d("eval", "--rollouts", "-", "-o", tmp_path / "eval", stdin=rows).code == 0
     (parent,) = json.loads((tmp_path / "eval" / "s2d.json").read_text())["parents"]
     assert (parent["role"], parent["name"], parent["record"]) == ("sampler", str(toy / "student"), "")
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    again = ["eval", "--rollouts", tmp_path / "rows.jsonl", "-o", tmp_path / "again", "--resume"]
+    assert s2d(*again).result == s2d(*again).result == undisturbed[1]

@@ -257,6 +257,16 @@ def test_a_finished_file_is_left_as_it_is_without_a_model(s2d, toy, few, undistu
     assert undisturbed.stat().st_mtime_ns == before
 
 
+def test_what_was_piped_in_must_be_piped_in_again(s2d, toy, few, tmp_path, undisturbed):
+    piped = ["rollout", "-m", toy / "student", "-", *RESUMED, "-o", tmp_path / "out.jsonl", "--resume"]
+    assert s2d(*piped, stdin=few.read_bytes()).code == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == undisturbed.read_bytes()
+    assert "is complete already" in s2d(*piped, stdin=few.read_bytes()).err
+    other = s2d(*piped, stdin=b"".join(few.read_bytes().splitlines(keepends=True)[1:]))
+    assert other.code == 2
+    assert "input - is not what - was (another sha256)" in other.err
+
+
 def test_a_shard_is_resumed_as_that_shard(s2d, toy, few, tmp_path, undisturbed):
     out = tmp_path / "shard.jsonl"
     shard = ["rollout", "-m", toy / "student", few, *RESUMED, "--shard", "2/2", "-o", out]

@@ -241,6 +241,8 @@ def test_kept_rows_must_be_those_of_the_input(s2d, graded, tmp_path):
     assert "piped.jsonl:2: cannot be resumed: this row was not made from -" in other.err
     assert s2d(*piped, "--resume", stdin=given.read_bytes()).code == 0
     assert (tmp_path / "piped.jsonl").read_bytes() == out.read_bytes()
+    after = s2d(*piped, "--resume", stdin=given.read_bytes().replace(b"boxed{3}", b"boxed{5}"))
+    assert after.code == 1  # a pipe is not known before it is read
     refused = s2d("verify", given, "-o", out, "--resume", "--timeout", 1, "--extract", "lenient")
     assert refused.code == 2
     assert '2 things differ: --extract was "strict", is "lenient"; --timeout was 5.0, is 1.0' in refused.err
