@@ -110,3 +110,5 @@ done
 say "done; checkpoints and logs are in $out"
 echo
 s2d report "$out"/eval/{raw-teacher,rl-teacher,raw-student,raw-bridge,direct,rl-bridge}-{sampled,greedy}
+echo
+s2d lineage "$out/rl-bridge/opd"

@@ -14,8 +14,8 @@ import typer
 
 from s2dcli import __version__, console, options
 from s2dcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, S2DError
+from s2dcli.stages import compare, fkl_warmup, grpo, lineage, opd, prepare, report, rollout, verify
 from s2dcli.stages import eval as eval_stage
-from s2dcli.stages import fkl_warmup, grpo, opd, prepare, report, rollout, verify
 
 app = typer.Typer(
     name="s2d",
@@ -39,8 +39,16 @@ def _root(
     pass
 
 
-def _terminate(signum: int, frame: object) -> None:
-    raise SystemExit(EXIT_TERMINATED)
+def _end(signum: int, frame: object) -> None:
+    """End a command in good order; whoever signals again wants it to end at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_at_once)
+    raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(EXIT_TERMINATED)
+
+
+def _end_at_once(signum: int, frame: object) -> None:
+    console.show_cursor()
+    os._exit(EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_TERMINATED)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -65,7 +73,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(expanded)
     def run(*, quiet: bool, verbose: bool, **given: object) -> None:
         console.configure(quiet=quiet, verbose=verbose)
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, _end)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore it
+            signal.signal(signal.SIGINT, _end)
         debug = os.environ.get("S2D_DEBUG") == "1"
         try:
             console.claim_stdout()
@@ -79,12 +89,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except S2DError as error:
             console.error(str(error))
             if debug:
-                raise
+                console.traceback()
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
-            if debug:
-                raise
             console.error(f"{type(error).__name__}: {error} (S2D_DEBUG=1 shows where)")
+            if debug:
+                console.traceback()
             raise typer.Exit(EXIT_FAILED) from None
 
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *level])
@@ -101,7 +111,7 @@ STAGES = {
     "opd": opd.opd,
     "eval": eval_stage.evaluate,
 }
-HELPERS = {"prepare": prepare.prepare, "report": report.report}
+HELPERS = {"prepare": prepare.prepare, "report": report.report, "compare": compare.compare, "lineage": lineage.lineage}
 
 for panel, commands in (("Stages", STAGES), ("Helpers", HELPERS)):
     for name, command in commands.items():

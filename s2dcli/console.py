@@ -14,7 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import format_exc
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -31,8 +33,11 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 _level = 0  # -1 quiet, 0 normal, 1 verbose
 _data: io.BufferedWriter | None = None
 
-# C0 and C1 control characters except tab and newline: with them, text can drive a terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What drives a terminal: C0 and C1 control characters except tab and newline, with which every ANSI and OSC
+# sequence begins; what makes text read other than it is: marks, embeddings, overrides and isolates of
+# direction, separators that some terminals break lines at, invisible tags; and lone surrogates, which no
+# terminal's encoding holds.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]")
 
 
 def configure(*, quiet: bool, verbose: bool) -> None:
@@ -63,8 +68,8 @@ def abandon_stdout() -> None:
 
 
 def printable(text: str) -> str:
-    """Return untrusted text with its control characters made visible."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    """Return untrusted text with the characters made visible that drive a terminal or hide what is there."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _say(prefix: str, style: str, message: str) -> None:
@@ -91,9 +96,20 @@ def error(message: str) -> None:
     _say("error: ", "bold red", message)
 
 
+def traceback() -> None:
+    """Show the traceback of the exception at hand."""
+    stderr.print(Text(printable(format_exc())))
+
+
 def live_display() -> bool:
     """Whether a live display makes sense: a terminal that moves its cursor, and no `-q`."""
     return _level >= 0 and stderr.is_terminal and not stderr.is_dumb_terminal
+
+
+def show_cursor() -> None:
+    """Bring back the cursor that a live display hides, from within a signal handler."""
+    if stderr.is_terminal:
+        os.write(2, b"\x1b[?25h")
 
 
 @contextmanager
@@ -156,3 +172,16 @@ def _grid(cells: list[tuple[str, str]], columns: int = 4) -> Table:
         row = cells[start : start + columns]
         table.add_row(*(text for cell in row for text in cell))
     return table
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Return an aligned table for standard output: the first row is its head, the first column set left, figures right."""
+    table = [[" ".join(printable(cell).split()).replace("|", "\\|") for cell in row] for row in table]
+    widths = [max(3, *(cell_len(cell) for cell in column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        aligned = [row[0] + blanks[0], *(blank + cell for cell, blank in zip(row[1:], blanks[1:], strict=True))]
+        lines.append(f"| {' | '.join(aligned)} |\n")
+    lines.insert(1, f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |\n")
+    return "".join(lines)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -119,6 +121,15 @@ def refuse_given(context: typer.Context, names: dict[str, str], reason: str) -> 
             raise UsageError(f"{option} {reason}", hint="leave it out")
 
 
+def parse_cadence(text: str) -> tuple[float, float]:
+    """Return steps and seconds between two saves, one of them infinite: `50` is 50 steps, `30m` 1800 seconds."""
+    with suppress(ValueError):
+        cadence = (math.inf, 60 * float(text[:-1])) if text.endswith("m") else (int(text), math.inf)
+        if min(cadence) > 0:
+            return cadence
+    raise typer.BadParameter(f"{text!r} is neither a number of steps, 50, nor of minutes, 30m")
+
+
 # Inputs
 Problems = Annotated[str, typer.Argument(metavar="PROBLEMS", help="Problems, JSONL; - is standard input.", show_default=False)]
 Rollouts = Annotated[str, typer.Argument(metavar="ROLLOUTS", help="Rollouts, JSONL; - is standard input.", show_default=False)]
@@ -128,6 +139,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**53 - 1, help="Seed of
 OutFile = Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Output file; - is standard output.", rich_help_panel=OUTPUT)]
 RunDir = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Run folder.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=OUTPUT)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an output that was not finished.", rich_help_panel=OUTPUT)]
 
 # Models and prompts
 Model = Annotated[str, typer.Option("--model", "-m", metavar="CKPT", help="Hub id, checkpoint folder or run folder.", show_default=False)]
@@ -184,9 +196,7 @@ BatchTokens = Annotated[
 ]
 
 # Grading
-Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Grading processes.", show_default="CPUs", rich_help_panel=GRADING)
-]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Grading processes.", show_default="CPUs", rich_help_panel=GRADING)]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds that one answer may take.", rich_help_panel=GRADING)]
 MemoryLimit = Annotated[
     str, typer.Option("--memory-limit", metavar="SIZE", help="Memory that one grading process may use.", rich_help_panel=GRADING)
@@ -293,7 +303,22 @@ AggregateOption = Annotated[
     ),
 ]
 SaveEvery = Annotated[
-    int, typer.Option("--save-every", min=1, help="Steps between checkpoints; the last step is always saved.", rich_help_panel=OUTPUT)
+    str,
+    typer.Option(
+        "--save-every",
+        metavar="STEPS|MINUTESm",
+        callback=lambda text: parse_cadence(text) and text,
+        help="Between checkpoints, e.g. 50 or 30m; the last step is always saved.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+KeepLast = Annotated[
+    int | None,
+    typer.Option("--keep-last", min=1, help="Checkpoints that are kept.", show_default="all", rich_help_panel=OUTPUT),
+]
+KeepStates = Annotated[
+    int,
+    typer.Option("--keep-states", min=1, help="Checkpoints that keep the optimizer's state, for --resume.", rich_help_panel=OUTPUT),
 ]
 KeepRollouts = Annotated[
     bool, typer.Option("--keep-rollouts", help="Write each step's rollouts to the run folder.", rich_help_panel=OUTPUT)
@@ -327,6 +352,11 @@ class ModelOptions:
     def of_load(self) -> dict[str, Any]:
         """Return what models/checkpoints.load takes of these."""
         return {name: getattr(self, name) for name in ("device", "dtype", "attention", "trust_remote_code")}
+
+    @property
+    def files(self) -> list[str]:
+        """Files that are named here; what is in them counts as an input does."""
+        return [] if self.chat_template in (None, "plain") else [self.chat_template]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,12 +400,15 @@ class TrainingOptions:
 class RunOptions:
     """What a training run writes, measures and repeats."""
 
-    save_every: SaveEvery = 50
+    save_every: SaveEvery = "50"
+    keep_last: KeepLast = None
+    keep_states: KeepStates = 1
     eval_problems: EvalProblems = None
     eval_every: EvalEvery = 50
     eval_samples: EvalSamples = 4
     dry_run: DryRun = False
     overwrite: Overwrite = False
+    resume: Resume = False
     seed: Seed = 0
 
 

@@ -66,6 +66,33 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return (subsets - math.comb(num_samples - num_correct, k)) / subsets
 
 
+def paired_difference(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]) -> dict[str, float | int | None]:
+    """Compare two sets of scores problem by problem, over the problems that both have.
+
+    problems, a and b (avg@k of each there), difference (b - a: the mean over problems of the difference of
+    their mean scores), se (of that mean; problems are the independent observations), z = difference / se,
+    and p, two-sided, from the normal distribution. Where all differences are equal, se is 0 and z and p
+    are None. Pairing takes the spread of the problems' difficulty out of the comparison, so the se is
+    that of either average only if the two are unrelated. Raises ValueError if no problem is shared.
+    """
+    shared = [problem for problem in first if problem in second]
+    if not shared:
+        raise ValueError("no problem is in both")
+    means = [(mean(first[problem]), mean(second[problem])) for problem in shared]
+    differences = [b - a for a, b in means]
+    difference, error = mean(differences), standard_error(differences)
+    z = difference / error if error else None
+    return {
+        "problems": len(shared),
+        "a": mean(a for a, _ in means),
+        "b": mean(b for _, b in means),
+        "difference": difference,
+        "se": error,
+        "z": z,
+        "p": None if z is None else math.erfc(abs(z) / math.sqrt(2)),
+    }
+
+
 # A reward of at least this much counts as solved where a yes or no is needed (pass@k).
 SOLVED = 1.0
 

@@ -21,7 +21,7 @@ HEAVY = [
     "pyarrow",
     "numpy",
 ]
-COMMANDS = ["rollout", "verify", "grpo", "fkl-warmup", "opd", "eval", "prepare", "report"]
+COMMANDS = ["rollout", "verify", "grpo", "fkl-warmup", "opd", "eval", "prepare", "report", "compare", "lineage"]
 
 PROBE = """
 import sys
@@ -56,7 +56,11 @@ def test_file_commands_never_import_torch(tmp_path, toy, s2d):
     assert verified.returncode == 0, verified.stderr
     evaluated = probe("eval", "--rollouts", str(tmp_path / "graded.jsonl"))
     assert evaluated.returncode == 0, evaluated.stderr
-    for result in (verified, evaluated):
+    traced = probe("lineage", str(toy / "student"))
+    compared = probe("compare", str(tmp_path / "graded.jsonl"), str(tmp_path / "graded.jsonl"))
+    unlike = probe("compare", "--settings", str(tmp_path / "graded.jsonl"), str(tmp_path / "graded.jsonl"))
+    assert (traced.returncode, compared.returncode, unlike.returncode) == (0, 0, 0)
+    for result in (verified, evaluated, traced, compared, unlike):
         assert result.stderr.splitlines()[-1] == "HEAVY"
 
 

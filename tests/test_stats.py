@@ -60,3 +60,36 @@ def test_mean_of_nothing_is_an_error():
     assert stats.mean([0.1] * 10) == pytest.approx(0.1, abs=1e-17)
     with pytest.raises(ValueError, match="no values"):
         stats.mean([])
+
+
+def test_a_paired_difference_equals_the_formula_in_float64():
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    names = [f"p{i}" for i in range(40)]
+    first = {name: draw.integers(0, 2, 4).astype(float).tolist() for name in [*names, "only here"]}
+    second = {name: draw.integers(0, 2, 8).astype(float).tolist() for name in [*names, "only there"]}
+    found = stats.paired_difference(first, second)
+    a, b = (np.array([np.mean(side[name]) for name in names]) for side in (first, second))
+    error = np.std(b - a, ddof=1) / np.sqrt(len(names))
+    assert found["problems"] == 40
+    assert (found["a"], found["b"], found["difference"]) == pytest.approx((a.mean(), b.mean(), (b - a).mean()), abs=1e-15)
+    assert (found["se"], found["z"]) == pytest.approx((error, (b - a).mean() / error), rel=1e-12)
+    # Two-sided normal tail, by integrating the density.
+    grid = np.linspace(abs(found["z"]), 40, 4_000_001)
+    assert found["p"] == pytest.approx(2 * np.trapezoid(np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi), grid), rel=1e-6)
+
+
+def test_a_paired_difference_without_spread_has_no_z():
+    same = {"a": [1.0, 0.0], "b": [0.0, 0.0]}
+    assert stats.paired_difference(same, same) == {"problems": 2, "a": 0.25, "b": 0.25, "difference": 0.0, "se": 0.0, "z": None, "p": None}
+    with pytest.raises(ValueError, match="no problem is in both"):
+        stats.paired_difference(same, {"c": [1.0]})
+
+
+def test_pairing_takes_out_how_hard_the_problems_are():
+    # The second is right once more on every second problem, whatever the problem's difficulty.
+    first = {f"p{i}": [1.0] * (i % 5) + [0.0] * (5 - i % 5) for i in range(20)}
+    second = {name: [*scores[1:], scores[0]] if i % 2 else [1.0, *scores[:-1]] for i, (name, scores) in enumerate(first.items())}
+    found = stats.paired_difference(first, second)
+    assert found["se"] < min(stats.avg_at_k(first)[1], stats.avg_at_k(second)[1]) / 2

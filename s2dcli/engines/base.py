@@ -48,6 +48,7 @@ class Sample:
 
 class Engine(Protocol):
     name: str
+    whole_batches: bool  # whether a row's log-probs depend on the planned batch that it is sampled in
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]: ...
 

@@ -7,14 +7,16 @@ the other, are the bytes of the whole.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
 from s2dcli import console
 from s2dcli.engines.base import Engine, Request, Sample, SamplingParams
 from s2dcli.errors import DataError
+from s2dcli.files.output import Kept
 from s2dcli.files.records import Problem, Rollout, row_seed
 from s2dcli.models.prompts import PromptEncoder
 
@@ -78,6 +80,31 @@ def shard_of(batches: list[list[Task]], index: int, count: int) -> list[list[Tas
     return batches[len(batches) * (index - 1) // count : len(batches) * index // count]
 
 
+def count_done(kept: Iterable[Kept], batches: Sequence[Sequence[Task]], num_samples: int, *, whole_batches: bool) -> int:
+    """Return how many rows of an unfinished file a resumed run keeps.
+
+    With `whole_batches` those of a batch that is not all there are sampled again: log-probs depend, in
+    the sixth decimal, on the batch that a row was sampled in. Raises DataError if the rows are others
+    than the first ones of the plan.
+    """
+    expected = ((task, index) for batch in batches for task in batch for index in range(num_samples))
+    count = 0
+    for where, _, record in kept:
+        task, index = next(expected, (None, 0))
+        if task is None or (record.get("group_id"), record.get("sample_index"), record.get("prompt_ids")) != (
+            task.group_id,
+            index,
+            task.prompt_ids,
+        ):
+            due = f"sample {index} of group {task.group_id!r}" if task else "the end"
+            raise DataError(f"cannot be resumed: {due} was expected here", where=where, hint="--overwrite begins anew")
+        count += 1
+    if not whole_batches:
+        return count
+    ends = accumulate(len(batch) * num_samples for batch in batches)
+    return max((end for end in ends if end <= count), default=0)
+
+
 class Sampler:
     """Samples groups of rollouts with one engine and one set of sampling parameters."""
 
@@ -94,22 +121,29 @@ class Sampler:
 
     def sample(self, tasks: Sequence[Task], num_samples: int) -> Iterator[list[Rollout]]:
         """Yield one group of `num_samples` rollouts per task, in order, batch after batch."""
-        for batch in plan(tasks, num_samples, self.params.max_tokens, self.batch_tokens):
-            yield from self.sample_batch(batch, num_samples)
+        return self.sample_batches(plan(tasks, num_samples, self.params.max_tokens, self.batch_tokens), num_samples)
 
-    def sample_batch(self, batch: Sequence[Task], num_samples: int) -> Iterator[list[Rollout]]:
-        """Yield the groups of one planned batch, in order, each as soon as it and its predecessors are done."""
-        requests = [Request(task.prompt_ids, row_seed(self.seed, task.group_id, index)) for task in batch for index in range(num_samples)]
+    def sample_batches(self, batches: Sequence[Sequence[Task]], num_samples: int, done: int = 0) -> Iterator[list[Rollout]]:
+        """Yield the groups of planned batches in order; the first `done` rows are there already and left out."""
+        for batch in batches:
+            rows = len(batch) * num_samples
+            if done < rows:
+                yield from self.sample_batch(batch, num_samples, skip=max(0, done))
+            done -= rows
+
+    def sample_batch(self, batch: Sequence[Task], num_samples: int, skip: int = 0) -> Iterator[list[Rollout]]:
+        """Yield the groups of one planned batch, in order, each as soon as it and its predecessors are done.
+
+        The first `skip` rows are not asked for; the group in which they end comes without them.
+        """
+        rows = [(task, index) for task in batch for index in range(num_samples)][skip:]
+        requests = [Request(task.prompt_ids, row_seed(self.seed, task.group_id, index)) for task, index in rows]
+        groups = deque([*group] for _, group in groupby(range(len(rows)), key=lambda row: rows[row][0].group_id))
         done: dict[int, Sample] = {}
-        missing = [num_samples] * len(batch)
-        group = 0
-        for index, sample in self.engine.generate(requests, self.params):
-            done[index] = sample
-            missing[index // num_samples] -= 1
-            while group < len(batch) and not missing[group]:
-                rows = range(group * num_samples, (group + 1) * num_samples)
-                yield [self._rollout(batch[group], i, requests[row], done.pop(row)) for i, row in enumerate(rows)]
-                group += 1
+        for row, sample in self.engine.generate(requests, self.params):
+            done[row] = sample
+            while groups and all(row in done for row in groups[0]):
+                yield [self._rollout(*rows[row], requests[row], done.pop(row)) for row in groups.popleft()]
 
     def _rollout(self, task: Task, sample_index: int, request: Request, sample: Sample) -> Rollout:
         problem = task.problem

@@ -32,6 +32,7 @@ class TransformersEngine:
     """Samples from a transformers model that may also be in training: it always uses its current weights."""
 
     name = "transformers"
+    whole_batches = True
 
     def __init__(
         self,

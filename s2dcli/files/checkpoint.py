@@ -1,27 +1,33 @@
-"""Run folders, and checkpoints in them that are either whole or not there.
+"""Output folders, and what is in a checkpoint's.
 
-out/ s2d.json problems.jsonl metrics.jsonl evals.jsonl rollouts/ latest
-     step-000100/  config, *.safetensors, tokenizer, s2d.json, adapter/ if one was trained
+step-000100/  config, *.safetensors, tokenizer, s2d.json: an ordinary checkpoint
+              adapter/         if one was trained
+              training_state/  masters and moments of the optimizer, for going on; safetensors, no pickle
 """
 
 from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from s2dcli.errors import DataError, UsageError
-from s2dcli.files.manifest import MANIFEST, write_json
+from s2dcli.errors import ModelError, UsageError
+from s2dcli.files.atomic import disk_errors, is_temporary, remove
+from s2dcli.files.lock import LOCK
+from s2dcli.files.manifest import MANIFEST
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 ADAPTER = "adapter"
+TRAINING_STATE = "training_state"
 LATEST = "latest"  # names the last whole step
+SHARD_BYTES = 1 << 30  # of training state in one file, and so at most copied from a GPU at a time
 # Written anew with the weights; everything else of a checkpoint folder is copied as it is.
 _OWN_FILES = {"config.json", "model.safetensors.index.json", MANIFEST}
 _COPIED = (".json", ".jinja", ".model", ".txt", ".py")
@@ -31,15 +37,35 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def refuse_folder(out: Path, overwrite: bool) -> None:
-    """Raise UsageError unless `out` is new or empty, or `overwrite` may replace it because s2d made it."""
+def step_of(path: Path) -> int:
+    """Return the step that a file or folder is named after, 0 if none."""
+    match = re.fullmatch(r"step-(\d+)(\.jsonl)?", path.name)
+    return int(match[1]) if match else 0
+
+
+def latest_step(folder: Path) -> Path:
+    """Return the last whole step of a run folder; another folder is returned as it is. Raises ModelError."""
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        return folder
+    step = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"step-\d+", step) or not (folder / step).is_dir():  # only a step: no path leads out of the folder
+        raise ModelError(f"{LATEST!r} names {step!r}, which is no step in there", where=str(folder))
+    return folder / step
+
+
+def refuse_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
+    """Raise UsageError unless `out` is new or empty, or s2d made it and may replace it or go on with it."""
+    if overwrite and resume:
+        raise UsageError("--overwrite begins anew and --resume goes on", hint="give one of them")
     if out.exists() and not out.is_dir():
         raise UsageError("exists and is not a folder", where=str(out), hint="choose another -o")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UsageError("output exists", where=str(out), hint="--overwrite replaces it, or choose another -o")
+    if out.is_dir() and _contents(out):
+        if not overwrite and not resume:
+            raise UsageError("output exists", where=str(out), hint="--resume goes on, --overwrite replaces it, or choose another -o")
         if not (out / MANIFEST).is_file():
-            raise UsageError(f"was not made by s2d (no {MANIFEST}), so --overwrite leaves it alone", where=str(out))
+            what = "--resume cannot go on with it" if resume else "--overwrite leaves it alone"
+            raise UsageError(f"was not made by s2d (no {MANIFEST}), so {what}", where=str(out))
 
 
 def refuse_inside(out: Path, inputs: Iterable[str | Path]) -> None:
@@ -51,70 +77,41 @@ def refuse_inside(out: Path, inputs: Iterable[str | Path]) -> None:
             )
 
 
-def create_folder(out: Path, overwrite: bool) -> None:
-    """Make an output folder, emptying an old one where `refuse_folder` lets it."""
-    refuse_folder(out, overwrite)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in out.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    except OSError as error:
-        raise DataError(f"cannot make the folder: {error.strerror or error}", where=str(out)) from None
+def empty_folder(out: Path) -> None:
+    """Remove all that s2d has made in a folder, last what shows that it was s2d. Raises OSError."""
+    for path in sorted(_contents(out), key=lambda path: (path.name == MANIFEST, path.name != LATEST)):
+        remove(path)
 
 
-def save_step(
-    out: Path,
-    step: int,
+def _contents(out: Path) -> list[Path]:
+    """What is in a folder, but for its lock and what a process that was killed left half written."""
+    return [path for path in out.iterdir() if path.name != LOCK and not is_temporary(path)]
+
+
+def write_checkpoint(
+    folder: Path,
     model: PreTrainedModel,
     parent: Path,
     dtype: torch.dtype,
-    manifest: dict[str, Any],
     *,
     state: Mapping[str, torch.Tensor] | None = None,
     save_adapter: Callable[[Path], None] | None = None,
-) -> Path:
-    """Save the model as `out/step-NNNNNN` in `dtype`, with the parent's tokenizer; then move `latest`.
+) -> None:
+    """Write a model to a folder, in `dtype`, with the config and tokenizer of its parent.
 
     `state` holds the weights to save where these are not the model's own: its masters, or the model
-    merged with its adapter, which `save_adapter` then writes to a new folder beside them.
-    The folder is written under a temporary name, synced and renamed, so what exists is whole.
+    merged with its adapter, which `save_adapter` then writes to a new folder beside them. Raises OSError.
     """
-    final = out / step_name(step)
-    temporary = out / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        _save_weights(temporary, model, model.state_dict() if state is None else state, dtype)
-        if save_adapter:
-            save_adapter(temporary / ADAPTER)
-        mask = os.umask(0)
-        os.umask(mask)
-        for path in temporary.rglob("*.safetensors"):  # safetensors makes them readable by their owner only
-            path.chmod(0o666 & ~mask)
-        for path in parent.iterdir():
-            if path.is_file() and path.suffix in _COPIED and path.name not in _OWN_FILES:
-                shutil.copyfile(path, temporary / path.name)
-        write_json(temporary / MANIFEST, manifest)
-        for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-    except OSError as error:
-        raise DataError(f"cannot save the checkpoint: {error.strerror or error}", where=str(final)) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync(out)
-    pointer = out / f".{LATEST}.{os.getpid()}"
-    pointer.write_text(final.name + "\n", encoding="ascii")
-    _sync(pointer)
-    os.replace(pointer, out / LATEST)
-    _sync(out)
-    return final
+    _save_weights(folder, model, model.state_dict() if state is None else state, dtype)
+    if save_adapter:
+        save_adapter(folder / ADAPTER)
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*.safetensors"):  # safetensors makes them readable by their owner only
+        path.chmod(0o666 & ~mask)
+    for path in parent.iterdir():
+        if path.is_file() and path.suffix in _COPIED and path.name not in _OWN_FILES:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _save_weights(folder: Path, model: PreTrainedModel, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -128,9 +125,31 @@ def _save_weights(folder: Path, model: PreTrainedModel, state: Mapping[str, torc
     config.save_pretrained(folder)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_training_state(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write named tensors to a new folder, in files of about SHARD_BYTES. Raises OSError.
+
+    The tensors are taken one after the other, so at most one file's are copied from a GPU at a time.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    shard: dict[str, torch.Tensor] = {}
+    size = number = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            save_file(shard, folder / f"{number:05d}.safetensors")
+            shard, size, number = {}, 0, number + 1
+        shard[name] = tensor.cpu().contiguous()
+        size += tensor.nbytes
+    save_file(shard, folder / f"{number:05d}.safetensors")
+
+
+def read_training_state(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what `write_training_state` has written, one tensor at a time. Raises DataError."""
+    from safetensors import safe_open
+
+    with disk_errors("read the training state", folder):
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    yield name, file.get_tensor(name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import select
+import stat
 import sys
+import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,6 +20,8 @@ from s2dcli import console
 from s2dcli.errors import DataError, UsageError
 
 STDIN = "-"
+# Seconds of output that a crash of the machine may cost; a process that dies costs none that was flushed.
+SYNC_SECONDS = 30.0
 
 
 class Line(NamedTuple):
@@ -31,8 +36,20 @@ def dumps(record: dict) -> bytes:
     return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
 
 
+def sha256(records: Iterable[dict]) -> str:
+    """Hash of records, as a file of them would have it."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(dumps(record))
+    return digest.hexdigest()
+
+
 def is_stream(path: str | Path) -> bool:
     return str(path) == STDIN
+
+
+def output_name(path: str | Path) -> str:
+    return "standard output" if is_stream(path) else str(path)
 
 
 def input_name(path: str | Path) -> str:
@@ -179,24 +196,49 @@ class RawLines:
 
 
 class Writer:
-    """Writes records to a file or to standard output, a line each; `flush` hands them on."""
+    """Writes records to a file or to standard output, a line each; `flush` hands them on.
+
+    Raises DataError when the disk is full or fails; what was written before is there still.
+    """
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream = stream
+        self._synced = time.monotonic()
         self.name = name
         self.count = 0
 
     def write(self, record: dict) -> None:
-        self._stream.write(dumps(record))
-        self.count += 1
+        self.write_line(dumps(record))
 
     def write_line(self, line: bytes) -> None:
         """Write one line that is already JSON, with its newline."""
-        self._stream.write(line)
+        with self._failing():
+            self._stream.write(line)
         self.count += 1
 
     def flush(self) -> None:
-        self._stream.flush()
+        """Hand on what was written, and every SYNC_SECONDS see that a file is on the disk."""
+        with self._failing():
+            self._stream.flush()
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """See that all of a file is on the disk, so that it survives a crash of the machine."""
+        with self._failing():
+            self._stream.flush()
+            if stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):
+                os.fsync(self._stream.fileno())
+        self._synced = time.monotonic()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # the reader has left: no failure
+            raise
+        except OSError as error:
+            raise DataError(f"cannot write: {error.strerror}", where=self.name) from None
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
@@ -206,21 +248,29 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def open_output(path: str | Path, *, overwrite: bool = False) -> Iterator[Writer]:
-    """Open a file for records, or standard output for `-`; flushed and closed at the end."""
+def open_output(path: str | Path, *, overwrite: bool = False, append: bool = False) -> Iterator[Writer]:
+    """Open a file for records, or standard output for `-`; flushed and closed at the end.
+
+    An existing file is refused unless `overwrite` or `append` is given.
+    """
     if is_stream(path):
-        writer = Writer(console.claim_stdout(), "standard output")
+        writer = Writer(console.claim_stdout(), output_name(path))
         yield writer
         writer.flush()
         return
-    refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite or append)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        stream = open(path, "wb")  # noqa: SIM115 - closed below
+        stream = open(path, "ab" if append else "wb")  # noqa: SIM115 - closed below
     except OSError as error:
         raise DataError(f"cannot write: {error.strerror}", where=str(path)) from None
-    with stream:
-        yield Writer(stream, str(path))
+    writer = Writer(stream, output_name(path))
+    try:
+        yield writer
+        writer.flush()
+    finally:
+        with suppress(OSError):  # `flush` has told of it, or something worse is under way
+            stream.close()
 
 
 def print_result(result: dict) -> None:

@@ -1,4 +1,13 @@
-"""`s2d.json`: what made a folder, from what, with which settings."""
+"""`s2d.json`: what made a folder or file, from what, with which settings.
+
+    s2d.json       in a folder
+    FILE.s2d.json  beside a single file; pipes have none, there `sampler` names the checkpoint's hash
+
+A manifest holds the manifests of all that it rests on, as *records*, so that they outlive the folders
+and files they were written for: `ancestors` maps the sha256 of each record to the record, and `record`
+of each input and parent names one of them, "" where s2d did not make it and UNKNOWN where its manifest
+was not found. `labels` are the problem_sha256 of all problems whose answers the stage learnt from.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +16,28 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from s2dcli import __version__
+from s2dcli import __version__, console
+from s2dcli.errors import DataError, UsageError
+from s2dcli.files.atomic import whole_file
 
 MANIFEST = "s2d.json"
 SCHEMA = "s2d.manifest/1"
 RECORDED_VERSIONS = ("torch", "transformers", "vllm", "math-verify")
+ROLES = ("model", "student", "teacher", "tokenizer")  # options that name a checkpoint
+SAMPLER = "sampler"  # role of a checkpoint that sampled the rollouts
+UNKNOWN = "unknown"
+# What a manifest's record keeps of it
+RECORDED = ("command", "options", "versions", "commit", "seeds", "inputs", "parents", "counts", "labels", "output_sha256")
+# Where a run goes and how it is started say nothing about what is in it.
+NEVER_COMPARED = {"out", "overwrite", "resume", "dry_run"}
+# Options whose flag is not their parameter's name
+_FLAGS = {"num_samples": "-n", "k": "-k"}
 
 
 def file_sha256(path: str | Path) -> str:
@@ -24,19 +45,124 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(command: str, options: dict[str, Any], *, inputs: Sequence[str] = (), parents: Sequence[Any] = ()) -> dict[str, Any]:
-    """Build a manifest. `parents` are checkpoints; `inputs` files; pipes have no hash."""
-    return {
+def files_sha256(paths: Iterable[Path]) -> str:
+    """Hash over the contents of several files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(bytes.fromhex(file_sha256(path)))
+    return digest.hexdigest()
+
+
+def sidecar(path: str | Path) -> Path:
+    """Return where the manifest of a single file lies."""
+    return Path(f"{path}.{MANIFEST}")
+
+
+def describe(
+    command: str,
+    options: Mapping[str, Any],
+    *,
+    inputs: Sequence[str] = (),
+    parents: Sequence[Any] = (),
+    rollouts: Iterable[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Build a manifest. `inputs` are files, pipes have no hash; `parents` are checkpoints, in the order of their options.
+
+    `rollouts` are the rows that are learnt from or measured: who sampled them is a parent too.
+    """
+    ancestors: dict[str, Any] = {}
+    manifest = {
         "schema": SCHEMA,
+        "complete": False,
         "command": command,
         "options": {name: _plain(value) for name, value in options.items()},
         "versions": {"s2d": __version__, "python": platform.python_version(), **_versions()},
-        "inputs": [{"path": str(path), "sha256": file_sha256(path) if os.path.isfile(path) else ""} for path in inputs],
-        "parents": [
-            {"name": parent.name, "revision": parent.revision, "step": parent.step, "weights_sha256": parent.weights_sha256}
-            for parent in parents
-        ],
+        "commit": _commit(),
+        "seeds": {name: value for name, value in options.items() if name == "seed"},
+        "inputs": [_input(str(path), ancestors) for path in inputs],
+        "parents": [],
+        "counts": {},
+        "labels": [],
+        "ancestors": ancestors,
     }
+    roles = [role for role in ROLES for parent in parents if options.get(role) == parent.name]
+    for role, parent in zip(dict.fromkeys(roles), parents, strict=True):
+        manifest["parents"].append(
+            {
+                "role": role,
+                "name": parent.name,
+                "revision": parent.revision,
+                "step": parent.step,
+                "weights_sha256": parent.weights_sha256,
+                "setup_sha256": parent.setup_sha256,
+                "record": record_of(parent.folder / MANIFEST, ancestors),
+            }
+        )
+    name_samplers(manifest, rollouts)
+    return manifest
+
+
+def _input(path: str, ancestors: dict[str, Any]) -> dict[str, str]:
+    """Name an input by its hash, and by the record of what made it if its sidecar is about this content."""
+    sha256 = file_sha256(path) if os.path.isfile(path) else ""
+    about = sha256 and sidecar(path).is_file() and read_manifest(sidecar(path)).get("output_sha256") == sha256
+    return {"path": path, "sha256": sha256, "record": record_of(sidecar(path), ancestors) if about else ""}
+
+
+def record_of(path: Path, ancestors: dict[str, Any]) -> str:
+    """Add the record of a manifest, and those that it rests on, to `ancestors`. Returns its name, "" if there is no manifest."""
+    if not path.is_file():
+        return ""
+    manifest = read_manifest(path)
+    record = {name: manifest[name] for name in RECORDED if name in manifest}
+    name = sha256_json(record)
+    ancestors |= {**manifest.get("ancestors", {}), name: record}
+    return name
+
+
+def sha256_json(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def name_samplers(manifest: dict[str, Any], rollouts: Iterable[Mapping[str, Any]]) -> None:
+    """Add to a manifest's parents who sampled `rollouts`, with their records where these are known or can be found."""
+    distinct = {sha256_json(whose): whose for whose in (_whose(record["sampler"]) for record in rollouts)}
+    ancestors = manifest["ancestors"]
+    for sampler in distinct.values():
+        if sampler["name"] or sampler["weights_sha256"]:  # worked solutions were sampled by nobody
+            known = [parent for record in (manifest, *ancestors.values()) for parent in record["parents"]]
+            same = (parent["record"] for parent in known if parent["weights_sha256"] == sampler["weights_sha256"] != "")
+            record = next(same, None)
+            manifest["parents"].append(
+                {"role": SAMPLER, **sampler, "setup_sha256": "", "record": _found(sampler, ancestors) if record is None else record}
+            )
+
+
+def _whose(sampler: Mapping[str, Any]) -> dict[str, Any]:
+    step = sampler.get("step")
+    names = {ours: str(sampler.get(theirs, "")) for ours, theirs in (("name", "model"), ("revision", "revision"))}
+    return {**names, "step": step if isinstance(step, int) else 0, "weights_sha256": str(sampler.get("checkpoint", ""))}
+
+
+def _found(sampler: Mapping[str, Any], ancestors: dict[str, Any]) -> str:
+    """Look where a sampler says that it lay: what is there counts only if the weights are the same."""
+    path = Path(str(sampler["name"]))
+    for folder in (path, *(step for step in path.glob("step-*") if step.name.removeprefix("step-").lstrip("0") == str(sampler["step"]))):
+        if folder.is_dir() and files_sha256(folder.glob("*.safetensors")) == sampler["weights_sha256"]:
+            return record_of(folder / MANIFEST, ancestors)
+    return UNKNOWN
+
+
+def _commit() -> str:
+    """Return the commit of s2d if it runs from a git checkout, with "-dirty" if files were changed, else ""."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no git here
+        return ""
 
 
 def _versions() -> dict[str, str]:
@@ -60,11 +186,118 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON under a temporary name, sync it, and move it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="ascii") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a file of JSON that appears when it is whole. Raises OSError."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `write_json` wrote. Raises DataError if it is none or cannot be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read it: {error.strerror}", where=str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON ({error})", where=str(path)) from None
+    if not isinstance(content, dict):
+        raise DataError("a JSON object was expected", where=str(path))
+    return content
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest. Raises DataError if it is none or cannot be read."""
+    content = read_json(path)
+    if content.get("schema") != SCHEMA:
+        raise DataError(f"not a manifest of s2d ({SCHEMA})", where=str(path))
+    for name, record in {"": content, **_take(content, "ancestors", dict, path)}.items():
+        if name and sha256_json(record) != name:
+            raise DataError(f"the record {name[:12]} in it was changed", where=str(path))
+        _take(record, "command", str, path)
+        _take(record, "options", dict, path)
+        if not all(isinstance(label, str) for label in _take(record, "labels", list, path)):
+            raise DataError("'labels' must be a list of hashes", where=str(path))
+        for kind, keys in (("inputs", ("path", "sha256", "record")), ("parents", ("role", "name", "weights_sha256", "record"))):
+            for item in _take(record, kind, list, path):
+                for key in keys:
+                    _take(item, key, str, path)
+    return content
+
+
+def _take(record: Any, field: str, kind: type, path: Path) -> Any:
+    if not isinstance(record, dict) or not isinstance(record.get(field), kind):
+        raise DataError(f"not a manifest of this version of s2d: no {field!r} in it", where=str(path))
+    return record[field]
+
+
+def flag(option: str) -> str:
+    """Return how an option is written on the command line."""
+    return _FLAGS.get(option, "--" + option.replace("_", "-"))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """Return a phrase for each thing in which two manifests describe different work; [] if in none.
+
+    Inputs are compared by their hashes and models by those of their weights and of their config,
+    tokenizer and chat template, so a moved file or folder is no difference; who sampled rollouts is
+    told by an input's hash, and may be found out at the end only. Options are compared by
+    value; `may_change` names those that may differ because the result does not depend on them.
+    """
+    if old["command"] != new["command"]:
+        return [f"the command was {old['command']}, is {new['command']}"]
+    found = []
+    named_old, named_new = ({item.get("path", item.get("name")) for item in [*m["inputs"], *m["parents"]]} for m in (old, new))
+    for name in old["options"].keys() & new["options"].keys() - NEVER_COMPARED - set(may_change):
+        was, now = old["options"][name], new["options"][name]
+        if was != now and not (was in named_old and now in named_new):
+            found.append(f"{flag(name)} was {_shown(was)}, is {_shown(now)}")
+    models = ([parent for parent in manifest["parents"] if parent["role"] != SAMPLER] for manifest in (old, new))
+    return sorted(found) + _other_inputs(old["inputs"], new["inputs"]) + _other_parents(*models)
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else json.dumps(value)
+
+
+def _other_inputs(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    if len(old) != len(new):
+        return [f"the inputs were {_names(old, 'path')}, are {_names(new, 'path')}"]
+    return [
+        f"input {now['path']} is not what {was['path']} was (another sha256)"
+        for was, now in zip(old, new, strict=True)
+        if was["sha256"] != now["sha256"]
+    ]
+
+
+def _other_parents(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    if len(old) != len(new):
+        return [f"the models were {_names(old, 'name')}, are {_names(new, 'name')}"]
+    found = []
+    for was, now in zip(old, new, strict=True):
+        if was["weights_sha256"] != now["weights_sha256"]:
+            found.append(f"model {now['name']} is not what {was['name']} was (other weights)")
+        elif was["setup_sha256"] != now["setup_sha256"]:
+            found.append(f"the config, tokenizer or chat template of {now['name']} has changed")
+    return found
+
+
+def _names(items: Sequence[Mapping[str, Any]], key: str) -> str:
+    return ", ".join(item[key] for item in items) or "none"
+
+
+def refuse_differences(where: Path, old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str] = ()) -> None:
+    """Raise UsageError that lists every difference, if what `old` describes cannot be resumed as `new`; warn of other versions."""
+    found = differences(old, new, may_change)
+    if found:
+        raise UsageError(
+            f"cannot be resumed, {len(found)} thing{'s' * (len(found) > 1)} differ{'s' * (len(found) == 1)}: {'; '.join(found)}",
+            where=str(where),
+            hint=f"give what it was begun with{_exceptions(may_change)}, or --overwrite to begin anew",
+        )
+    for package, was in old["versions"].items():
+        now = new["versions"].get(package, "")
+        if was != now:
+            console.warn(f"{where} was begun with {package} {was or '(none)'} and goes on with {now or '(none)'}")
+
+
+def _exceptions(may_change: Collection[str]) -> str:
+    return f" (only {', '.join(sorted(map(flag, may_change)))} may change)" if may_change else ""

@@ -37,6 +37,7 @@ LEAST_MEMORY = 256 << 20  # bytes; below this a worker cannot even import sympy
 RESTARTS = 3  # supervisors that may die in a row without a verdict in between
 END_GRACE = 2.0  # seconds that the supervisor has for leaving by itself
 EXTRACT_MODES = ("strict", "lenient")
+VERDICT = ("reward", "rewards", "label", "extracted", "verifier", "verify_error")  # the fields that grading adds to a row
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -173,7 +174,7 @@ class Grader:
     def grade(self, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield one verdict per record, in order, as soon as it and its predecessors are there.
 
-        A verdict has the keys reward, rewards, label, extracted, verifier and verify_error.
+        A verdict has the keys VERDICT.
         Records are taken only as the window has room for them. If `records` has the methods
         `ready()` (would next() return at once?) and `fileno()`, verdicts also come out while
         there is nothing to take. Raises GradingError if the machinery fails for good, UsageError

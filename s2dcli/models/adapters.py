@@ -92,7 +92,9 @@ class Adapter:
         peft = import_peft()
         state = peft.get_peft_model_state_dict(self._peft, save_embedding_layers=False)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
-        self._peft.peft_config[_NAME].save_pretrained(folder)
+        config = self._peft.peft_config[_NAME]
+        config.target_modules = sorted(config.target_modules)  # of a set, whose order differs between processes
+        config.save_pretrained(folder)
 
 
 def import_peft():

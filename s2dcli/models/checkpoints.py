@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,16 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2dcli.errors import ModelError, UsageError
-from s2dcli.files.checkpoint import LATEST
-from s2dcli.models.prompts import load_tokenizer, vocabulary_size
+from s2dcli.files.checkpoint import latest_step, step_of
+from s2dcli.files.manifest import MANIFEST, files_sha256
+from s2dcli.models.prompts import load_tokenizer, loading_failed, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SETUP = (".json", ".model", ".txt", ".jinja", ".py")
 # What a checkpoint needs; other weight formats are not even downloaded. Code is run with --trust-remote-code only.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_HUB_FILES = [f"*{suffix}" for suffix in (*_SETUP, ".safetensors")]
 
 
 @dataclass(frozen=True)
@@ -35,35 +36,38 @@ class Checkpoint:
     @cached_property
     def weights_sha256(self) -> str:
         """Hash over the safetensors files, in the order of their names."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return files_sha256(self.folder.glob("*.safetensors"))
+
+    @cached_property
+    def setup_sha256(self) -> str:
+        """Hash over what decides what the weights mean: config, tokenizer, chat template, code."""
+        return files_sha256(path for path in self.folder.iterdir() if path.suffix in _SETUP and path.name != MANIFEST)
 
 
 def resolve(name: str) -> Checkpoint:
     """Find the checkpoint that `name` means; a hub id is downloaded. Raises ModelError or UsageError."""
     path = Path(name)
     if path.is_dir():
-        if (path / LATEST).is_file():
-            step = (path / LATEST).read_text(encoding="utf-8").strip()
-            if Path(step).name != step or not (path / step).is_dir():
-                raise ModelError(f"{LATEST!r} names {step!r}, which is not there", where=name)
-            path = path / step
+        path = latest_step(path)
         if not (path / "config.json").is_file():
             raise ModelError("neither a checkpoint (no config.json) nor a run folder (no latest)", where=name)
-        if not list(path.glob("*.safetensors")):
-            raise ModelError("holds no *.safetensors; other weight formats are not read", where=name)
-        return Checkpoint(name, path, "", _step_of(path))
+        _require_safetensors(path, name)
+        return Checkpoint(name, path, "", step_of(path))
     if path.exists() or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise UsageError("no such checkpoint folder", where=name)
     return _download(name)
 
 
-def _step_of(folder: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)", folder.name)
-    return int(match[1]) if match else 0
+def _require_safetensors(folder: Path, name: str) -> None:
+    """Raise ModelError unless there are weights that can be read without running what is in them."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+    converting = (
+        f"python -c 'from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f'[k.from_pretrained("{name}").save_pretrained("converted") for k in (M, T)]\' converts it, if you trust where it is from'
+    )
+    raise ModelError("holds no *.safetensors; other weight formats are not read", where=name, hint=converting if pickled else "")
 
 
 def _download(name: str) -> Checkpoint:
@@ -77,6 +81,7 @@ def _download(name: str) -> Checkpoint:
             where=name,
             hint="check the spelling, the network, and HF_TOKEN for gated models",
         ) from None
+    _require_safetensors(folder, name)
     return Checkpoint(name, folder, folder.name, 0)
 
 
@@ -127,8 +132,7 @@ def load(
             attn_implementation=attention,
         )
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        text = str(error).strip() or type(error).__name__
-        raise ModelError(f"cannot load the model: {text.splitlines()[0]}", where=checkpoint.name) from None
+        raise loading_failed("the model", error, checkpoint.name) from None
     vocabulary = vocabulary_size(tokenizer)
     model = model.to(place).eval()
     require_known_head(model, vocabulary, checkpoint.name)
@@ -162,8 +166,7 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreT
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
     except (OSError, ValueError, KeyError) as error:
-        text = str(error).strip() or type(error).__name__
-        raise ModelError(f"cannot make the model of config.json: {text.splitlines()[0]}", where=checkpoint.name) from None
+        raise loading_failed("the model of config.json", error, checkpoint.name) from None
 
 
 def quieten_transformers() -> None:

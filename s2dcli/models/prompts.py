@@ -34,14 +34,17 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the tokenizer: {_first_line(error)}", where=str(folder)) from None
+        raise loading_failed("the tokenizer", error, str(folder)) from None
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so no completion could ever end", where=str(folder))
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def loading_failed(what: str, error: Exception, where: str) -> ModelError:
+    """Return the error that tells in one line why transformers could not load a checkpoint."""
+    text = str(error).strip() or type(error).__name__
+    hint = "--trust-remote-code runs the code that it brings" if "trust_remote_code" in text else ""
+    return ModelError(f"cannot load {what}: {text.splitlines()[0].rstrip(' .')}", where=where, hint=hint)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -63,7 +63,7 @@ def fkl_warmup(
 ) -> None:
     """Warm a student up on cached teacher rollouts by forward KL, or train it on their tokens (SFT)."""
     settings = options.flatten(locals())
-    refuse_folder(out, running.overwrite)
+    refuse_folder(out, running.overwrite, running.resume)
     if (teacher is None) != hard_labels:
         raise UsageError("choose what to learn from", hint="--teacher CKPT for its distributions, or --hard-labels for the sampled tokens")
     if hard_labels and temperature != 1.0:
@@ -77,7 +77,7 @@ def fkl_warmup(
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
     from s2dcli.train.batching import Row
     from s2dcli.train.loading import load_frozen, load_trained
-    from s2dcli.train.loop import TrainingRun
+    from s2dcli.train.loop import TrainingRun, open_run
     from s2dcli.train.losses import weights_of
     from s2dcli.train.objectives import CrossEntropy, Distillation
     from s2dcli.train.order import Order
@@ -86,7 +86,7 @@ def fkl_warmup(
     parent = resolve(student)
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     guide = resolve(teacher) if teacher else None
-    inputs = [path for path in (rollouts, running.eval_problems) if path]
+    inputs = [path for path in (rollouts, running.eval_problems, *loading.files) if path]
     refuse_inside(out, [parent.folder, *([guide.folder] if guide else []), *inputs])
     if guide:
         require_same_tokenizer(load_tokenizer(guide.folder, loading.trust_remote_code), tokenizer)
@@ -103,13 +103,19 @@ def fkl_warmup(
         )
         return
 
-    loaded, policy = load_trained(parent, settings, tokenizer)
-    frozen = load_frozen(guide, settings, loaded) if guide else None
-    rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
-    lengths_R = [len(row.completion_ids) for row in rows_R]
-    longest = max(1, *lengths_R)
-
-    with Grader() if eval_tasks else nullcontext() as grader:
+    parents = [parent, *([guide] if guide else [])]
+    with (
+        open_run("fkl-warmup", settings, steps=order.steps, inputs=inputs, parents=parents, rollouts=records) as folder,
+        Grader() if eval_tasks else nullcontext() as grader,
+    ):
+        if folder.finished:
+            jsonl.print_result(folder.result())
+            return
+        loaded, policy = load_trained(parent, settings, tokenizer)
+        frozen = load_frozen(guide, settings, loaded) if guide else None
+        rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
+        lengths_R = [len(row.completion_ids) for row in rows_R]
+        longest = max(1, *lengths_R)
 
         def evaluate() -> dict[str, Any]:
             params = SamplingParams(1.0, top_p=1.0, top_k=0, max_tokens=max_tokens)
@@ -117,17 +123,8 @@ def fkl_warmup(
             rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
             return stats.summarize(grader.graded(rows))
 
-        run = TrainingRun(
-            "fkl-warmup",
-            settings,
-            policy,
-            loaded,
-            steps=order.steps,
-            phases=("update",),
-            inputs=inputs,
-            parents=[parent, *([guide] if guide else [])],
-            evaluate=evaluate if eval_tasks else None,
-        )
+        run = TrainingRun(folder, settings, policy, loaded, phases=("update",), evaluate=evaluate if eval_tasks else None)
+        run.labels |= labels
         for step in run:
             chosen = order.at(step.number)
             weights_R = weights_of(chosen, lengths_R, aggregate, longest)
@@ -140,10 +137,9 @@ def fkl_warmup(
                 rollouts=len(chosen),
                 mean_tokens=stats.mean(lengths_R[r] for r in chosen),
                 truncated=stats.mean(float(records[r]["finish_reason"] == "length") for r in chosen),
-                labels=len(labels),
                 update_tokens_per_second=step.per_second(step.tokens, "update"),
             )
-        jsonl.print_result(run.result())
+        jsonl.print_result(folder.result())
 
 
 def _read_rows(path: str, only_correct: bool) -> tuple[list[dict], set[str]]:

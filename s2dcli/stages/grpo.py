@@ -154,7 +154,7 @@ def grpo(
     """Train a model by sparse-reward RL (GRPO) on labelled problems."""
     settings = options.flatten(locals())
     settings |= {name: value for name, value in PRESETS[objective.loss].items() if settings[name] is None}
-    refuse_folder(out, running.overwrite)
+    refuse_folder(out, running.overwrite, running.resume)
     if rollouts is not None and problems != jsonl.STDIN:
         raise UsageError("both PROBLEMS and --rollouts were given", hint="name one source to learn from")
     if rollouts is not None:
@@ -175,16 +175,17 @@ def grpo(
     from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with
     from s2dcli.train.loading import load_reference, load_trained
-    from s2dcli.train.loop import TrainingRun
+    from s2dcli.train.loop import TrainingRun, open_run
     from s2dcli.train.order import Order
     from s2dcli.train.plan import dry_run_plan
 
     parent = resolve(model)
-    inputs = [path for path in (rollouts or problems, running.eval_problems) if path]
+    inputs = [path for path in (rollouts or problems, running.eval_problems, *loading.files) if path]
     refuse_inside(out, [parent.folder, *inputs])
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     encoder = PromptEncoder(tokenizer, loading.chat_template, parse_template_kwargs(loading.chat_template_kwargs))
-    require_made_with(tokenizer, [record for group in stored for record in group])
+    rows = [record for group in stored for record in group]
+    require_made_with(tokenizer, rows)
     tasks = make_tasks(todo, encoder, max_prompt_tokens) if todo else []
     eval_tasks = make_tasks(held_out, encoder)
     order = Order(len(tasks) or len(stored), problems_per_step, seed=running.seed, steps=steps, epochs=epochs)
@@ -194,7 +195,13 @@ def grpo(
         jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=frozen))
         return
 
-    with Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader:
+    with (
+        open_run("grpo", settings, steps=order.steps, inputs=inputs, parents=[parent], problems=todo, rollouts=rows) as folder,
+        Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader,
+    ):
+        if folder.finished:
+            jsonl.print_result(folder.result())
+            return
         loaded, policy = load_trained(parent, settings, tokenizer)
         reference = load_reference(policy, loaded, settings) if objective.kl_coef else None
         params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
@@ -204,19 +211,8 @@ def grpo(
             rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
             return stats.summarize(grader.graded(rows))
 
-        run = TrainingRun(
-            "grpo",
-            settings,
-            policy,
-            loaded,
-            steps=order.steps,
-            phases=("sample", "grade", "score", "update"),
-            inputs=inputs,
-            parents=[parent],
-            problems=todo,
-            evaluate=evaluate if eval_tasks else None,
-        )
-        labels: set[str] = set()
+        phases = ("sample", "grade", "score", "update")
+        run = TrainingRun(folder, settings, policy, loaded, phases=phases, evaluate=evaluate if eval_tasks else None)
         num_sampled = 0  # tokens, in the step
 
         def sample(step: Step, chosen: list[int]) -> list[list[dict]]:
@@ -225,18 +221,16 @@ def grpo(
                 sampler.identity = run.identity(step)
                 groups = list(sampler.sample(tasks_of_step(tasks, chosen, step.number), num_samples))
             num_sampled += sum(len(row.completion_ids) for group in groups for row in group)
-            labels.update(group[0].problem_sha256 for group in groups)
+            run.labels.update(group[0].problem_sha256 for group in groups)
             with step.phase("grade"):
                 graded = grader.graded([row.to_record() for group in groups for row in group])
                 return [[next(graded) for _ in group] for group in groups]
 
         for step in run:
-            num_sampled = 0
+            num_sampled, drawn_again, spares = 0, 0, order.spares(step.number)
             chosen = order.at(step.number)
             groups = _draw(stored, chosen) if stored else sample(step, chosen)
-            labels.update(group[0]["problem_sha256"] for group in groups)
-            drawn_again = 0
-            spares = order.spares(step.number)
+            run.labels.update(group[0]["problem_sha256"] for group in groups)
             for _ in range(objective.resample_flat):
                 flat = [slot for slot, group in enumerate(groups) if not _is_mixed(group)]
                 fresh = sample(step, list(islice(spares, len(flat)))) if flat else []
@@ -246,13 +240,12 @@ def grpo(
             _learn(run, step, groups, policy, reference, settings)
             step.log(
                 drawn_again=drawn_again,
-                labels=len(labels),
                 sample_tokens_per_second=step.per_second(num_sampled, "sample"),
                 update_tokens_per_second=step.per_second(step.tokens, "update"),
             )
             if keep_rollouts:
-                run.keep_rollouts(step, [record for group in groups for record in group])
-        jsonl.print_result(run.result())
+                folder.write_rollouts(step.number, [record for group in groups for record in group])
+        jsonl.print_result(folder.result())
 
 
 def _draw(stored: list[list[dict]], chosen: list[int]) -> list[list[dict]]:

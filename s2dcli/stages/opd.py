@@ -74,7 +74,7 @@ def opd(
     settings = options.flatten(locals())
     if estimator is not Estimator.top_k:
         options.refuse_given(context, {"top_k": "--top-k"}, "goes with --estimator top-k")
-    refuse_folder(out, running.overwrite)
+    refuse_folder(out, running.overwrite, running.resume)
     todo = read_problems(problems)
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
@@ -83,13 +83,13 @@ def opd(
     from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_same_tokenizer
     from s2dcli.train.loading import load_frozen, load_trained
-    from s2dcli.train.loop import TrainingRun
+    from s2dcli.train.loop import TrainingRun, open_run
     from s2dcli.train.order import Order
     from s2dcli.train.plan import dry_run_plan
     from s2dcli.train.policy import at_work
 
     parent, guide = resolve(student), resolve(teacher)
-    inputs = [path for path in (problems, running.eval_problems) if path]
+    inputs = [path for path in (problems, running.eval_problems, *loading.files) if path]
     refuse_inside(out, [parent.folder, guide.folder, *inputs])
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     require_same_tokenizer(load_tokenizer(guide.folder, loading.trust_remote_code), tokenizer)
@@ -102,29 +102,24 @@ def opd(
         jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=[guide]))
         return
 
-    loaded, policy = load_trained(parent, settings, tokenizer)
-    frozen = load_frozen(guide, settings, loaded)
-    params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
-    sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=sampling.sample_tokens)
-
-    with Grader() if eval_tasks else nullcontext() as grader:
+    with (
+        open_run("opd", settings, steps=order.steps, inputs=inputs, parents=[parent, guide], problems=todo) as folder,
+        Grader() if eval_tasks else nullcontext() as grader,
+    ):
+        if folder.finished:
+            jsonl.print_result(folder.result())
+            return
+        loaded, policy = load_trained(parent, settings, tokenizer)
+        frozen = load_frozen(guide, settings, loaded)
+        params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
+        sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=sampling.sample_tokens)
 
         def evaluate() -> dict[str, Any]:
             rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
             return stats.summarize(grader.graded(rows))
 
-        run = TrainingRun(
-            "opd",
-            settings,
-            policy,
-            loaded,
-            steps=order.steps,
-            phases=("sample", "score", "update"),
-            inputs=inputs,
-            parents=[parent, guide],
-            problems=todo,
-            evaluate=evaluate if eval_tasks else None,
-        )
+        phases = ("sample", "score", "update")
+        run = TrainingRun(folder, settings, policy, loaded, phases=phases, evaluate=evaluate if eval_tasks else None)
         for step in run:
             with step.phase("sample"):
                 sampler.identity = run.identity(step)
@@ -139,13 +134,12 @@ def opd(
                 rollouts=len(rollouts_R),
                 mean_tokens=stats.mean(lengths_R),
                 truncated=stats.mean(float(rollout.truncated) for rollout in rollouts_R),
-                labels=0,
                 sample_tokens_per_second=step.per_second(sum(lengths_R), "sample"),
                 update_tokens_per_second=step.per_second(step.tokens, "update"),
             )
             if keep_rollouts:
-                run.keep_rollouts(step, [rollout.to_record() for rollout in rollouts_R])
-        jsonl.print_result(run.result())
+                folder.write_rollouts(step.number, [rollout.to_record() for rollout in rollouts_R])
+        jsonl.print_result(folder.result())
 
 
 def _learn(run: TrainingRun, step: Step, rollouts_R: list[Rollout], teacher: Policy, settings: dict[str, Any]) -> None:

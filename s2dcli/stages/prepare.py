@@ -18,6 +18,7 @@ import functools
 import itertools
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -30,6 +31,8 @@ import typer
 from s2dcli import console, options
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import columns, jsonl, sources
+from s2dcli.files.manifest import describe
+from s2dcli.files.output import open_recorded
 from s2dcli.files.records import Message, Problem, Rollout, problem_sha256, row_seed, sha256_text, text_of
 
 PLACE = "{problem}"
@@ -79,6 +82,8 @@ def prepare(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Make problems.jsonl from any data set."""
+    settings = options.flatten(locals())
+    started = time.monotonic()
     names = source or [jsonl.STDIN]
     parts = _parse_split(split) if split else []
     template = _check_template(template)
@@ -104,16 +109,19 @@ def prepare(
     problems = _with_ids(found.problems)
     divided = _divide(problems, parts, seed) if parts else [problems]
 
+    manifest = describe("prepare", settings, inputs=[*names, *(exclude or [])])
     for path, part in zip(problem_files, divided, strict=True):
-        with jsonl.open_output(path, overwrite=overwrite) as writer:
+        with open_recorded(path, manifest, overwrite=overwrite) as writer:
             for problem in part:
                 writer.write(problem.to_record())
+            manifest["counts"] = {"problems": len(part), "seconds": time.monotonic() - started}
         console.info(f"{len(part)} problems to {writer.name}")
     for path, part in zip(solution_files, divided, strict=True) if encode else ():
         solved = [problem for problem in part if problem.problem_sha256 in found.solutions]
-        with jsonl.open_output(path, overwrite=overwrite) as writer:
+        with open_recorded(path, manifest, overwrite=overwrite) as writer:
             for problem in solved:
                 writer.write(encode(problem, found.solutions[problem.problem_sha256]).to_record())
+            manifest["counts"] = {"rollouts": len(solved), "seconds": time.monotonic() - started}
         console.info(f"{len(solved)} worked solutions to {writer.name}")
         if len(solved) < len(part):
             console.warn(f"{len(part) - len(solved)} problems have no worked solution")

@@ -10,6 +10,9 @@ a cell avg@k in per cent ± its standard error over problems:
 Results share a column only if data set, number of problems, k, temperature, top-p, top-k and length
 limit are the same, so that nothing unlike is compared by mistake. `--format json` gives the fractions
 as they were measured; csv gives per cent, the standard error in a column of its own.
+
+Problems that the measured checkpoint's lineage has learnt from are warned of (contamination), and so are
+labels that it has learnt from twice (replay); see `s2d lineage`.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
-from rich.cells import cell_len
 
 from s2dcli import console
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
+from s2dcli.files.ledger import warnings
+from s2dcli.files.manifest import MANIFEST, read_manifest
 from s2dcli.files.records import take
 
 MISSING = "-"
@@ -108,6 +112,10 @@ def _records(run: str) -> Iterator[tuple[str, dict]]:
             raise DataError("no results.json in this folder", where=run, hint="s2d eval ... -o FOLDER writes one")
     with jsonl.open_input(path, "eval results") as stream:
         yield str(path), jsonl.parse_line(stream.read(), str(path))
+    manifest = path.with_name(MANIFEST)
+    if manifest.is_file():
+        for caution in warnings(read_manifest(manifest)):
+            console.warn(f"{path.parent}: {caution}")
 
 
 def _result(where: str, record: dict) -> Result:
@@ -205,19 +213,7 @@ def _as_markdown(cells: dict[str, dict[Column, Result]], labels: dict[Column, di
     notes = [
         f"- {heads['avg_at_k']}: per cent; {column.problems} problems, k = {column.k}; {ERROR_NOTE}." for column, heads in labels.items()
     ]
-    return "\n".join([*_markdown_lines(table), "", *notes]) + "\n"
-
-
-def _markdown_lines(table: list[list[str]]) -> Iterator[str]:
-    """Yield the lines of a table whose first column is set left and whose figures are set right."""
-    table = [[cell.replace("|", "\\|") for cell in row] for row in table]
-    widths = [max(3, *(cell_len(cell) for cell in column)) for column in zip(*table, strict=True)]
-    for number, row in enumerate(table):
-        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
-        aligned = [row[0] + blanks[0], *(blank + cell for cell, blank in zip(row[1:], blanks[1:], strict=True))]
-        yield f"| {' | '.join(aligned)} |"
-        if number == 0:
-            yield f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
+    return "\n".join([console.markdown(table), *notes]) + "\n"
 
 
 def _as_csv(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str, str]], figures: list[str]) -> str:

@@ -5,11 +5,16 @@ depend on its neighbours, and shards put together are the whole:
 
     s2d rollout -m CKPT problems.jsonl -n 16 | s2d verify | s2d eval --rollouts -
     s2d rollout -m CKPT problems.jsonl --shard 2/8 -o part-2.jsonl
+
+After an interruption the same command with --resume goes on with the file: it has the bytes of an
+undisturbed run in the end, since planned batches that are not all there are sampled again.
 """
 
 from __future__ import annotations
 
 import re
+import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +22,14 @@ import typer
 from s2dcli import console, options
 from s2dcli.errors import UsageError
 from s2dcli.files import jsonl
+from s2dcli.files.manifest import describe, sidecar
+from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded
 from s2dcli.files.records import read_problems
+
+# On --resume: how batches are cut and where they run changes log-probs in the sixth decimal only, but the cut
+# also decides which problems a shard holds.
+MAY_CHANGE_IN_SHARDS = {"device"}
+MAY_CHANGE = {*MAY_CHANGE_IN_SHARDS, "sample_tokens"}
 
 
 def rollout(
@@ -37,41 +49,64 @@ def rollout(
     ] = "1/1",
     loading: options.ModelOptions,
     overwrite: options.Overwrite = False,
+    resume: options.Resume = False,
     seed: options.Seed = 0,
 ) -> None:
     """Sample n completions for each problem."""
+    settings = options.flatten(locals())
     shard_index, shard_count = _parse_shard(shard)
-    if not jsonl.is_stream(out):
-        jsonl.refuse_existing(out, overwrite)
+    check_output(out, overwrite=overwrite, resume=resume)
     todo = read_problems(problems)
 
-    from s2dcli.engines.base import SamplingParams
-    from s2dcli.engines.sampling import make_tasks, open_sampler, plan, shard_of
+    from s2dcli.engines.base import LENGTH, SamplingParams
+    from s2dcli.engines.sampling import count_done, make_tasks, open_sampler, plan, shard_of
     from s2dcli.models.checkpoints import load, resolve
     from s2dcli.models.prompts import PromptEncoder, parse_template_kwargs
 
+    started = time.monotonic()
+    checkpoint = resolve(model)
     template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
-    loaded = load(resolve(model), **loading.of_load())
+    manifest = describe("rollout", settings, inputs=[problems, *loading.files], parents=[checkpoint])
+    if jsonl.is_stream(problems):  # so that a resume is given the same
+        manifest["inputs"][0]["sha256"] = jsonl.sha256(problem.to_record() for problem in todo)
+    old = begun(Path(out), sidecar(out), manifest, MAY_CHANGE if shard_count == 1 else MAY_CHANGE_IN_SHARDS) if resume else None
+    if is_finished(out, old):
+        return
+    loaded = load(checkpoint, **loading.of_load())
     encoder = PromptEncoder(loaded.tokenizer, loading.chat_template, template_kwargs)
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
     sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sampling.sample_tokens)
 
     tasks = make_tasks(todo, encoder, max_prompt_tokens)
     batches = shard_of(plan(tasks, num_samples, max_tokens, sampling.sample_tokens), shard_index, shard_count)
-    truncated = 0
+    num_problems = sum(map(len, batches))
+    done = count_done(kept_lines(out), batches, num_samples, whole_batches=sampler.engine.whole_batches) if old else 0
+    rollouts = tokens = truncated = 0
     with (
-        jsonl.open_output(out, overwrite=overwrite) as writer,
-        console.progress("sampling", sum(map(len, batches)), "problems") as advance,
+        open_recorded(out, manifest, overwrite=overwrite, kept=done if old else None) as writer,
+        console.progress("sampling", num_problems * num_samples, "rollouts") as advance,
     ):
-        for batch in batches:
-            for group in sampler.sample_batch(batch, num_samples):
-                for row in group:
-                    writer.write(row.to_record())
-                    truncated += row.truncated
-                writer.flush()
-                advance()
-    share = truncated / writer.count if writer.count else 0.0
-    console.info(f"{writer.count} rollouts of {sum(map(len, batches))} problems; {share:.1%} hit the limit of {max_tokens} tokens")
+
+        def count(record: dict) -> None:
+            nonlocal rollouts, tokens, truncated
+            rollouts += 1
+            tokens += len(record["completion_ids"])
+            truncated += record["finish_reason"] == LENGTH
+            advance()
+
+        for line in kept_lines(out, done):
+            count(line.record)
+        for group in sampler.sample_batches(batches, num_samples, done):
+            for row in group:
+                record = row.to_record()
+                writer.write(record)
+                count(record)
+            writer.flush()
+        seconds = time.monotonic() - started
+        manifest["counts"] = {"problems": num_problems, "rollouts": rollouts, "tokens": tokens, "seconds": seconds}
+    before = f" ({done} were there)" if done else ""
+    share = truncated / max(1, rollouts)
+    console.info(f"{rollouts} rollouts{before} of {num_problems} problems; {share:.1%} hit the limit of {max_tokens} tokens")
 
 
 def _parse_shard(text: str) -> tuple[int, int]:

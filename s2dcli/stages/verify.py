@@ -14,15 +14,17 @@ missing or not understood, or that our own machinery failed. See `grade/` for wh
     s2d rollout --model CKPT problems.jsonl | s2d verify --workers 4 | s2d eval --rollouts -
 
 `--diff OLD.jsonl` grades an already graded file again (or ROLLOUTS, matched by group_id and
-sample_index) and says which verdicts changed.
+sample_index) and says which verdicts changed. `--resume` goes on with a file that was not finished.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter, deque
 from contextlib import ExitStack
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,10 +32,14 @@ import typer
 from s2dcli import console
 from s2dcli.errors import DataError, UsageError, nearest
 from s2dcli.files import jsonl
-from s2dcli.options import GradingOptions, OutFile, Overwrite, Rollouts
+from s2dcli.files.manifest import describe, sidecar
+from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded
+from s2dcli.options import GradingOptions, OutFile, Overwrite, Resume, Rollouts, flatten
 
 SHOWN_LINES = 100  # bad lines and changed verdicts that are named one by one; the rest is counted
 SHOWN_CHARACTERS = 60  # of an answer in a message
+# On --resume: what says how the work is done or reported, not what becomes of a row
+MAY_CHANGE = {"workers", "skip_invalid", "diff"}
 
 Key = tuple[Any, Any] | int
 
@@ -171,19 +177,27 @@ def verify(
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Exit with 0 although some lines were no JSON objects.")] = False,
     diff: Annotated[str | None, typer.Option("--diff", metavar="OLD.jsonl", help="Grade again and say which verdicts changed.")] = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
 ) -> None:
     """Grade completions against their gold answers.
 
     Reads rollouts as JSONL and writes each with its reward, label and extracted answer. Hanging,
     crashing or malformed answers cost their row at most its deadline, and never the run.
     """
-    from s2dcli.grade.pool import MATH, Grader
+    settings = flatten(locals())
+    from s2dcli.grade.pool import MATH, VERDICT, Grader
 
+    started = time.monotonic()
     source = diff if diff is not None and jsonl.is_stream(rollouts) else rollouts
     if _same_file(source, out):
         raise UsageError("input and output are the same file", where=out, hint="choose another -o")
-    if not jsonl.is_stream(out):
-        jsonl.refuse_existing(out, overwrite)
+    check_output(out, overwrite=overwrite, resume=resume)
+    manifest = describe("verify", settings, inputs=[source])
+    old = begun(Path(out), sidecar(out), manifest, MAY_CHANGE) if resume else None
+    if not jsonl.is_stream(source) and is_finished(out, old):
+        _refuse_invalid(old["counts"]["invalid"], source, skip_invalid)
+        return
+    done = sum(1 for _ in kept_lines(out)) if old else 0
     tally: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     num_mute, unlike = 0, ""
@@ -192,15 +206,16 @@ def verify(
         changes = Changes(None if source == diff else diff) if diff is not None else None
         grader = Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit, extract.value)
         stack.enter_context(grader)
-        writer = stack.enter_context(jsonl.open_output(out, overwrite=overwrite))
+        writer = stack.enter_context(open_recorded(out, manifest, overwrite=overwrite, kept=done if old else None))
         advance = stack.enter_context(console.progress("grading", None, "rows"))
         console.detail(f"verifier: {grader.verifier}")
         depth = 1 if len(grader.rewards) == 1 else 2  # "timeout", or with several rewards "math: timeout"
         rows = Rows(jsonl.RawLines(stream, jsonl.input_name(source)))
-        for verdict in grader.grade(rows):
+
+        def take(verdict: dict) -> bytes:
+            """Count a verdict and return the row that it completes."""
+            nonlocal num_mute, unlike
             where, raw, record = rows.under_way.popleft()
-            writer.write_line(jsonl.with_fields(raw, record, verdict))
-            writer.flush()
             advance()
             tally["null" if verdict["reward"] is None else "right" if verdict["label"] else "wrong"] += 1
             if verdict["verify_error"]:
@@ -210,9 +225,22 @@ def verify(
                 num_mute += 1
             if changes:
                 changes.look(where, record, verdict)
+            return jsonl.with_fields(raw, record, verdict)
+
+        for line in kept_lines(out, done):
+            if not line.record.keys() >= {*VERDICT} or next(rows, None) is None or take({f: line.record[f] for f in VERDICT}) != line.raw:
+                raise DataError(f"cannot be resumed: this row was not made from {source}", where=line.where, hint="--overwrite begins anew")
+        for verdict in grader.grade(rows):
+            writer.write_line(take(verdict))
+            writer.flush()
+        manifest["counts"] = {"rollouts": tally.total(), **tally, "invalid": rows.num_bad, "seconds": time.monotonic() - started}
     _report(tally, errors, rows, num_mute, unlike)
     if changes:
         changes.report(tally.total())
-    if rows.num_bad and not skip_invalid:
-        problem = f"{rows.num_bad} lines are no JSON objects; all others were graded"
+    _refuse_invalid(rows.num_bad, source, skip_invalid)
+
+
+def _refuse_invalid(num_bad: int, source: str, accepted: bool) -> None:
+    if num_bad and not accepted:
+        problem = f"{num_bad} lines are no JSON objects; all others were graded"
         raise DataError(problem, where=jsonl.input_name(source), hint="--skip-invalid accepts that")

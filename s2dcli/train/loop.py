@@ -1,10 +1,11 @@
-"""The training loop: owns steps, optimizer, metrics, saving and evaluation; the algorithm stays in the stage.
+"""The training loop: owns steps, optimizer, metrics, saving, resuming and evaluation; the algorithm stays in the stage.
 
-run = TrainingRun("grpo", settings, policy, ...)
-for step in run:
-    with step.phase("sample"): ...
-    run.update(step, rows, chosen, loss_of)
-    step.log(reward=..., ...)
+with open_run("grpo", settings, ...) as folder:
+    run = TrainingRun(folder, settings, policy, ...)
+    for step in run:
+        with step.phase("sample"): ...
+        run.update(step, rows, chosen, loss_of)
+        step.log(reward=..., ...)
 """
 
 from __future__ import annotations
@@ -22,20 +23,18 @@ import torch
 from s2dcli import console
 from s2dcli.errors import S2DError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import create_folder, save_step, step_name
-from s2dcli.files.manifest import MANIFEST, describe, write_json
+from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, write_checkpoint, write_training_state
+from s2dcli.files.manifest import describe
 from s2dcli.files.records import Problem
+from s2dcli.files.run_folder import RunFolder
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, saved_dtype
 from s2dcli.models.forward import can_pack, can_share_prompts
-from s2dcli.options import Schedule
+from s2dcli.options import Schedule, parse_cadence
 from s2dcli.train.batching import MicroBatch, Row, micro_batches
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.policy import Loss, Policy
 
-METRICS = "metrics.jsonl"
-EVALS = "evals.jsonl"
-PROBLEMS = "problems.jsonl"
-ROLLOUTS = "rollouts"
+HOW_STARTED = {"overwrite", "resume", "dry_run"}  # options that say nothing about the work
 
 
 def learning_rate(step: int, steps: int, settings: Mapping[str, Any]) -> float:
@@ -85,68 +84,94 @@ class Step:
         return count / self.seconds[phase] if self.seconds[phase] else 0.0
 
 
+def open_run(
+    stage: str,
+    settings: Mapping[str, Any],
+    *,
+    steps: int,
+    inputs: Sequence[str],
+    parents: Sequence[Checkpoint],
+    problems: Sequence[Problem] = (),
+    rollouts: Sequence[dict[str, Any]] = (),
+) -> RunFolder:
+    """Describe a run by its resolved options and what it reads, and return its folder, to be entered.
+
+    `problems`, which the folder keeps, or `rollouts` are what was read from the first of `inputs`.
+    """
+    given = [problem.to_record() for problem in problems]
+    manifest = describe(stage, settings, inputs=inputs, parents=parents, rollouts=rollouts)
+    manifest["options"] = {name: value for name, value in manifest["options"].items() if name not in HOW_STARTED}
+    if jsonl.is_stream(inputs[0]):  # so that a resume is given the same
+        manifest["inputs"][0]["sha256"] = jsonl.sha256([*given, *rollouts])
+    return RunFolder(
+        settings["out"],
+        manifest,
+        steps=steps,
+        problems=given,
+        keep_last=settings["keep_last"],
+        keep_states=settings["keep_states"],
+        overwrite=settings["overwrite"],
+        resume=settings["resume"],
+    )
+
+
 class TrainingRun:
-    """Iterates over the steps of a run; between two steps it logs, evaluates and saves."""
+    """Iterates over the steps of a run that are left to do; between two steps it logs, evaluates and saves.
+
+    What a step does depends on its number, the seed and the weights: which items it takes (order.py) and
+    the noise of each sample (files/records.row_seed) are functions of them, and no model drops out. So the
+    number of steps done, the masters and the moments are all that going on needs.
+    """
 
     def __init__(
         self,
-        stage: str,
+        folder: RunFolder,
         settings: Mapping[str, Any],
         policy: Policy,
         loaded: LoadedModel,
         *,
-        steps: int,
         phases: Sequence[str],
-        inputs: Sequence[str],
-        parents: Sequence[Checkpoint],
-        problems: Sequence[Problem] = (),
         evaluate: Callable[[], dict[str, Any]] | None,
     ) -> None:
-        """Make the run folder and a fresh optimizer.
+        """Make an optimizer, and put it and `policy` where the run stands that `folder` holds.
 
         `settings` are the stage's resolved options; of these the loop reads the ones that all trainers
-        share: out, overwrite, the optimizer's, tokens_per_batch, save_every, eval_every. `loaded` is
-        the model in training as it came from disk; `phases` names the parts of a step to be timed.
+        share: the optimizer's, tokens_per_batch, save_every, eval_every. `loaded`
+        is the model in training as it came from disk; `phases` names the parts of a step to be timed.
         `evaluate` returns the figures of an evaluation; it is called before the first step too.
         """
-        self.out: Path = settings["out"]
-        self.settings, self.policy, self.loaded = settings, policy, loaded
-        self.steps, self.phases, self.evaluate = steps, tuple(phases), evaluate
+        self.folder, self.settings, self.policy, self.loaded = folder, settings, policy, loaded
+        self.phases, self.evaluate = tuple(phases), evaluate
         self.dtype = saved_dtype(loaded.checkpoint)
         self.device = loaded.model.device
         self.optimizer = MasterOptimizer(policy, settings)
-        self.updates = 0
-        self.tokens = 0
-        self.last_row: dict[str, Any] = {}
-        self.last_eval: dict[str, Any] = {}
-        self.checkpoint = Path()
-        self.manifest = describe(stage, settings, inputs=inputs, parents=parents)
-        create_folder(self.out, settings["overwrite"])
-        self._write_manifest(complete=False)
-        if problems:
-            with jsonl.open_output(self.out / PROBLEMS) as writer:
-                for problem in problems:
-                    writer.write(problem.to_record())
+        # The problems whose answers the run has learnt from; stages add to it.
+        self.labels = set(folder.labels)
+        self.counts = {"steps": 0, "updates": 0, "rollouts": 0, "tokens": 0, "seconds": 0.0, **folder.counts}
+        self._cadence = parse_cadence(settings["save_every"])
+        self._save_seconds = 0.0  # that saving has taken since the last row
+        if folder.step:
+            self.optimizer.restore(read_training_state(folder.checkpoint / TRAINING_STATE))
 
     def __iter__(self) -> Iterator[Step]:
-        with (
-            open(self.out / METRICS, "wb") as metrics,
-            open(self.out / EVALS, "wb") if self.evaluate else _nothing() as evals,
-            console.training(self.steps) as show,
-        ):
-            self._evaluate(0, evals)
-            for number in range(1, self.steps + 1):
+        steps, saved = self.folder.steps, time.monotonic()
+        with console.training(steps) as show:
+            if not self.folder.step:
+                self._evaluate(0)
+            for number in range(self.folder.step + 1, steps + 1):
                 step = Step(number, seconds=dict.fromkeys(self.phases, 0.0))
                 yield step
-                self.last_row = self._row(step)
-                metrics.write(jsonl.dumps(self.last_row))
-                metrics.flush()
-                show(self.last_row)
-                if number % self.settings["eval_every"] == 0 or number == self.steps:
-                    self._evaluate(number, evals)
-                if number % self.settings["save_every"] == 0 or number == self.steps:
+                row = self._row(step)
+                self.folder.add_row(row)
+                show(row)
+                if number % self.settings["eval_every"] == 0 or number == steps:
+                    self._evaluate(number)
+                every_steps, every_seconds = self._cadence
+                due = number % every_steps == 0 or time.monotonic() - saved >= every_seconds
+                if due or number == steps:
                     self._save(number)
-        self._write_manifest(complete=True)
+                    saved = time.monotonic()
+        self.folder.finish()
 
     def update(self, step: Step, rows: Sequence[Row], chosen: Sequence[int], loss_of: Callable[[MicroBatch], Loss]) -> None:
         """Make one optimizer update on the `chosen` rows; micro-batches add up to one exact gradient."""
@@ -165,10 +190,10 @@ class TrainingRun:
             if not math.isfinite(grad_norm):
                 raise S2DError(
                     f"the gradient of step {step.number} is not finite (norm {grad_norm})",
-                    where=str(self.out),
+                    where=str(self.folder.out),
                     hint="a lower --lr or --dtype float32 usually mends it; checkpoints saved so far are untouched",
                 )
-            self.optimizer.step(learning_rate(step.number, self.steps, self.settings))
+            self.optimizer.step(learning_rate(step.number, self.folder.steps, self.settings))
         step.updates += 1
         step.tokens += sum(sum(batch.lengths_B) for batch in batches)
         step.grad_norms.append(grad_norm)
@@ -178,61 +203,47 @@ class TrainingRun:
     def identity(self, step: Step) -> dict[str, Any]:
         """Whose weights sample in a step: the parent's, or this run's after some updates, which no file holds."""
         parent = self.loaded.checkpoint
-        if not self.updates:
+        if not self.counts["updates"]:
             return {"model": parent.name, "revision": parent.revision, "step": parent.step, "checkpoint": parent.weights_sha256}
-        return {"model": str(self.out), "revision": "", "step": step.number - 1, "checkpoint": ""}
-
-    def keep_rollouts(self, step: Step, records: Sequence[dict[str, Any]]) -> None:
-        """Write what a step learnt from to rollouts/step-NNNNNN.jsonl."""
-        with jsonl.open_output(self.out / ROLLOUTS / f"{step_name(step.number)}.jsonl") as writer:
-            for record in records:
-                writer.write(record)
-
-    def result(self, **figures: Any) -> dict[str, Any]:
-        """What the command prints at its end: the checkpoint, the last step's figures, the last evaluation's."""
-        evaluated = {f"eval_{name}": value for name, value in self.last_eval.items() if name != "step"}
-        return {"checkpoint": str(self.checkpoint), **figures, **self.last_row, **evaluated}
+        return {"model": str(self.folder.out), "revision": "", "step": step.number - 1, "checkpoint": ""}
 
     def _row(self, step: Step) -> dict[str, Any]:
-        self.updates += step.updates
-        self.tokens += step.tokens
-        return {
+        row = {
             "step": step.number,
             "loss": float(step.sums.get("loss", 0.0)) / max(1, step.updates),
-            "lr": learning_rate(step.number, self.steps, self.settings),
+            "lr": learning_rate(step.number, self.folder.steps, self.settings),
             "grad_norm": math.fsum(step.grad_norms) / max(1, len(step.grad_norms)),
             "updates": step.updates,
             "seconds": time.perf_counter() - step.started,
             "tokens": step.tokens,
             "padding": step.padding / max(1, step.positions),
             **step.metrics,
+            "labels": len(self.labels),
             **{f"{phase}_seconds": seconds for phase, seconds in step.seconds.items()},
+            "save_seconds": self._save_seconds,
         }
+        self._save_seconds = 0.0
+        self.counts["steps"] = step.number
+        for name in ("updates", "rollouts", "tokens", "seconds"):
+            self.counts[name] += row[name]
+        return row
 
-    def _evaluate(self, number: int, evals: Any) -> None:
+    def _evaluate(self, number: int) -> None:
         if self.evaluate is None:
             return
-        self.last_eval = {"step": number, **self.evaluate()}
-        evals.write(jsonl.dumps(self.last_eval))
-        evals.flush()
-        row = self.last_eval
+        row = {"step": number, **self.evaluate()}
+        self.folder.add_eval(row)
         console.info(f"step {number}: avg@{row['k']} {row['avg_at_k']:.1%} ± {row['se']:.1%} on {row['problems']} problems")
 
     def _save(self, number: int) -> None:
-        manifest = {**self.manifest, "complete": True, "counts": self._counts(number)}
-        model, adapter = self.policy.model, self.policy.adapter
-        state = adapter.merged(self.dtype) if adapter else self.optimizer.full_precision(model)
-        parent, save_adapter = self.loaded.checkpoint.folder, adapter.save if adapter else None
-        self.checkpoint = save_step(self.out, number, model, parent, self.dtype, manifest, state=state, save_adapter=save_adapter)
+        started = time.perf_counter()
 
-    def _write_manifest(self, *, complete: bool) -> None:
-        counts = self._counts(self.steps if complete else 0)
-        write_json(self.out / MANIFEST, {**self.manifest, "complete": complete, "counts": counts})
+        def fill(draft: Path) -> None:
+            model, adapter = self.policy.model, self.policy.adapter
+            state = adapter.merged(self.dtype) if adapter else self.optimizer.full_precision(model)
+            save_adapter = adapter.save if adapter else None
+            write_checkpoint(draft, model, self.loaded.checkpoint.folder, self.dtype, state=state, save_adapter=save_adapter)
+            write_training_state(draft / TRAINING_STATE, self.optimizer.state())
 
-    def _counts(self, steps: int) -> dict[str, int]:
-        return {"steps": steps, "updates": self.updates, "tokens": self.tokens}
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
+        self.folder.save(number, self.counts, self.labels, fill)
+        self._save_seconds = time.perf_counter() - started

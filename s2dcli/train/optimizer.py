@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from s2dcli.errors import UsageError
+from s2dcli.errors import ModelError, UsageError
 from s2dcli.options import Optimizer, Weights
 from s2dcli.train.policy import Policy
 
@@ -22,6 +22,9 @@ from s2dcli.train.policy import Policy
 MIN_8BIT_SIZE = 4096
 # ... and a float32 scale for each block of this many moments of the others.
 BLOCK_SIZE = 256
+# Its name of either moment: where it keeps the table of the values that 8 bits stand for, and that table's name.
+_TABLES = {"state1": ("qmap1", "dynamic"), "state2": ("qmap2", "udynamic")}
+_MASTER = "master"
 ADAM_BETA1 = 0.9  # AdamW's first-moment decay, the same in all of the method's settings
 
 
@@ -45,10 +48,10 @@ class MasterOptimizer:
         Raises UsageError if bitsandbytes is needed and missing.
         """
         self.grad_clip: float = settings["grad_clip"] or math.inf
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self._trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
         narrow = settings["weights"] is Weights.bfloat16 and policy.adapter is None
         # parameter of the model -> its master, which is the parameter itself unless that is narrow
-        self.masters = {parameter: _split_off_master(parameter) if narrow else parameter for parameter in trained}
+        self.masters = {parameter: _split_off_master(parameter) if narrow else parameter for parameter in self._trained.values()}
         policy.gradient_of = self.gradient_of
         embedding = policy.model.get_input_embeddings()
         if embedding.weight in self.masters:
@@ -61,7 +64,8 @@ class MasterOptimizer:
         ]
         groups = [group for group in groups if group["params"]]
         betas = (ADAM_BETA1, settings["adam_beta2"])
-        if settings["optimizer"] is Optimizer.adamw_8bit:
+        self.eight_bit = settings["optimizer"] is Optimizer.adamw_8bit
+        if self.eight_bit:
             kind = import_bitsandbytes().optim.AdamW8bit
             self.adamw = kind(groups, lr=settings["lr"], betas=betas, min_8bit_size=MIN_8BIT_SIZE)
         else:
@@ -85,9 +89,46 @@ class MasterOptimizer:
             group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        self._round_masters()
+
+    def _round_masters(self) -> None:
+        """Give the model the masters' values."""
         for parameter, master in self.masters.items():
             if parameter is not master:
                 parameter.copy_(master)
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what the next updates depend on, as `KIND/PARAMETER`: masters, moments and step counts, one by one."""
+        for name, parameter in self._trained.items():
+            master = self.masters[parameter]
+            yield f"{_MASTER}/{name}", master.detach()
+            for kind, value in self.adamw.state.get(master, {}).items():
+                if kind not in ("qmap1", "qmap2"):  # constants
+                    yield f"{kind}/{name}", torch.as_tensor(value)
+
+    @torch.no_grad()
+    def restore(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over what `state` has yielded in a run with the same model and settings. Raises ModelError if it was another."""
+        found = set()
+        for key, value in state:
+            kind, _, name = key.partition("/")
+            if name not in self._trained:
+                raise ModelError(f"the training state is of another model: this one trains no {name!r}")
+            found.add(name)
+            master = self.masters[self._trained[name]]
+            if kind == _MASTER:
+                master.copy_(value)
+            elif self.eight_bit and kind == "step":
+                self.adamw.state[master][kind] = int(value)
+            else:
+                self.adamw.state[master][kind] = value.to(master.device, copy=True)
+        if len(found) < len(self._trained):
+            raise ModelError(f"the training state lacks {len(self._trained) - len(found)} of {len(self._trained)} parameters")
+        for entries in self.adamw.state.values():
+            for kind, (table, values) in _TABLES.items():
+                if kind in entries and entries[kind].dtype == torch.uint8:
+                    entries[table] = self.adamw.name2qmap[values]
+        self._round_masters()
 
     def full_precision(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the model's state dict with the masters in place of the weights that were rounded from them."""

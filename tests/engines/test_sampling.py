@@ -1,7 +1,11 @@
 """Plans, shards and groups."""
 
+import pytest
+
 from s2dcli.engines.base import Request, Sample
-from s2dcli.engines.sampling import Sampler, Task, plan, shard_of, tasks_of_step
+from s2dcli.engines.sampling import Sampler, Task, count_done, plan, shard_of, tasks_of_step
+from s2dcli.errors import DataError
+from s2dcli.files.output import Kept
 from s2dcli.files.records import Problem, row_seed
 
 
@@ -57,6 +61,50 @@ def test_groups_come_out_in_input_order_whatever_finishes_first():
     assert [[row.sample_index for row in group] for group in groups] == [[0, 1]] * 3
     assert groups[1][1].seed == row_seed(3, "p1", 1)
     assert groups[1][1].completion_logprobs == [-0.123457, -1.0]
+
+
+def rows_of(sampler, todo, **more):
+    batches = plan(todo, 2, 8, 22)
+    return [(row.group_id, row.sample_index) for group in sampler.sample_batches(batches, 2, **more) for row in group]
+
+
+def test_rows_that_are_there_are_not_asked_again():
+    from s2dcli.engines.base import SamplingParams
+
+    asked = []
+
+    class Recorder(Backwards):
+        def generate(self, requests, params):
+            asked.extend(requests)
+            return super().generate(requests, params)
+
+    sampler = Sampler(Recorder(), Encoder(), SamplingParams(1.0, 1.0, 0, 8), seed=3, identity={}, batch_tokens=10_000)
+    todo = tasks([3, 3, 3])
+    everything = rows_of(sampler, todo)
+    for done in range(7):  # at the end of a batch, of a group, and within a group
+        asked.clear()
+        assert rows_of(sampler, todo, done=done) == everything[done:]
+        assert len(asked) == 6 - done
+
+
+def kept(todo, count):
+    rows = [{"group_id": task.group_id, "sample_index": i, "prompt_ids": task.prompt_ids} for task in todo for i in range(2)]
+    return [Kept(f"file:{number}", b"", row) for number, row in enumerate(rows[:count], 1)]
+
+
+def test_whole_batches_are_kept_or_whole_rows():
+    todo = tasks([3, 3, 3])
+    batches = [todo[:2], todo[2:]]
+    assert [count_done(kept(todo, n), batches, 2, whole_batches=True) for n in range(7)] == [0, 0, 0, 0, 4, 4, 6]
+    assert [count_done(kept(todo, n), batches, 2, whole_batches=False) for n in range(7)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_rows_of_another_plan_are_refused():
+    todo = tasks([3, 3, 3])
+    with pytest.raises(DataError, match="file:3: cannot be resumed: sample 0 of group 'p2' was expected here"):
+        count_done(kept(todo, 6), [[todo[0]], [todo[2]]], 2, whole_batches=True)
+    with pytest.raises(DataError, match="file:5: cannot be resumed: the end was expected here"):
+        count_done(kept(todo, 6), [todo[:2]], 2, whole_batches=False)
 
 
 def test_row_seeds_differ_by_seed_group_and_sample_and_stay_exact_in_json():

@@ -1,4 +1,4 @@
-"""A step folder is whole or not there."""
+"""What is in a checkpoint, and which folders are written to."""
 
 import pytest
 import torch
@@ -6,21 +6,7 @@ from tiny import tiny
 
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import checkpoint
-from s2dcli.files.checkpoint import create_folder, save_step
-
-
-def test_a_failed_save_leaves_the_previous_step_and_no_litter(toy, tmp_path, monkeypatch):
-    model = tiny("llama")
-    save_step(tmp_path, 1, model, toy / "student", torch.float32, {})
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_json", fail)
-    with pytest.raises(DataError, match="No space left on device"):
-        save_step(tmp_path, 2, model, toy / "student", torch.float32, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
-    assert (tmp_path / "latest").read_text() == "step-000001\n"
+from s2dcli.files.checkpoint import empty_folder, read_training_state, refuse_folder, write_checkpoint, write_training_state
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "gemma2"])
@@ -28,8 +14,8 @@ def test_saved_models_load_with_the_same_logits(family, toy, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = tiny(family)
-    folder = save_step(tmp_path, 1, model, toy / "student", torch.float32, {})
-    again = AutoModelForCausalLM.from_pretrained(folder).eval()
+    write_checkpoint(tmp_path, model, toy / "student", torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
@@ -37,13 +23,40 @@ def test_saved_models_load_with_the_same_logits(family, toy, tmp_path):
 
 def test_only_folders_of_s2d_are_replaced(tmp_path):
     mine = tmp_path / "run"
-    create_folder(mine, overwrite=False)
-    create_folder(mine, overwrite=False)  # empty
+    refuse_folder(mine, overwrite=False)
+    mine.mkdir()
+    refuse_folder(mine, overwrite=False)  # empty
     (mine / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match="--overwrite replaces it"):
-        create_folder(mine, overwrite=False)
+        refuse_folder(mine, overwrite=False)
     with pytest.raises(UsageError, match="was not made by s2d"):
-        create_folder(mine, overwrite=True)
+        refuse_folder(mine, overwrite=True)
     (mine / "s2d.json").write_text("{}")
-    create_folder(mine, overwrite=True)
+    refuse_folder(mine, overwrite=True)
+    empty_folder(mine)
     assert list(mine.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [1, 300, 1 << 30])
+def test_training_state_comes_back_as_it_was_in_files_of_any_size(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", limit)
+    tensors = {
+        "master/a": torch.randn(5, 7),
+        "step/a": torch.tensor(3.0),
+        "state1/b": torch.arange(200, dtype=torch.uint8),
+        "master/c": torch.randn(6, 4).T,
+        "step/b": torch.tensor(2**40),
+    }
+    write_training_state(tmp_path / "state", iter(tensors.items()))
+    assert len(list((tmp_path / "state").iterdir())) == {1: 5, 300: 3, 1 << 30: 1}[limit]
+    again = dict(read_training_state(tmp_path / "state"))
+    assert again.keys() == tensors.keys()
+    assert all(again[name].dtype == tensor.dtype and torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_damaged_training_state_is_an_error_of_one_line(tmp_path):
+    write_training_state(tmp_path / "state", [("master/a", torch.ones(4))])
+    path = tmp_path / "state" / "00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError, match="state: cannot read the training state: "):
+        list(read_training_state(tmp_path / "state"))

@@ -110,3 +110,58 @@ def test_rollouts_from_a_named_pipe(s2d, measured, tmp_path):
     result = s2d("eval", "--rollouts", pipe)
     writer.join()
     assert result.result["avg_at_k"] == measured[1]["avg_at_k"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(s2d, toy, few, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "eval"
+    result = s2d("eval", "-m", toy / "student", few, *RESUMED, "-o", out)
+    return out, result.result
+
+
+RESUMED = ["-k", 2, "--max-tokens", 8, "--sample-tokens", 120, "--reward", "exact"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
+def test_a_resumed_evaluation_is_an_undisturbed_one(s2d, toy, few, tmp_path, undisturbed, share):
+    whole, figures = undisturbed
+    out = tmp_path / "eval"
+    out.mkdir()
+    rows = (whole / "rollouts.jsonl").read_bytes()
+    (out / "rollouts.jsonl").write_bytes(rows[: int(share * len(rows))])
+    manifest = json.loads((whole / "s2d.json").read_text())
+    (out / "s2d.json").write_text(json.dumps({**manifest, "complete": False, "counts": {}}))
+    result = s2d("eval", "-m", toy / "student", few, *RESUMED, "-o", out, "--resume")
+    assert result.result == figures
+    assert (out / "rollouts.jsonl").read_bytes() == rows
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    again = json.loads((out / "s2d.json").read_text())
+    assert again["measured"] == manifest["measured"] == sorted(problem["problem_sha256"] for problem in read_jsonl(few))
+    assert {**again["counts"], "seconds": 0} == {**manifest["counts"], "seconds": 0}
+
+
+def test_a_finished_evaluation_prints_its_result_again(s2d, toy, few, undisturbed):
+    out, figures = undisturbed
+    result = s2d("eval", "-m", toy / "student", few, *RESUMED, "-o", out, "--resume")
+    assert result.result == figures
+    assert result.err == f"{out} is complete already\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--resume"], "--seed was 0, is 1"), (["--resume", "--overwrite"], "give one of them"), ([], "output exists")],
+)
+def test_other_work_is_not_mixed_in(s2d, toy, few, undisturbed, more, message):
+    result = s2d("eval", "-m", toy / "student", few, *RESUMED, "--seed", 1, "-o", undisturbed[0], *more)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_graded_rollouts_name_who_sampled_them(s2d, toy, undisturbed, tmp_path):
+    rows = (undisturbed[0] / "rollouts.jsonl").read_bytes()
+    assert s2d("eval", "--rollouts", "-", "-o", tmp_path / "eval", stdin=rows).code == 0
+    (parent,) = json.loads((tmp_path / "eval" / "s2d.json").read_text())["parents"]
+    assert (parent["role"], parent["name"], parent["record"]) == ("sampler", str(toy / "student"), "")
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    again = ["eval", "--rollouts", tmp_path / "rows.jsonl", "-o", tmp_path / "again", "--resume"]
+    assert s2d(*again).result == s2d(*again).result == undisturbed[1]

@@ -66,6 +66,8 @@ def test_only_correct_keeps_the_right_rows_and_spends_the_labels_of_all(s2d, toy
     assert row["rollouts"] == len(right) < len(rows)
     assert row["cross_entropy"] == pytest.approx(dense(toy, right), rel=1e-4)
     assert row["labels"] == 200
+    for manifest in (tmp_path / "run" / "s2d.json", tmp_path / "run" / "step-000001" / "s2d.json"):
+        assert json.loads(manifest.read_text())["labels"] == sorted({record["problem_sha256"] for record in rows})
     assert f"keeps {len(right)} of {len(rows)} rollouts" in result.err
 
 

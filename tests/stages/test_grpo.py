@@ -57,7 +57,11 @@ def test_run_folder_and_closing_line(trained):
     assert manifest["command"] == "grpo"
     assert manifest["options"]["lr"] == 1e-3
     assert manifest["parents"][0]["weights_sha256"]
-    assert manifest["counts"] == {"steps": 2, "updates": 2, "tokens": sum(row["tokens"] for row in read_jsonl(out / "metrics.jsonl"))}
+    rows = read_jsonl(out / "metrics.jsonl")
+    tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
+    assert manifest["counts"] == {"steps": 2, "updates": 2, "rollouts": 32, "tokens": tokens, "seconds": pytest.approx(seconds)}
+    kept = [record for step in (1, 2) for record in read_jsonl(out / "rollouts" / f"step-{step:06d}.jsonl")]
+    assert manifest["labels"] == sorted({record["problem_sha256"] for record in kept})
 
 
 def test_metrics_hold_the_contracts_fields(trained):

@@ -26,6 +26,7 @@ def test_run_folder(distilled):
     out, result = distilled
     assert result["checkpoint"] == str(out / "step-000003")
     assert [parent["name"].split("/")[-1] for parent in json.loads((out / "s2d.json").read_text())["parents"]] == ["student", "teacher"]
+    assert json.loads((out / "s2d.json").read_text())["labels"] == []
     assert [row["step"] for row in read_jsonl(out / "evals.jsonl")] == [0, 3]
     assert len(read_jsonl(out / "rollouts" / "step-000003.jsonl")) == 16
 

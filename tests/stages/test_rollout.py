@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import read_jsonl, start, wait, write_jsonl
 
+from s2dcli.files.manifest import sidecar
+
 COLUMNS = [
     "schema",
     "problem_id",
@@ -205,3 +207,95 @@ def test_signals_end_with_their_exit_code(toy, tmp_path, sent, code):
         assert wait(pid) == code
         err.seek(0)
         assert b"Traceback" not in err.read()
+    assert all(line.endswith(b"}\n") for line in out.read_bytes().splitlines(keepends=True))
+    assert json.loads(sidecar(out).read_text())["complete"] is False
+
+
+RESUMED = ["-n", 2, "--max-tokens", 8, "--sample-tokens", 120]  # two problems, four rows, to a batch
+
+
+@pytest.fixture(scope="module")
+def undisturbed(s2d, toy, few, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "rollouts.jsonl"
+    assert s2d("rollout", "-m", toy / "student", few, *RESUMED, "-o", out).code == 0
+    return out
+
+
+def cut(undisturbed, out, num_bytes):
+    """Make what a command leaves that is killed after writing some bytes."""
+    out.write_bytes(undisturbed.read_bytes()[:num_bytes])
+    manifest = json.loads(sidecar(undisturbed).read_text())
+    sidecar(out).write_text(json.dumps({**manifest, "complete": False, "counts": {}, "output_sha256": ""}))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.77, 1.0])
+def test_a_resumed_file_has_the_bytes_of_an_undisturbed_one(s2d, toy, few, tmp_path, undisturbed, share):
+    out = tmp_path / "rollouts.jsonl"
+    cut(undisturbed, out, int(share * undisturbed.stat().st_size))
+    result = s2d("rollout", "-m", toy / "student", few, *RESUMED, "-o", out, "--resume")
+    assert result.code == 0, result.err
+    assert out.read_bytes() == undisturbed.read_bytes()
+    ours, theirs = (json.loads(sidecar(path).read_text()) for path in (out, undisturbed))
+    for manifest in (ours, theirs):
+        manifest["counts"].pop("seconds")
+        manifest["options"].pop("resume")
+        manifest["options"].pop("out")
+    assert ours == theirs
+
+
+def test_rows_of_a_batch_that_is_not_all_there_are_sampled_again(s2d, toy, few, tmp_path, undisturbed):
+    out = tmp_path / "rollouts.jsonl"
+    cut(undisturbed, out, len(b"".join(undisturbed.read_bytes().splitlines(keepends=True)[:7])))
+    result = s2d("rollout", "-m", toy / "student", few, *RESUMED, "-o", out, "--resume")
+    assert "16 rollouts (4 were there) of 8 problems" in result.err
+
+
+def test_a_finished_file_is_left_as_it_is_without_a_model(s2d, toy, few, undisturbed):
+    before = undisturbed.stat().st_mtime_ns
+    result = s2d("rollout", "-m", toy / "student", few, *RESUMED, "-o", undisturbed, "--resume")
+    assert (result.code, result.err) == (0, f"{undisturbed} is complete already\n")
+    assert undisturbed.stat().st_mtime_ns == before
+
+
+def test_what_was_piped_in_must_be_piped_in_again(s2d, toy, few, tmp_path, undisturbed):
+    piped = ["rollout", "-m", toy / "student", "-", *RESUMED, "-o", tmp_path / "out.jsonl", "--resume"]
+    assert s2d(*piped, stdin=few.read_bytes()).code == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == undisturbed.read_bytes()
+    assert "is complete already" in s2d(*piped, stdin=few.read_bytes()).err
+    other = s2d(*piped, stdin=b"".join(few.read_bytes().splitlines(keepends=True)[1:]))
+    assert other.code == 2
+    assert "input - is not what - was (another sha256)" in other.err
+
+
+def test_a_shard_is_resumed_as_that_shard(s2d, toy, few, tmp_path, undisturbed):
+    out = tmp_path / "shard.jsonl"
+    shard = ["rollout", "-m", toy / "student", few, *RESUMED, "--shard", "2/2", "-o", out]
+    assert s2d(*shard).code == 0
+    whole = out.read_bytes()
+    assert undisturbed.read_bytes().endswith(whole)
+    cut(out, out, len(whole) // 2)
+    other = s2d(*shard, "--resume", "--sample-tokens", 60)
+    assert other.code == 2
+    assert "--sample-tokens was 120, is 60" in other.err  # it decides what a shard holds
+    assert s2d(*shard, "--resume").code == 0
+    assert out.read_bytes() == whole
+
+
+def test_resuming_other_work_is_refused_with_every_difference(s2d, toy, few, tmp_path, undisturbed):
+    out = tmp_path / "rollouts.jsonl"
+    cut(undisturbed, out, 1000)
+    fewer = write_jsonl(tmp_path / "fewer.jsonl", read_jsonl(few)[:4])
+    result = s2d("rollout", "-m", toy / "teacher", fewer, "-n", 3, "--max-tokens", 8, "--sample-tokens", 200, "-o", out, "--resume")
+    assert result.code == 2
+    for phrase in ("3 things differ", "-n was 2, is 3", f"input {fewer} is not what {few} was", "(other weights)"):
+        assert phrase in result.err
+    assert "only --device, --sample-tokens may change" in result.err
+    assert result.err.count("\n") == 1
+    assert out.stat().st_size == 1000
+
+
+def test_an_output_without_a_manifest_is_not_resumed(s2d, toy, few, tmp_path):
+    (tmp_path / "out.jsonl").write_text("{}\n")
+    result = s2d("rollout", "-m", toy / "student", few, "-o", tmp_path / "out.jsonl", "--resume")
+    assert result.code == 2
+    assert "without out.jsonl.s2d.json it is not known what made it" in result.err

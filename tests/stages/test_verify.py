@@ -199,3 +199,60 @@ def test_torch_is_never_imported():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], input=lines(row("1", "1")), env=environment, capture_output=True, check=True)
     assert done.stderr.decode().strip() == "set()"
+
+
+@pytest.fixture
+def graded(s2d, tmp_path):
+    """A file to grade, with a line that is none, and what grading it gives."""
+    given, out = tmp_path / "given.jsonl", tmp_path / "graded.jsonl"
+    given.write_bytes(lines(row("1", "1"), row("2", "3")) + b"no JSON\n" + lines(row("1/2", "0.5", note="\u00e9\x7f"), row("4", "4")))
+    assert s2d("verify", given, "-o", out, "--skip-invalid").code == 0
+    return given, out
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 4])
+def test_a_resumed_file_has_the_bytes_of_an_undisturbed_one(s2d, graded, tmp_path, kept):
+    given, whole = graded
+    out = tmp_path / "cut.jsonl"
+    rows = whole.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(rows[:kept]) + b'{"torn')
+    manifest = json.loads((tmp_path / "graded.jsonl.s2d.json").read_text())
+    (tmp_path / "cut.jsonl.s2d.json").write_text(json.dumps({**manifest, "complete": False}))
+    result = s2d("verify", given, "-o", out, "--skip-invalid", "--workers", 1, "--resume")
+    assert result.code == 0, result.err
+    assert out.read_bytes() == whole.read_bytes()
+    assert "4 rows graded: 3 right, 1 wrong" in result.err
+    again = json.loads((tmp_path / "cut.jsonl.s2d.json").read_text())
+    assert {**again["counts"], "seconds": 0} == {**manifest["counts"], "seconds": 0}
+    assert (again["complete"], again["counts"]["invalid"]) == (True, 1)
+
+
+def test_kept_rows_must_be_those_of_the_input(s2d, graded, tmp_path):
+    given, out = graded
+    (tmp_path / "graded.jsonl.s2d.json").write_text(
+        (tmp_path / "graded.jsonl.s2d.json").read_text().replace('"complete": true', '"complete": false')
+    )
+    piped = ["verify", "-", "-o", tmp_path / "piped.jsonl", "--skip-invalid"]
+    assert s2d(*piped, stdin=given.read_bytes()).code == 0
+    unfinished = tmp_path / "piped.jsonl.s2d.json"
+    unfinished.write_text(unfinished.read_text().replace('"complete": true', '"complete": false'))
+    other = s2d(*piped, "--resume", stdin=given.read_bytes().replace(b"boxed{3}", b"boxed{5}"))
+    assert other.code == 1
+    assert "piped.jsonl:2: cannot be resumed: this row was not made from -" in other.err
+    assert s2d(*piped, "--resume", stdin=given.read_bytes()).code == 0
+    assert (tmp_path / "piped.jsonl").read_bytes() == out.read_bytes()
+    after = s2d(*piped, "--resume", stdin=given.read_bytes().replace(b"boxed{3}", b"boxed{5}"))
+    assert after.code == 1  # a pipe is not known before it is read
+    refused = s2d("verify", given, "-o", out, "--resume", "--timeout", 1, "--extract", "lenient")
+    assert refused.code == 2
+    assert '2 things differ: --extract was "strict", is "lenient"; --timeout was 5.0, is 1.0' in refused.err
+
+
+def test_a_finished_file_says_again_that_lines_were_bad(s2d, graded, tmp_path):
+    given, out = graded
+    before = out.read_bytes()
+    again = s2d("verify", given, "-o", out, "--resume")
+    assert again.code == 1
+    assert "1 lines are no JSON objects" in again.err
+    assert out.read_bytes() == before
+    assert s2d("verify", given, "-o", out, "--resume", "--skip-invalid").code == 0

@@ -7,7 +7,7 @@ import torch
 from test_batching import ragged_rows
 from tiny import VOCABULARY, tiny
 
-from s2dcli.errors import UsageError
+from s2dcli.errors import ModelError, UsageError
 from s2dcli.options import Aggregate, Dtype, Optimizer, Weights
 from s2dcli.train.batching import Row, micro_batches
 from s2dcli.train.loading import compute_dtype
@@ -178,3 +178,45 @@ def test_a_collected_gradient_refuses_a_loss_that_is_scaled_afterwards():
     loss, _ = policy(batch, CrossEntropy(dict.fromkeys(range(len(rows)), 1.0))(batch))
     with pytest.raises(RuntimeError, match="inside its kernel"):
         (2 * loss).backward()
+
+
+@pytest.mark.parametrize("weights", list(Weights))
+@pytest.mark.parametrize("kind", list(Optimizer))
+def test_a_restored_optimizer_goes_on_to_the_bit(weights, kind, toy):
+    """On the same gradients, from a model as it was loaded."""
+    from transformers import AutoModelForCausalLM
+
+    def fresh() -> tuple[Policy, MasterOptimizer]:
+        policy = Policy(AutoModelForCausalLM.from_pretrained(toy / "teacher").eval(), 33)
+        return policy, MasterOptimizer(policy, settings(weights=weights, optimizer=kind))
+
+    def advance(optimizer: MasterOptimizer, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            for master in optimizer.masters.values():
+                master.grad = torch.randn_like(master)
+            optimizer.step(1e-3 / (1 + step))
+
+    policy, optimizer = fresh()
+    advance(optimizer, range(3))
+    saved = [(name, tensor.clone()) for name, tensor in optimizer.state()]
+    again, restored = fresh()
+    restored.restore(saved)
+    assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), again.parameters(), strict=True))
+    for steps in (range(3, 4), range(4, 8)):
+        advance(optimizer, steps)
+        advance(restored, steps)
+        assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), again.parameters(), strict=True))
+    one, other = dict(optimizer.state()), dict(restored.state())
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {name.split("/")[0] for name in one} >= {"master", "step"}
+
+
+def test_the_state_of_another_model_is_refused():
+    state = dict(MasterOptimizer(Policy(tiny("qwen3"), VOCABULARY), settings()).state())
+    with pytest.raises(ModelError, match="of another model"):
+        MasterOptimizer(Policy(tiny("llama"), VOCABULARY), settings()).restore([*state.items(), ("master/model.x", torch.ones(1))])
+    state.popitem()
+    with pytest.raises(ModelError, match="lacks 1 of "):
+        MasterOptimizer(Policy(tiny("qwen3"), VOCABULARY), settings()).restore(state.items())

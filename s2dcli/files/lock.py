@@ -1,0 +1,74 @@
+"""Locks that keep two processes from writing to one place."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from s2dcli import console
+from s2dcli.errors import UsageError
+from s2dcli.files.atomic import disk_errors
+
+LOCK = ".lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # answers of file systems that keep none
+
+
+def lock_of(output: Path) -> Path:
+    """Return the name of an output's lock: in a folder, or beside a file."""
+    return output / LOCK if output.is_dir() else output.with_name(f".{output.name}{LOCK}")
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keep other processes from writing to an output, a folder or file, while the block runs.
+
+    The kernel keeps the lock and gives it up with the process, however that ends, so a lock file that
+    was left behind means nothing and a pid that was given out again does not matter; what the file says
+    of its owner is for people. Children do not inherit it. Raises UsageError that names the owner, and
+    DataError if the file cannot be made.
+    """
+    path = lock_of(output)
+    with disk_errors("lock the output", output):
+        descriptor = _take(path, output)
+        owner = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _take(path: Path, output: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                console.warn(f"{output}: this file system keeps no locks, so nothing keeps a second process from writing there")
+                return descriptor
+            holder = os.pread(descriptor, 4096, 0)
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise UsageError(f"is in use{_said_by(holder)}", where=str(output), hint="wait for it to end, or choose another -o") from None
+        if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+        os.close(descriptor)  # its owner has just removed it: there is a newer one, or none
+
+
+def _said_by(holder: bytes) -> str:
+    try:
+        owner = json.loads(holder)
+        return f" by process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (ValueError, KeyError, TypeError):
+        return " by another process"
