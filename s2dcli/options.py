@@ -25,6 +25,7 @@ GRADING = "Grading"
 TRAINING = "Training"
 MEMORY = "Memory"
 OUTPUT = "Output"
+ENGINE = "Engine"
 
 # Default of --sample-tokens. A cache position of a 1.7-billion-parameter model takes 115 kB in
 # bfloat16, so this is at most 8 GB there, and 50 rollouts of 1,300 tokens.
@@ -192,6 +193,68 @@ BatchTokens = Annotated[
         metavar="TOKENS",
         help="Cache positions that one sampling batch may fill (transformers engine).",
         rich_help_panel=SAMPLING,
+    ),
+]
+
+# Engines
+Engine = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="auto|transformers|vllm|URL,...",
+        help="Who samples; auto takes vLLM if it is installed and there is a GPU. URL: of a running vllm serve.",
+        rich_help_panel=ENGINE,
+    ),
+]
+GpuMemoryUtilization = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory-utilization",
+        min=0.01,
+        max=1.0,
+        help="Share of a GPU's memory for vLLM; on a CPU, of main memory for its cache.",
+        show_default="0.9; beside a trainer 0.4",
+        rich_help_panel=ENGINE,
+    ),
+]
+TensorParallelSize = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel-size", min=1, help="GPUs that vLLM spreads the weights over.", show_default="1", rich_help_panel=ENGINE
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len",
+        min=1,
+        help="Tokens of prompt and completion that vLLM has to take.",
+        show_default="what fits",
+        rich_help_panel=ENGINE,
+    ),
+]
+MaxInFlight = Annotated[
+    int | None,
+    typer.Option("--max-in-flight", min=1, help="Requests under way at each server.", show_default="256", rich_help_panel=ENGINE),
+]
+ParityRows = Annotated[
+    int | None,
+    typer.Option(
+        "--parity-rows",
+        min=0,
+        help="Samples of vLLM or a server that transformers scores again, to prove the weights.",
+        show_default="training: 8, after every update; else 0",
+        rich_help_panel=ENGINE,
+    ),
+]
+ParityTolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--parity-tolerance",
+        min=0.0,
+        help="Nats by which their log-probs may differ on average.",
+        show_default="float32: 1e-3, bfloat16: 5e-2",
+        rich_help_panel=ENGINE,
     ),
 ]
 
@@ -363,7 +426,14 @@ class ModelOptions:
 class EngineOptions:
     """Who turns prompts into completions."""
 
+    engine: Engine = "auto"
     sample_tokens: BatchTokens = SAMPLE_TOKENS
+    gpu_memory_utilization: GpuMemoryUtilization = None
+    tensor_parallel_size: TensorParallelSize = None
+    max_model_len: MaxModelLen = None
+    max_in_flight: MaxInFlight = None
+    parity_rows: ParityRows = None
+    parity_tolerance: ParityTolerance = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,3 +43,27 @@ def tiny(family: str, seed: int = 0) -> torch.nn.Module:
             pad_token_id=0,
         )
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def small(family: str, seed: int = 0) -> torch.nn.Module:
+    """Make a random `qwen3` (tied) or `llama` (untied) in a shape that vLLM's CPU kernels take: heads of 32."""
+    import transformers
+
+    torch.manual_seed(seed)
+    kind = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}[family]
+    config = kind(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=family == "qwen3",
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()

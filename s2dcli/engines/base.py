@@ -3,13 +3,18 @@
     generate(requests, params) -> (index of the request, sample) as samples finish, in any order
     close()
 
+An engine with weights of its own (vLLM, a server) also takes new ones, and frees its memory between uses:
+
+    load_weights(folder); sleep(); wake()
+
 Text never reaches an engine, and an engine never sees a problem: `sampling.py` does that part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 STOP = "stop"  # the model ended its answer
@@ -47,9 +52,34 @@ class Sample:
 
 
 class Engine(Protocol):
-    name: str
-    whole_batches: bool  # whether a row's log-probs depend on the planned batch that it is sampled in
+    """`whole_batches`: a row's log-probs depend, in the sixth decimal, on the planned batch that it is sampled in.
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]: ...
+    Engines without it are given all requests at once, which they take as they have room.
+    """
+
+    name: str
+    whole_batches: bool
+
+    def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]: ...
 
     def close(self) -> None: ...
+
+
+class HostedEngine(Engine, Protocol):
+    """An engine that holds weights of its own.
+
+    `max_length`: tokens of prompt and completion that it can take. `local`: it runs for this process alone, with a
+    checkpoint's weights from its start, and sees this machine's memory disk. `interruptions`: how often
+    a connection broke, behind which an engine may have started again with other weights.
+    """
+
+    max_length: int
+    local: bool
+    interruptions: int
+
+    def load_weights(self, folder: Path) -> None:
+        """Replace the weights by those in a folder of safetensors, and forget what was computed with the old ones."""
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...

@@ -2,26 +2,25 @@
 
 The plan depends on the whole input only. Batches hold whole consecutive problems, so results come
 out in input order, a group at a time, and a shard is a run of whole batches: the shards, one after
-the other, are the bytes of the whole.
+the other, are the bytes of the whole. Engines that batch by themselves get all rows at once, and a
+shard is then the same problems and seeds, whose log-probs may differ in the last decimals.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, islice
+from typing import Any
 
 from s2dcli import console
 from s2dcli.engines.base import Engine, Request, Sample, SamplingParams
-from s2dcli.errors import DataError
+from s2dcli.engines.weights import Follower, ParityGate, Score, Trained
+from s2dcli.errors import DataError, UsageError
 from s2dcli.files.output import Kept
 from s2dcli.files.records import Problem, Rollout, row_seed
 from s2dcli.models.prompts import PromptEncoder
-
-if TYPE_CHECKING:
-    from s2dcli.models.checkpoints import LoadedModel
 
 LOGPROB_DECIMALS = 6
 
@@ -106,46 +105,91 @@ def count_done(kept: Iterable[Kept], batches: Sequence[Sequence[Task]], num_samp
 
 
 class Sampler:
-    """Samples groups of rollouts with one engine and one set of sampling parameters."""
+    """Samples groups of rollouts with one engine and one set of sampling parameters; closes the engine at its end."""
 
     def __init__(
-        self, engine: Engine, encoder: PromptEncoder, params: SamplingParams, *, seed: int, identity: dict[str, Any], batch_tokens: int
+        self,
+        engine: Engine,
+        encoder: PromptEncoder,
+        params: SamplingParams,
+        *,
+        seed: int,
+        identity: dict[str, Any],
+        batch_tokens: int,
+        gate: ParityGate | None = None,
     ) -> None:
-        """`identity`: model, revision, step and checkpoint of the weights, for the `sampler` column."""
+        """`identity`: model, revision, step and checkpoint of the weights, for the `sampler` column. `gate`: of a hosted engine."""
         self.engine = engine
         self.encoder = encoder
         self.params = params
         self.seed = seed
         self.identity = identity
         self.batch_tokens = batch_tokens
+        self.gate = gate
+        self._follower: Follower | None = None
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.engine.close()
+
+    def follow(self, source: Trained) -> None:
+        """From now on sample from a model in training, whatever its weights are then; each change is proved by the parity gate."""
+        if self.gate:
+            self._follower = Follower(self.engine, self.gate, source)
+
+    def prove(self, tasks: Sequence[Task], score: Score) -> None:
+        """Compare a hosted engine with a model that scores its tokens. Raises EngineError if they differ."""
+        if self.gate:
+            self.gate.check(self.engine, score, [task.prompt_ids for task in tasks[: self.gate.rows]], self.params)
 
     def sample(self, tasks: Sequence[Task], num_samples: int) -> Iterator[list[Rollout]]:
-        """Yield one group of `num_samples` rollouts per task, in order, batch after batch."""
+        """Yield one group of `num_samples` rollouts per task, in order."""
         return self.sample_batches(plan(tasks, num_samples, self.params.max_tokens, self.batch_tokens), num_samples)
 
     def sample_batches(self, batches: Sequence[Sequence[Task]], num_samples: int, done: int = 0) -> Iterator[list[Rollout]]:
-        """Yield the groups of planned batches in order; the first `done` rows are there already and left out."""
+        """Yield the groups of planned batches, in order; the first `done` rows are there already and left out."""
+        if not self.engine.whole_batches:
+            batches = [[task for batch in batches for task in batch]]
+        if self.gate:
+            self._require_room(batches[0])
+        if self._follower:
+            self._follower.begin([task.prompt_ids for task in batches[0]], self.params)
         for batch in batches:
             rows = len(batch) * num_samples
             if done < rows:
                 yield from self.sample_batch(batch, num_samples, skip=max(0, done))
             done -= rows
+        if self._follower:
+            self._follower.end(self.params)
 
     def sample_batch(self, batch: Sequence[Task], num_samples: int, skip: int = 0) -> Iterator[list[Rollout]]:
-        """Yield the groups of one planned batch, in order, each as soon as it and its predecessors are done.
+        """Yield the groups of one batch, in order, each as soon as it and its predecessors are done.
 
         The first `skip` rows are not asked for; the group in which they end comes without them.
         """
-        rows = [(task, index) for task in batch for index in range(num_samples)][skip:]
-        requests = [Request(task.prompt_ids, row_seed(self.seed, task.group_id, index)) for task, index in rows]
-        groups = deque([*group] for _, group in groupby(range(len(rows)), key=lambda row: rows[row][0].group_id))
+        rows = islice(((task, index) for task in batch for index in range(num_samples)), skip, None)
+        requests = (Request(task.prompt_ids, row_seed(self.seed, task.group_id, index)) for task, index in rows)
         done: dict[int, Sample] = {}
+        first, end = skip, (skip // num_samples + 1) * num_samples  # rows of the next group to be handed out
         for row, sample in self.engine.generate(requests, self.params):
-            done[row] = sample
-            while groups and all(row in done for row in groups[0]):
-                yield [self._rollout(*rows[row], requests[row], done.pop(row)) for row in groups.popleft()]
+            done[skip + row] = sample
+            while all(member in done for member in range(first, end)):
+                task = batch[first // num_samples]
+                yield [self._rollout(task, member % num_samples, done.pop(member)) for member in range(first, end)]
+                first, end = end, end + num_samples
 
-    def _rollout(self, task: Task, sample_index: int, request: Request, sample: Sample) -> Rollout:
+    def _require_room(self, tasks: Sequence[Task]) -> None:
+        longest = max((len(task.prompt_ids) for task in tasks), default=0)
+        if longest + self.params.max_tokens > self.engine.max_length:
+            raise UsageError(
+                f"a prompt of {longest} tokens and --max-tokens {self.params.max_tokens} exceed the {self.engine.max_length} tokens "
+                f"that {self.engine.name} takes",
+                hint="lower --max-tokens, drop long prompts (--max-prompt-tokens), or raise vLLM's --max-model-len",
+            )
+
+    def _rollout(self, task: Task, sample_index: int, sample: Sample) -> Rollout:
         problem = task.problem
         return Rollout(
             problem_id=problem.id,
@@ -159,7 +203,7 @@ class Sampler:
             completion_ids=sample.completion_ids,
             completion_logprobs=[round(value, LOGPROB_DECIMALS) for value in sample.logprobs],
             finish_reason=sample.finish_reason,
-            seed=request.seed,
+            seed=row_seed(self.seed, task.group_id, sample_index),
             source=problem.source,
             sampler={
                 **self.identity,
@@ -173,25 +217,3 @@ class Sampler:
             },
             template_sha256=self.encoder.template_sha256,
         )
-
-
-def open_sampler(loaded: LoadedModel, encoder: PromptEncoder, params: SamplingParams, *, seed: int, batch_tokens: int) -> Sampler:
-    """Sample from a loaded model with the transformers engine; it follows the model's weights as they change."""
-    from s2dcli.engines.transformers import TransformersEngine
-
-    engine = TransformersEngine(
-        loaded.model,
-        eos_ids=loaded.eos_ids,
-        pad_id=loaded.pad_id,
-        vocabulary=loaded.vocabulary,
-        autocast=loaded.autocast,
-        batch_tokens=batch_tokens,
-    )
-    checkpoint = loaded.checkpoint
-    identity = {
-        "model": checkpoint.name,
-        "revision": checkpoint.revision,
-        "step": checkpoint.step,
-        "checkpoint": checkpoint.weights_sha256,
-    }
-    return Sampler(engine, encoder, params, seed=seed, identity=identity, batch_tokens=batch_tokens)

@@ -9,7 +9,7 @@ Shapes: P distinct prompts, B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,8 +55,9 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing to release: the model belongs to the caller."""
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
+    def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
         """Yield (index, sample) batch by batch, in the order of the requests."""
+        requests = list(requests)
         start = 0
         while start < len(requests):
             end, longest = start, 0

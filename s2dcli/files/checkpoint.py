@@ -102,7 +102,7 @@ def write_checkpoint(
     `state` holds the weights to save where these are not the model's own: its masters, or the model
     merged with its adapter, which `save_adapter` then writes to a new folder beside them. Raises OSError.
     """
-    _save_weights(folder, model, model.state_dict() if state is None else state, dtype)
+    save_weights(folder, model, model.state_dict() if state is None else state, dtype)
     if save_adapter:
         save_adapter(folder / ADAPTER)
     mask = os.umask(0)
@@ -114,7 +114,8 @@ def write_checkpoint(
             shutil.copyfile(path, folder / path.name)
 
 
-def _save_weights(folder: Path, model: PreTrainedModel, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+def save_weights(folder: Path, model: PreTrainedModel, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Write safetensors and config.json of a model whose weights are `state`, cast to `dtype`. Raises OSError."""
     cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, so that they are saved once
     saved = {}
     for name, tensor in state.items():

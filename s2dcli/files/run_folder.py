@@ -37,6 +37,12 @@ MAY_CHANGE = frozenset(
     {
         "tokens_per_batch",
         "sample_tokens",
+        "gpu_memory_utilization",
+        "tensor_parallel_size",
+        "max_model_len",
+        "max_in_flight",
+        "parity_rows",
+        "parity_tolerance",
         "gradient_checkpointing",
         "attention",
         "device",

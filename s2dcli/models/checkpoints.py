@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from s2dcli.models.prompts import load_tokenizer, loading_failed, vocabulary_siz
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SETUP = (".json", ".model", ".txt", ".jinja", ".py")
@@ -96,6 +97,7 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     pad_id: int
     autocast: torch.dtype | None  # computes in this type although the weights are float32
+    compute_dtype: torch.dtype  # of the forward pass, whatever the weights are
 
 
 def load(
@@ -142,9 +144,10 @@ def load(
         tokenizer=tokenizer,
         model=model,
         vocabulary=vocabulary,
-        eos_ids=_eos_ids(tokenizer, model),
+        eos_ids=eos_ids(tokenizer, checkpoint, trust_remote_code),
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         autocast=compute if masters and compute != torch.float32 else None,
+        compute_dtype=compute,
     )
 
 
@@ -155,14 +158,24 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
+def model_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read what config.json says of a model. Raises ModelError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise loading_failed("config.json", error, checkpoint.name) from None
+
+
 def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedModel:
     """Make the model that config.json describes, its weights without values or memory. Raises ModelError."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     quieten_transformers()
+    config = model_config(checkpoint, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
     except (OSError, ValueError, KeyError) as error:
@@ -177,9 +190,12 @@ def quieten_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def _eos_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's EOS and those of the generation config."""
-    more = model.generation_config.eos_token_id if model.generation_config else None
+def eos_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's EOS and those of the generation config, or without one the model's."""
+    path = checkpoint.folder / "generation_config.json"
+    more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    if more is None:
+        more = model_config(checkpoint, trust_remote_code).get_text_config().eos_token_id
     more = [] if more is None else [more] if isinstance(more, int) else more
     return tuple(sorted({tokenizer.eos_token_id, *more}))
 

@@ -45,6 +45,7 @@ MODEL_ONLY = {
     "max_tokens": "--max-tokens",
     "reward": "--reward",
     "seed": "--seed",
+    "engine": "--engine",
 }
 
 
@@ -94,7 +95,7 @@ def evaluate(
         refuse_folder(out, overwrite, resume)
         refuse_inside(out, [rollouts or problems])
 
-    from s2dcli.models.checkpoints import load, resolve
+    from s2dcli.models.checkpoints import resolve
 
     todo = read_problems(problems) if model else []
     checkpoint = resolve(model) if model else None
@@ -116,26 +117,31 @@ def evaluate(
     samples = k or (1 if temperature == 0 else DEFAULT_K)
     with Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader:
         from s2dcli.engines.base import SamplingParams
-        from s2dcli.engines.sampling import count_done, make_tasks, open_sampler, plan
-        from s2dcli.models.prompts import PromptEncoder, parse_template_kwargs
+        from s2dcli.engines.opening import open_sampler
+        from s2dcli.engines.sampling import count_done, make_tasks, plan
+        from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
+        from s2dcli.train.loading import load_scorer
 
         template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
-        loaded = load(checkpoint, **loading.of_load())
-        encoder = PromptEncoder(loaded.tokenizer, loading.chat_template, template_kwargs)
+        encoder = PromptEncoder(load_tokenizer(checkpoint.folder, loading.trust_remote_code), loading.chat_template, template_kwargs)
         params = SamplingParams(temperature, top_p, top_k, max_tokens)
-        sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sampling.sample_tokens)
         tasks = make_tasks(todo, encoder)
         batches = plan(tasks, samples, max_tokens, sampling.sample_tokens)
-        done = count_done(kept_lines(out / GRADED), batches, samples, whole_batches=sampler.engine.whole_batches) if old else 0
+        with (
+            open_sampler(checkpoint, encoder, params, sampling, loading, seed=seed) as sampler,
+            console.progress("evaluating", len(tasks) * samples, "rollouts") as advance,
+        ):
+            done = count_done(kept_lines(out / GRADED), batches, samples, whole_batches=sampler.engine.whole_batches) if old else 0
+            if sampling.parity_rows:
+                sampler.prove(tasks, load_scorer(checkpoint, loading))
 
-        def graded() -> Iterator[dict]:
-            with console.progress("evaluating", len(tasks) * samples, "rollouts") as advance:
+            def graded() -> Iterator[dict]:
                 advance(done)
                 for group in sampler.sample_batches(batches, samples, done):
                     yield from grader.graded([row.to_record() for row in group])
                     advance(len(group))
 
-        _measure(graded(), out, name, manifest, done)
+            _measure(graded(), out, name, manifest, done)
 
 
 def _read_graded(path: str) -> Iterator[dict]:

@@ -15,7 +15,7 @@ Shapes: R rollouts of a step.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ GOLD_ENGINE = "gold"  # `sampler.engine` of worked solutions written by `s2d pre
 
 
 def fkl_warmup(
+    context: typer.Context,
     *,
     student: options.Student,
     rollouts: Annotated[
@@ -59,11 +60,14 @@ def fkl_warmup(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Longest completion in evaluations, in tokens.", rich_help_panel=options.OUTPUT)
     ] = 1024,
+    sampling: options.EngineOptions,
     running: options.RunOptions,
 ) -> None:
     """Warm a student up on cached teacher rollouts by forward KL, or train it on their tokens (SFT)."""
     settings = options.flatten(locals())
     refuse_folder(out, running.overwrite, running.resume)
+    if not running.eval_problems:
+        options.refuse_given(context, {"engine": "--engine"}, "says who samples, and without --eval-problems nothing is sampled")
     if (teacher is None) != hard_labels:
         raise UsageError("choose what to learn from", hint="--teacher CKPT for its distributions, or --hard-labels for the sampled tokens")
     if hard_labels and temperature != 1.0:
@@ -72,7 +76,8 @@ def fkl_warmup(
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
     from s2dcli.engines.base import SamplingParams
-    from s2dcli.engines.sampling import make_tasks, open_sampler
+    from s2dcli.engines.opening import open_sampler
+    from s2dcli.engines.sampling import make_tasks
     from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
     from s2dcli.train.batching import Row
@@ -107,6 +112,7 @@ def fkl_warmup(
     with (
         open_run("fkl-warmup", settings, steps=order.steps, inputs=inputs, parents=parents, rollouts=records) as folder,
         Grader() if eval_tasks else nullcontext() as grader,
+        ExitStack() as stack,
     ):
         if folder.finished:
             jsonl.print_result(folder.result())
@@ -116,14 +122,18 @@ def fkl_warmup(
         rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
         lengths_R = [len(row.completion_ids) for row in rows_R]
         longest = max(1, *lengths_R)
+        if eval_tasks:
+            params = SamplingParams(1.0, top_p=1.0, top_k=0, max_tokens=max_tokens)
+            opened = open_sampler(parent, encoder, params, sampling, loading, seed=running.seed, training=loaded)
+            sampler = stack.enter_context(opened)
 
         def evaluate() -> dict[str, Any]:
-            params = SamplingParams(1.0, top_p=1.0, top_k=0, max_tokens=max_tokens)
-            sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=options.SAMPLE_TOKENS)
             rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
             return stats.summarize(grader.graded(rows))
 
         run = TrainingRun(folder, settings, policy, loaded, phases=("update",), evaluate=evaluate if eval_tasks else None)
+        if eval_tasks:
+            sampler.follow(run)
         run.labels |= labels
         for step in run:
             chosen = order.at(step.number)

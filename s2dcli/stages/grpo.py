@@ -16,6 +16,7 @@ Shapes: R rollouts of a step, G groups among them.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate, islice
@@ -159,6 +160,8 @@ def grpo(
         raise UsageError("both PROBLEMS and --rollouts were given", hint="name one source to learn from")
     if rollouts is not None:
         options.refuse_given(context, SAMPLING_ONLY, "goes with sampling, --rollouts learns from what there is")
+        if not running.eval_problems:
+            options.refuse_given(context, {"engine": "--engine"}, "says who samples, and without --eval-problems nothing is sampled")
     elif num_samples == 1:
         raise UsageError("-n 1 makes groups of one, which have nothing to be compared with", hint="-n 2 or more")
     if offload and not objective.kl_coef:
@@ -171,7 +174,8 @@ def grpo(
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
     from s2dcli.engines.base import SamplingParams
-    from s2dcli.engines.sampling import make_tasks, open_sampler, tasks_of_step
+    from s2dcli.engines.opening import open_sampler
+    from s2dcli.engines.sampling import make_tasks, tasks_of_step
     from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with
     from s2dcli.train.loading import load_reference, load_trained
@@ -198,14 +202,17 @@ def grpo(
     with (
         open_run("grpo", settings, steps=order.steps, inputs=inputs, parents=[parent], problems=todo, rollouts=rows) as folder,
         Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader,
+        ExitStack() as stack,
     ):
         if folder.finished:
             jsonl.print_result(folder.result())
             return
         loaded, policy = load_trained(parent, settings, tokenizer)
         reference = load_reference(policy, loaded, settings) if objective.kl_coef else None
-        params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
-        sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=sampling.sample_tokens)
+        if tasks or eval_tasks:
+            params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
+            opened = open_sampler(parent, encoder, params, sampling, loading, seed=running.seed, training=loaded)
+            sampler = stack.enter_context(opened)
 
         def evaluate() -> dict[str, Any]:
             rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
@@ -213,6 +220,8 @@ def grpo(
 
         phases = ("sample", "grade", "score", "update")
         run = TrainingRun(folder, settings, policy, loaded, phases=phases, evaluate=evaluate if eval_tasks else None)
+        if tasks or eval_tasks:
+            sampler.follow(run)
         num_sampled = 0  # tokens, in the step
 
         def sample(step: Step, chosen: list[int]) -> list[list[dict]]:

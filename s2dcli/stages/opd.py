@@ -15,7 +15,7 @@ Shapes: R rollouts of a step.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,7 +79,8 @@ def opd(
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
     from s2dcli.engines.base import SamplingParams
-    from s2dcli.engines.sampling import make_tasks, open_sampler, tasks_of_step
+    from s2dcli.engines.opening import open_sampler
+    from s2dcli.engines.sampling import make_tasks, tasks_of_step
     from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_same_tokenizer
     from s2dcli.train.loading import load_frozen, load_trained
@@ -105,6 +106,7 @@ def opd(
     with (
         open_run("opd", settings, steps=order.steps, inputs=inputs, parents=[parent, guide], problems=todo) as folder,
         Grader() if eval_tasks else nullcontext() as grader,
+        ExitStack() as stack,
     ):
         if folder.finished:
             jsonl.print_result(folder.result())
@@ -112,7 +114,8 @@ def opd(
         loaded, policy = load_trained(parent, settings, tokenizer)
         frozen = load_frozen(guide, settings, loaded)
         params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
-        sampler = open_sampler(loaded, encoder, params, seed=running.seed, batch_tokens=sampling.sample_tokens)
+        opened = open_sampler(parent, encoder, params, sampling, loading, seed=running.seed, training=loaded)
+        sampler = stack.enter_context(opened)
 
         def evaluate() -> dict[str, Any]:
             rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
@@ -120,6 +123,7 @@ def opd(
 
         phases = ("sample", "score", "update")
         run = TrainingRun(folder, settings, policy, loaded, phases=phases, evaluate=evaluate if eval_tasks else None)
+        sampler.follow(run)
         for step in run:
             with step.phase("sample"):
                 sampler.identity = run.identity(step)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -59,9 +60,11 @@ def rollout(
     todo = read_problems(problems)
 
     from s2dcli.engines.base import LENGTH, SamplingParams
-    from s2dcli.engines.sampling import count_done, make_tasks, open_sampler, plan, shard_of
-    from s2dcli.models.checkpoints import load, resolve
-    from s2dcli.models.prompts import PromptEncoder, parse_template_kwargs
+    from s2dcli.engines.opening import open_sampler
+    from s2dcli.engines.sampling import count_done, make_tasks, plan, shard_of
+    from s2dcli.models.checkpoints import resolve
+    from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
+    from s2dcli.train.loading import load_scorer
 
     started = time.monotonic()
     checkpoint = resolve(model)
@@ -72,20 +75,19 @@ def rollout(
     old = begun(Path(out), sidecar(out), manifest, MAY_CHANGE if shard_count == 1 else MAY_CHANGE_IN_SHARDS) if resume else None
     if is_finished(out, old):
         return
-    loaded = load(checkpoint, **loading.of_load())
-    encoder = PromptEncoder(loaded.tokenizer, loading.chat_template, template_kwargs)
+    encoder = PromptEncoder(load_tokenizer(checkpoint.folder, loading.trust_remote_code), loading.chat_template, template_kwargs)
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
-    sampler = open_sampler(loaded, encoder, params, seed=seed, batch_tokens=sampling.sample_tokens)
-
     tasks = make_tasks(todo, encoder, max_prompt_tokens)
     batches = shard_of(plan(tasks, num_samples, max_tokens, sampling.sample_tokens), shard_index, shard_count)
     num_problems = sum(map(len, batches))
-    done = count_done(kept_lines(out), batches, num_samples, whole_batches=sampler.engine.whole_batches) if old else 0
     rollouts = tokens = truncated = 0
-    with (
-        open_recorded(out, manifest, overwrite=overwrite, kept=done if old else None) as writer,
-        console.progress("sampling", num_problems * num_samples, "rollouts") as advance,
-    ):
+    with ExitStack() as stack:
+        sampler = stack.enter_context(open_sampler(checkpoint, encoder, params, sampling, loading, seed=seed))
+        if sampling.parity_rows:
+            sampler.prove(tasks, load_scorer(checkpoint, loading))
+        done = count_done(kept_lines(out), batches, num_samples, whole_batches=sampler.engine.whole_batches) if old else 0
+        writer = stack.enter_context(open_recorded(out, manifest, overwrite=overwrite, kept=done if old else None))
+        advance = stack.enter_context(console.progress("sampling", num_problems * num_samples, "rollouts"))
 
         def count(record: dict) -> None:
             nonlocal rollouts, tokens, truncated

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ from s2dcli.errors import UsageError
 from s2dcli.models.adapters import Adapter
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, load
 from s2dcli.models.recompute import recompute_layers
-from s2dcli.options import Dtype, Optimizer, Weights
-from s2dcli.train.batching import MicroBatch
+from s2dcli.options import Dtype, ModelOptions, Optimizer, TrainingOptions, Weights
+from s2dcli.train.batching import MicroBatch, Row
 from s2dcli.train.optimizer import import_bitsandbytes
-from s2dcli.train.policy import Policy, freeze
+from s2dcli.train.policy import Policy, freeze, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,6 +100,24 @@ class WithoutAdapter(Policy):
     def states(self, batch: MicroBatch) -> torch.Tensor:
         with self.adapter.off():
             return super().states(batch)
+
+
+def load_scorer(
+    checkpoint: Checkpoint, loading: ModelOptions
+) -> Callable[[Sequence[tuple[list[int], list[int]]], float], list[list[float]]]:
+    """Load a checkpoint and return what scores completions with it: (rows of prompt and completion ids, temperature) -> log-probs.
+
+    Raises ModelError or UsageError.
+    """
+    loaded = load(checkpoint, **loading.of_load())
+    policy = freeze(Policy(loaded.model, loaded.vocabulary))
+    return lambda rows, temperature: score(
+        policy,
+        [Row(*row) for row in rows],
+        tokens_per_batch=TrainingOptions.tokens_per_batch,
+        pad_id=loaded.pad_id,
+        temperature=temperature,
+    )
 
 
 def compute_dtype(settings: Mapping[str, Any]) -> Dtype:

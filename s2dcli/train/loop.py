@@ -23,7 +23,7 @@ import torch
 from s2dcli import console
 from s2dcli.errors import S2DError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, write_checkpoint, write_training_state
+from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, save_weights, write_checkpoint, write_training_state
 from s2dcli.files.manifest import describe
 from s2dcli.files.records import Problem
 from s2dcli.files.run_folder import RunFolder
@@ -32,7 +32,7 @@ from s2dcli.models.forward import can_pack, can_share_prompts
 from s2dcli.options import Schedule, parse_cadence
 from s2dcli.train.batching import MicroBatch, Row, micro_batches
 from s2dcli.train.optimizer import MasterOptimizer
-from s2dcli.train.policy import Loss, Policy
+from s2dcli.train.policy import Loss, Policy, score
 
 HOW_STARTED = {"overwrite", "resume", "dry_run"}  # options that say nothing about the work
 
@@ -148,6 +148,7 @@ class TrainingRun:
         # The problems whose answers the run has learnt from; stages add to it.
         self.labels = set(folder.labels)
         self.counts = {"steps": 0, "updates": 0, "rollouts": 0, "tokens": 0, "seconds": 0.0, **folder.counts}
+        self.out, self.updates = folder.out, self.counts["updates"]  # for engines that follow the weights
         self._cadence = parse_cadence(settings["save_every"])
         self._save_seconds = 0.0  # that saving has taken since the last row
         if folder.step:
@@ -195,6 +196,7 @@ class TrainingRun:
                 )
             self.optimizer.step(learning_rate(step.number, self.folder.steps, self.settings))
         step.updates += 1
+        self.updates += 1
         step.tokens += sum(sum(batch.lengths_B) for batch in batches)
         step.grad_norms.append(grad_norm)
         step.positions += sum(batch.num_positions for batch in batches)
@@ -206,6 +208,28 @@ class TrainingRun:
         if not self.counts["updates"]:
             return {"model": parent.name, "revision": parent.revision, "step": parent.step, "checkpoint": parent.weights_sha256}
         return {"model": str(self.folder.out), "revision": "", "step": step.number - 1, "checkpoint": ""}
+
+    def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the state dict of a plain model that is what this run has learnt, at full precision or in `dtype`."""
+        adapter = self.policy.adapter
+        return adapter.merged(dtype) if adapter else self.optimizer.full_precision(self.policy.model)
+
+    def weights_bytes(self, dtype: torch.dtype) -> int:
+        return sum(parameter.numel() for parameter in self.policy.parameters()) * dtype.itemsize
+
+    def write_weights(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write the weights as they are now, in `dtype`, for an engine to load."""
+        save_weights(folder, self.policy.model, self.weights(dtype), dtype)
+
+    def score(self, rows: Sequence[tuple[list[int], list[int]]], temperature: float) -> list[list[float]]:
+        """Log-probs (nats) of completions' tokens, of rows of (prompt ids, completion ids), under the weights as they are now."""
+        return score(
+            self.policy,
+            [Row(*row) for row in rows],
+            tokens_per_batch=self.settings["tokens_per_batch"],
+            pad_id=self.loaded.pad_id,
+            temperature=temperature,
+        )
 
     def _row(self, step: Step) -> dict[str, Any]:
         row = {
@@ -240,7 +264,7 @@ class TrainingRun:
 
         def fill(draft: Path) -> None:
             model, adapter = self.policy.model, self.policy.adapter
-            state = adapter.merged(self.dtype) if adapter else self.optimizer.full_precision(model)
+            state = self.weights(self.dtype)
             save_adapter = adapter.save if adapter else None
             write_checkpoint(draft, model, self.loaded.checkpoint.folder, self.dtype, state=state, save_adapter=save_adapter)
             write_training_state(draft / TRAINING_STATE, self.optimizer.state())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from s2dcli.engines.base import Request, Sample
+from s2dcli.engines.base import Request, Sample, SamplingParams
 from s2dcli.engines.sampling import Sampler, Task, count_done, plan, shard_of, tasks_of_step
 from s2dcli.errors import DataError
 from s2dcli.files.output import Kept
@@ -38,8 +38,10 @@ class Backwards:
     """An engine whose samples finish in reverse order."""
 
     name = "backwards"
+    whole_batches = True
 
-    def generate(self, requests: list[Request], params):
+    def generate(self, requests, params):
+        requests: list[Request] = list(requests)
         for index in reversed(range(len(requests))):
             yield index, Sample([requests[index].seed % 7, 2], [-0.12345678, -1.0], "stop")
 
@@ -53,7 +55,6 @@ class Encoder:
 
 
 def test_groups_come_out_in_input_order_whatever_finishes_first():
-    from s2dcli.engines.base import SamplingParams
 
     sampler = Sampler(Backwards(), Encoder(), SamplingParams(1.0, 1.0, 0, 8), seed=3, identity={}, batch_tokens=10_000)
     groups = list(sampler.sample(tasks([3, 3, 3]), 2))
@@ -112,3 +113,34 @@ def test_row_seeds_differ_by_seed_group_and_sample_and_stay_exact_in_json():
     assert len(seeds) == 5 * 3 * 20
     assert max(seeds) < 2**53
     assert row_seed(0, "a", 0) == row_seed(0, "a", 0)
+
+
+class Hasty(Backwards):
+    """An engine that batches by itself: it takes requests while others are under way, and answers the second of two first."""
+
+    name = "hasty"
+    whole_batches = False
+
+    def generate(self, requests, params):
+        self.taken = 0
+        waiting = []
+        for index, request in enumerate(requests):
+            self.taken += 1
+            waiting.append((index, Sample([request.seed % 7, 2], [-1.0, -1.0], "stop")))
+            if len(waiting) == 2:
+                yield waiting.pop()
+        yield from waiting
+
+
+def test_an_engine_that_batches_by_itself_gets_all_rows_as_it_asks_for_them():
+    engine = Hasty()
+    sampler = Sampler(engine, Encoder(), SamplingParams(1.0, 1.0, 0, 8), seed=3, identity={}, batch_tokens=1)
+    groups = sampler.sample(tasks([3] * 20), 2)
+    engine.taken = 0
+    rest = list(groups)
+    assert [group[0].group_id for group in rest] == [f"p{i}" for i in range(20)]
+    assert engine.taken == 40
+    whole = list(
+        Sampler(Backwards(), Encoder(), SamplingParams(1.0, 1.0, 0, 8), seed=3, identity={}, batch_tokens=1).sample(tasks([3] * 20), 2)
+    )
+    assert [[row.seed for row in group] for group in rest] == [[row.seed for row in group] for group in whole]

@@ -182,7 +182,7 @@ def test_a_reader_that_leaves_is_no_failure(toy, few):
     read, write = os.pipe()
     with tempfile.TemporaryFile() as err, open(few, "rb") as given:
         pid = start(
-            ["rollout", "-m", str(toy / "student"), "-", "-n", "64", "--max-tokens", "16", "--sample-tokens", "500"],
+            ["rollout", "-m", str(toy / "student"), "-", "-n", "64", "--max-tokens", "16", "--sample-tokens", "500", "-q"],
             given.fileno(),
             write,
             err.fileno(),

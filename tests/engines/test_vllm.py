@@ -1,0 +1,223 @@
+"""vLLM itself, in this process: it samples what transformers would, and from the weights that it was given last."""
+
+import importlib.util
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import VOCABULARY, small
+
+from s2dcli.engines.base import LENGTH, STOP, Request, SamplingParams
+from s2dcli.engines.transformers import TransformersEngine
+from s2dcli.engines.weights import ParityGate
+from s2dcli.errors import EngineError, UsageError
+from s2dcli.train.batching import Row
+from s2dcli.train.policy import Policy, score
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+# Longer than a block of vLLM's cache on a CPU (128 positions), so that their states are kept and found again.
+PROMPTS = [[5 + (i * step) % 30 for i in range(150)] for step in (1, 7, 11)]
+EOS = (2, 17)
+AT_1 = SamplingParams(1.0, 1.0, 0, 12)
+
+
+@contextmanager
+def engine_of(folder, vocabulary=VOCABULARY):
+    from s2dcli.engines.vllm import VllmEngine
+
+    engine = VllmEngine(folder, eos_ids=EOS, vocabulary=vocabulary, dtype=torch.float32, gpu_memory_utilization=0.02)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def models(request, tmp_path_factory):
+    """Two models of one shape with other weights, and their folders."""
+    made = []
+    for seed in range(2):
+        model = small(request.param, seed)
+        folder = tmp_path_factory.mktemp("model")
+        model.save_pretrained(folder)
+        made.append((model, folder))
+    return made
+
+
+@pytest.fixture(scope="module")
+def others(models):
+    """What other engines sample: of the second model, and of the first over 20 ids. A process holds one engine at a time."""
+    with engine_of(models[1][1]) as engine:
+        second = sample(engine)[1]
+    with engine_of(models[0][1], vocabulary=20) as engine:
+        narrow = [sample(engine, SamplingParams(temperature, 1.0, 0, 12), rows=16)[1] for temperature in (1.0, 0.0)]
+    return SimpleNamespace(second=second, narrow=narrow)
+
+
+@pytest.fixture(scope="module")
+def engine(models, others):
+    with engine_of(models[0][1]) as engine:
+        yield engine
+
+
+@pytest.fixture
+def fresh(engine, models):
+    """The engine with the first model's weights, whatever the test before has done."""
+    yield engine
+    engine.load_weights(models[0][1])
+
+
+def sample(engine, how=AT_1, rows=8):
+    requests = [Request(PROMPTS[row % len(PROMPTS)], row) for row in range(rows)]
+    results = dict(engine.generate(requests, how))
+    assert sorted(results) == list(range(rows))
+    return requests, [results[row] for row in range(rows)]
+
+
+def scorer(model):
+    def scores(rows, temperature):
+        return score(Policy(model, VOCABULARY), [Row(*row) for row in rows], tokens_per_batch=2048, pad_id=0, temperature=temperature)
+
+    return scores
+
+
+def largest_gap(engine, model, how=AT_1):
+    requests, samples = sample(engine, how)
+    rows = [(request.prompt_ids, result.completion_ids) for request, result in zip(requests, samples, strict=True)]
+    scores = scorer(model)(rows, how.temperature or 1.0)
+    return max(abs(a - b) for ours, result in zip(scores, samples, strict=True) for a, b in zip(ours, result.logprobs, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_log_probs_are_those_of_transformers(engine, models, temperature):
+    assert largest_gap(engine, models[0][0], SamplingParams(temperature, 1.0, 0, 12)) < 1e-4
+
+
+def test_greedy_takes_the_tokens_of_transformers(engine, models):
+    how = SamplingParams(0.0, 1.0, 0, 12)
+    other = TransformersEngine(models[0][0], eos_ids=EOS, pad_id=0, vocabulary=VOCABULARY, batch_tokens=10_000)
+    assert [s.completion_ids for s in sample(engine, how)[1]] == [s.completion_ids for s in sample(other, how)[1]]
+
+
+def test_top_k_and_top_p_cut_the_distribution_that_log_probs_belong_to(engine, models):
+    """One position, many draws: only kept tokens appear, with their renormalised log-probs."""
+    with torch.no_grad():
+        probs_V = models[0][0](torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    order = probs_V.argsort(descending=True).tolist()
+    kept = next(n for n in range(1, VOCABULARY) if probs_V[order[:n]].sum() >= 0.7)
+    for how, count in ((SamplingParams(1.0, 1.0, 3, 1), 3), (SamplingParams(1.0, 0.7, 0, 1), kept)):
+        expected = {token: (probs_V[token] / probs_V[order[:count]].sum()).log().item() for token in order[:count]}
+        drawn = [result for _, result in engine.generate([Request(PROMPTS[0], seed) for seed in range(64)], how)]
+        assert len({result.completion_ids[0] for result in drawn}) > 1
+        for result in drawn:
+            assert result.logprobs[0] == pytest.approx(expected[result.completion_ids[0]], abs=1e-4)
+
+
+def test_a_row_depends_on_its_seed_and_not_on_its_neighbours(engine):
+    _, together = sample(engine)
+    alone = dict(engine.generate([Request(PROMPTS[5 % len(PROMPTS)], 5)], AT_1))[0]
+    assert together[5].completion_ids == alone.completion_ids
+    assert together[0].completion_ids != together[3].completion_ids  # the same prompt
+
+
+def test_every_eos_ends_a_row_and_is_kept(engine):
+    _, samples = sample(engine, SamplingParams(1.0, 1.0, 0, 40), rows=64)
+    assert {result.finish_reason for result in samples} == {STOP, LENGTH}
+    assert {result.completion_ids[-1] for result in samples if result.finish_reason == STOP} == set(EOS)
+    for result in samples:
+        assert len(result.logprobs) == len(result.completion_ids)
+        assert not set(EOS) & set(result.completion_ids[:-1])
+        assert result.finish_reason == STOP or len(result.completion_ids) == 40
+
+
+def test_it_takes_more_rows_than_it_runs_at_once_and_a_caller_may_leave(engine):
+    asked = []
+
+    def requests():
+        for seed in range(10 * engine.window):
+            asked.append(seed)
+            yield Request([5, 6, 7], seed)
+
+    results = engine.generate(requests(), SamplingParams(1.0, 1.0, 0, 2))
+    for _ in range(engine.window):
+        next(results)
+    assert len(asked) <= 3 * engine.window  # the rest waits outside
+    results.close()
+    assert len(sample(engine)[1]) == 8
+
+
+def test_reloaded_weights_are_those_of_a_fresh_engine_and_of_transformers(fresh, models, others):
+    (old, _), (new, folder) = models
+    assert largest_gap(fresh, old) < 1e-4
+    fresh.load_weights(folder)
+    assert largest_gap(fresh, new) < 1e-4
+    assert [result.completion_ids for result in sample(fresh)[1]] == [result.completion_ids for result in others.second]
+
+
+def gate():
+    return ParityGate(torch.float32)
+
+
+def test_the_gate_lets_the_right_weights_pass(fresh, models):
+    (old, _), (new, folder) = models
+    assert gate().check(fresh, scorer(old), PROMPTS, AT_1) < 1e-4
+    fresh.load_weights(folder)
+    assert gate().check(fresh, scorer(new), PROMPTS, AT_1) < 1e-4
+
+
+def test_the_gate_stops_old_weights(fresh, models):
+    with pytest.raises(EngineError, match=r"nats off on average.*the tolerance is 0\.001; usual causes"):
+        gate().check(fresh, scorer(models[1][0]), PROMPTS, AT_1)
+
+
+def test_the_gate_stops_what_vllms_own_reload_leaves_behind(fresh, models):
+    (_, _), (new, folder) = models
+    fresh.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    fresh.llm.reset_prefix_cache()
+    if new.config.tie_word_embeddings:  # the packed copy of the head
+        with pytest.raises(EngineError):
+            gate().check(fresh, scorer(new), PROMPTS, AT_1)
+    else:
+        gate().check(fresh, scorer(new), PROMPTS, AT_1)
+
+
+def test_the_gate_stops_a_prefix_cache_of_old_weights(fresh, models):
+    sample(fresh)
+    fresh.llm.collective_rpc("s2d_load_weights", args=(str(models[1][1]),))
+    with pytest.raises(EngineError):
+        gate().check(fresh, scorer(models[1][0]), PROMPTS, AT_1)
+
+
+class Changed:
+    """An engine that is asked for something else than the gate thinks."""
+
+    name = "changed"
+
+    def __init__(self, engine, request=lambda request: request, params=lambda params: params):
+        self.engine, self.request, self.params = engine, request, params
+
+    def generate(self, requests, params):
+        yield from self.engine.generate(map(self.request, requests), self.params(params))
+
+
+def test_the_gate_stops_a_second_bos_and_another_temperature(engine, models):
+    score_with = scorer(models[0][0])
+    with pytest.raises(EngineError):
+        gate().check(Changed(engine, request=lambda r: Request([1, *r.prompt_ids], r.seed)), score_with, PROMPTS, AT_1)
+    with pytest.raises(EngineError):
+        gate().check(Changed(engine, params=lambda p: SamplingParams(0.9, p.top_p, p.top_k, p.max_tokens)), score_with, PROMPTS, AT_1)
+
+
+def test_temperatures_that_vllm_would_raise_are_refused(engine):
+    with pytest.raises(UsageError, match=r"at least 0\.01"):
+        next(engine.generate([Request([5], 0)], SamplingParams(0.001, 1.0, 0, 1)))
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(others):
+    for samples in others.narrow:
+        assert max(max(result.completion_ids) for result in samples) < 20
+
+
+def test_weights_that_are_not_there_are_one_line(fresh, tmp_path):
+    with pytest.raises(EngineError, match="cannot load the weights"):
+        fresh.load_weights(tmp_path / "nowhere")
