@@ -156,16 +156,7 @@ def grpo(
     settings = options.flatten(locals())
     settings |= {name: value for name, value in PRESETS[objective.loss].items() if settings[name] is None}
     refuse_folder(out, running.overwrite, running.resume)
-    if rollouts is not None and problems != jsonl.STDIN:
-        raise UsageError("both PROBLEMS and --rollouts were given", hint="name one source to learn from")
-    if rollouts is not None:
-        options.refuse_given(context, SAMPLING_ONLY, "goes with sampling, --rollouts learns from what there is")
-        if not running.eval_problems:
-            options.refuse_given(context, {"engine": "--engine"}, "says who samples, and without --eval-problems nothing is sampled")
-    elif num_samples == 1:
-        raise UsageError("-n 1 makes groups of one, which have nothing to be compared with", hint="-n 2 or more")
-    if offload and not objective.kl_coef:
-        raise UsageError("--offload moves the reference, and there is none without --kl-coef", hint="leave it out")
+    _refuse_contradictions(context, settings)
     stored = [] if rollouts is None else _read_groups(rollouts, temperature)
     if stored:  # the limit that the rollouts were sampled under
         settings["max_tokens"] = stored[0][0]["sampler"]["max_tokens"]
@@ -255,6 +246,20 @@ def grpo(
             if keep_rollouts:
                 folder.write_rollouts(step.number, [record for group in groups for record in group])
         jsonl.print_result(folder.result())
+
+
+def _refuse_contradictions(context: typer.Context, settings: dict[str, Any]) -> None:
+    """Raise UsageError if options exclude each other, or one would be ignored."""
+    if settings["rollouts"] is not None and settings["problems"] != jsonl.STDIN:
+        raise UsageError("both PROBLEMS and --rollouts were given", hint="name one source to learn from")
+    if settings["rollouts"] is not None:
+        options.refuse_given(context, SAMPLING_ONLY, "goes with sampling, --rollouts learns from what there is")
+        if not settings["eval_problems"]:
+            options.refuse_given(context, {"engine": "--engine"}, "says who samples, and without --eval-problems nothing is sampled")
+    elif settings["num_samples"] == 1:
+        raise UsageError("-n 1 makes groups of one, which have nothing to be compared with", hint="-n 2 or more")
+    if settings["offload"] and not settings["kl_coef"]:
+        raise UsageError("--offload moves the reference, and there is none without --kl-coef", hint="leave it out")
 
 
 def _draw(stored: list[list[dict]], chosen: list[int]) -> list[list[dict]]:
