@@ -22,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+# A shell ignores Ctrl-C for what it runs in the background, and so would every command that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
