@@ -131,6 +131,11 @@ def parse_cadence(text: str) -> tuple[float, float]:
     raise typer.BadParameter(f"{text!r} is neither a number of steps, 50, nor of minutes, 30m")
 
 
+def _checked_cadence(text: str) -> str:
+    parse_cadence(text)
+    return text
+
+
 def _panel(name: str) -> Callable[..., Any]:
     """Return what declares an option of a panel: its help, its names unless the parameter's will do, its settings."""
     return lambda text, *names, **settings: typer.Option(*names, help=text, rich_help_panel=name, **settings)
@@ -301,7 +306,7 @@ class RunOptions:
         _output(
             "Between checkpoints, e.g. 50 or 30m; the last step is always saved.",
             metavar="STEPS|MINUTESm",
-            callback=lambda text: parse_cadence(text) and text,
+            callback=_checked_cadence,
         ),
     ] = "50"
     keep_last: Annotated[int | None, _output("Checkpoints that are kept.", min=1, show_default="all")] = None
