@@ -129,6 +129,17 @@ def _softmax(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return probs_CV.div_(total_C1), peak_C1 + total_C1.log()
 
 
+def _dot(left_CV: torch.Tensor, right_CV: torch.Tensor) -> torch.Tensor:
+    """Return the products of rows, [C], without the tensor of products that torch.linalg.vecdot makes."""
+    return torch.bmm(left_CV[:, None], right_CV[:, :, None])[:, 0, 0]
+
+
+def _log_normaliser(logits_CV: torch.Tensor) -> torch.Tensor:
+    """Return log-sum-exp [C, 1] with one tensor of the logits' size beside them, where torch.logsumexp takes two."""
+    peak_C1 = logits_CV.amax(-1, keepdim=True)
+    return peak_C1 + (logits_CV - peak_C1).exp_().sum(-1, keepdim=True).log()
+
+
 def token_loss(
     hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, loss: TokenLoss, temperature: float = 1.0
 ) -> tuple[torch.Tensor, Sums]:
@@ -146,7 +157,7 @@ def token_loss(
         probs_CV, normaliser_C1 = _softmax(logits_CV)
         targets_C1 = targets_N[rows, None]
         logprobs_C = (logits_CV.gather(1, targets_C1) - normaliser_C1)[:, 0]
-        entropy = normaliser_C1.sum() - torch.linalg.vecdot(probs_CV, logits_CV).sum()
+        entropy = normaliser_C1.sum() - _dot(probs_CV, logits_CV).sum()
         with torch.enable_grad():
             logprobs_C.requires_grad_()
             part, sums = loss(logprobs_C, rows)
@@ -184,17 +195,17 @@ def kl_loss(
         theirs_CV = teacher.logits(teacher_NE[rows])
         if temperature != 1.0:
             logits_CV, theirs_CV = logits_CV.div_(temperature), theirs_CV.div_(temperature)
-        theirs_CV = theirs_CV.sub_(theirs_CV.logsumexp(-1, keepdim=True))  # log q
+        theirs_CV = theirs_CV.sub_(_log_normaliser(theirs_CV))  # log q
         probs_CV, normaliser_C1 = _softmax(logits_CV)
         ours_CV = logits_CV.sub_(normaliser_C1)  # log p
-        entropy = -torch.linalg.vecdot(probs_CV, ours_CV).sum()
+        entropy = -_dot(probs_CV, ours_CV).sum()
         gap_CV = ours_CV.sub_(theirs_CV)
         if reverse:
-            kl_C = torch.linalg.vecdot(probs_CV, gap_CV)
+            kl_C = _dot(probs_CV, gap_CV)
             grad_CV = gap_CV.sub_(kl_C[:, None]).mul_(probs_CV).mul_(weights_C1)
         else:
             their_probs_CV = theirs_CV.exp_()
-            kl_C = -torch.linalg.vecdot(their_probs_CV, gap_CV)
+            kl_C = -_dot(their_probs_CV, gap_CV)
             grad_CV = probs_CV.sub_(their_probs_CV).mul_(weights_C1)
         return (weights_N[rows] * kl_C).sum(), grad_CV, {"kl": kl_C.sum(), "entropy": entropy}
 
@@ -233,7 +244,7 @@ def top_k_kl_loss(
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
         probs_CV, normaliser_C1 = _softmax(logits_CV)
-        entropy = normaliser_C1.sum() - torch.linalg.vecdot(probs_CV, logits_CV).sum()
+        entropy = normaliser_C1.sum() - _dot(probs_CV, logits_CV).sum()
         ours_CK, probs_CK = logits_CV.gather(1, ids_CK) - normaliser_C1, probs_CV.gather(1, ids_CK)
         tail_C1 = probs_CV.scatter_(1, ids_CK, 0.0).sum(-1, keepdim=True).clamp_(min=TAIL_FLOOR)  # not 1 - sum, which cancels
         gap_CK, tail_gap_C1 = ours_CK - theirs_CK, tail_C1.log() - their_tail_C1
@@ -260,7 +271,7 @@ def top_k_logprobs(hidden_ND: torch.Tensor, head: Head, k: int, temperature: flo
     for rows in _chunks(len(hidden_ND), head.weight_VD.shape[0]):
         logits_CV = head.logits(hidden_ND[rows]) / temperature
         values_CK, ids_NK[rows] = logits_CV.topk(k, dim=-1)
-        logprobs_NK[rows] = values_CK - logits_CV.logsumexp(-1, keepdim=True)
+        logprobs_NK[rows] = values_CK - _log_normaliser(logits_CV)
     return ids_NK, logprobs_NK
 
 
@@ -274,7 +285,7 @@ def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor,
     logprobs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
     for rows in _chunks(len(hidden_ND), head.weight_VD.shape[0]):
         logits_CV = head.logits(hidden_ND[rows]) / temperature
-        logprobs_N[rows] = logits_CV.gather(1, targets_N[rows, None])[:, 0] - logits_CV.logsumexp(-1)
+        logprobs_N[rows] = (logits_CV.gather(1, targets_N[rows, None]) - _log_normaliser(logits_CV))[:, 0]
     return logprobs_N
 
 

@@ -78,6 +78,7 @@ def main() -> None:
             operators = [f"{event.key.removeprefix('aten::')} {getattr(event, key) / total:.0%}" for event in events[:OPERATORS]]
             parts = [f"{phase.removesuffix('_seconds')} {share:.0%}" for phase, share in phases.items()]
             report.append((command, step, ", ".join(parts), ", ".join(operators)))
+    sys.stdout = sys.stderr  # standard output belongs to the stages
     print(f"{options.shape}, {options.dtype}, {options.threads} threads\n\n| trainer | s/step | phases | operators |\n|---|---|---|---|")
     for command, step, phases, operators in report:
         print(f"| {command} | {step:.3f} | {phases} | {operators} |")
