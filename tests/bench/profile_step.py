@@ -23,14 +23,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # the grader's process
 
 from bench_train import GROUP, SHAPES, make  # noqa: E402 - after the path
 
-STEPS = 4
 OPERATORS = 6  # that are named
 
 
-def commands(folder: Path, shape: dict, dtype: str) -> dict[str, list]:
+def commands(folder: Path, shape: dict, dtype: str, steps: int) -> dict[str, list]:
     rollouts, problems = folder / "rollouts.jsonl", folder / "problems.jsonl"
     per_step = ["--problems-per-step", shape["rollouts"] // GROUP, "-n", GROUP, "--max-tokens", shape["tokens"]]
-    common = ["--steps", STEPS, "--lr", "1e-5", "--dtype", dtype, "--tokens-per-batch", shape["positions"], "--save-every", 10**6, "-q"]
+    common = ["--steps", steps, "--lr", "1e-5", "--dtype", dtype, "--tokens-per-batch", shape["positions"], "--save-every", 10**6, "-q"]
     guided = ["--teacher", folder / "teacher", "--student", folder / "policy"]
     return {
         "rollout": ["--model", folder / "teacher", folder / "few.jsonl", *per_step[2:], "-o", rollouts, "-q"],
@@ -45,6 +44,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="toy")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=4, help="at least 2")
     options = parser.parse_args()
 
     import torch
@@ -61,7 +61,7 @@ def main() -> None:
         make(folder, shape)
         lines = (folder / "problems.jsonl").read_text().splitlines(keepends=True)
         (folder / "few.jsonl").write_text("".join(lines[: shape["rollouts"] // GROUP]))
-        for command, arguments in commands(folder, shape, options.dtype).items():
+        for command, arguments in commands(folder, shape, options.dtype, options.steps).items():
             run = lambda out, command=command, arguments=arguments: app([command, *map(str, [*arguments, *out])], standalone_mode=False)  # noqa: E731
             if command == "rollout":
                 run([])
