@@ -34,8 +34,8 @@ SAMPLER = "sampler"  # role of a checkpoint that sampled the rollouts
 UNKNOWN = "unknown"
 # What a manifest's record keeps of it
 RECORDED = ("command", "options", "versions", "commit", "seeds", "inputs", "parents", "counts", "labels", "output_sha256")
-# Where a run goes and how it is started say nothing about what is in it.
-NEVER_COMPARED = {"out", "overwrite", "resume", "dry_run"}
+HOW_STARTED = {"overwrite", "resume", "dry_run"}  # options that say nothing about the work
+NEVER_COMPARED = {"out", *HOW_STARTED}  # nor does where its output goes
 # Options whose flag is not their parameter's name
 _FLAGS = {"num_samples": "-n", "k": "-k"}
 

@@ -24,7 +24,7 @@ from s2dcli import console
 from s2dcli.errors import S2DError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, save_weights, write_checkpoint, write_training_state
-from s2dcli.files.manifest import describe
+from s2dcli.files.manifest import HOW_STARTED, describe
 from s2dcli.files.records import Problem
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, saved_dtype
@@ -33,8 +33,6 @@ from s2dcli.options import Schedule, parse_cadence
 from s2dcli.train.batching import MicroBatch, Row, micro_batches
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.policy import Loss, Policy, score
-
-HOW_STARTED = {"overwrite", "resume", "dry_run"}  # options that say nothing about the work
 
 
 def learning_rate(step: int, steps: int, settings: Mapping[str, Any]) -> float:
