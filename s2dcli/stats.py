@@ -97,33 +97,47 @@ def paired_difference(first: Mapping[str, Sequence[float]], second: Mapping[str,
 SOLVED = 1.0
 
 
-def summarize(graded: Iterable[Mapping]) -> dict[str, float | int]:
-    """Return what an evaluation reports, from graded rollouts with the same number of samples each.
+class Summary:
+    """What an evaluation reports, of graded rollouts that come one by one with the same number of samples each."""
 
-    problems, k, avg_at_k, se, pass_at_k (k the samples per problem), truncated (share that hit the
-    length limit), mean_tokens, ungraded (null rewards, counted as wrong). Problems are told apart by
-    `problem_id`. Raises ValueError if there are none or their sample counts differ.
-    """
-    scores: dict[str, list[float]] = {}
-    truncated: list[float] = []
-    tokens: list[float] = []
-    ungraded = 0
-    for record in graded:
+    def __init__(self) -> None:
+        self._scores: dict[str, list[float]] = {}  # by problem_id
+        self._truncated: list[float] = []
+        self._tokens: list[float] = []
+        self._ungraded = 0
+
+    def add(self, record: Mapping) -> None:
+        """Take one graded rollout into account; a null reward counts as wrong."""
         reward = record["reward"]
-        ungraded += reward is None
-        scores.setdefault(record["problem_id"], []).append(reward or 0.0)
-        truncated.append(float(record["finish_reason"] == "length"))
-        tokens.append(float(len(record["completion_ids"])))
-    average, error = avg_at_k(scores)
-    k = len(next(iter(scores.values())))
-    solved = [pass_at_k(k, sum(score >= SOLVED for score in values), k) for values in scores.values()]
-    return {
-        "problems": len(scores),
-        "k": k,
-        "avg_at_k": average,
-        "se": error,
-        "pass_at_k": mean(solved),
-        "truncated": mean(truncated),
-        "mean_tokens": mean(tokens),
-        "ungraded": ungraded,
-    }
+        self._ungraded += reward is None
+        self._scores.setdefault(record["problem_id"], []).append(reward or 0.0)
+        self._truncated.append(float(record["finish_reason"] == "length"))
+        self._tokens.append(float(len(record["completion_ids"])))
+
+    def figures(self) -> dict[str, float | int]:
+        """Return problems, k, avg_at_k, se, pass_at_k (k the samples per problem), truncated (share that hit the
+        length limit), mean_tokens, ungraded.
+
+        Raises ValueError if there were no rollouts or the sample counts differ.
+        """
+        average, error = avg_at_k(self._scores)
+        k = len(next(iter(self._scores.values())))
+        solved = [pass_at_k(k, sum(score >= SOLVED for score in values), k) for values in self._scores.values()]
+        return {
+            "problems": len(self._scores),
+            "k": k,
+            "avg_at_k": average,
+            "se": error,
+            "pass_at_k": mean(solved),
+            "truncated": mean(self._truncated),
+            "mean_tokens": mean(self._tokens),
+            "ungraded": self._ungraded,
+        }
+
+
+def summarize(graded: Iterable[Mapping]) -> dict[str, float | int]:
+    """Return the `Summary.figures` of graded rollouts."""
+    summary = Summary()
+    for record in graded:
+        summary.add(record)
+    return summary.figures()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
+
+from s2dcli.models.batching import Row
 
 VOCABULARY = 40
 
@@ -67,3 +71,11 @@ def small(family: str, seed: int = 0) -> torch.nn.Module:
         eos_token_id=2,
     )
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def ragged_rows(count: int = 8, seed: int = 0, group: int = 1) -> list[Row]:
+    """Rows of ragged lengths, `group` of them to a prompt."""
+    draw = random.Random(seed)
+    ids = lambda n: [draw.randrange(3, VOCABULARY) for _ in range(n)]  # noqa: E731
+    prompts = [ids(draw.randint(1, 9)) for _ in range(count // group)]
+    return [Row(prompts[index // group], ids(draw.randint(1, 20))) for index in range(count)]

@@ -6,8 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from s2dcli import console
-from s2dcli.engines.base import Engine, HostedEngine, SamplingParams
-from s2dcli.engines.sampling import Sampler
+from s2dcli.engines.base import Engine, HostedEngine
 from s2dcli.engines.weights import PARITY_ROWS, ParityGate
 from s2dcli.errors import UsageError, nearest
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, eos_ids, load, model_config, pick_device, pick_dtype
@@ -29,20 +28,18 @@ KINDS_OF = {
 }
 
 
-def open_sampler(
+def open_engine(
     checkpoint: Checkpoint,
     encoder: PromptEncoder,
-    params: SamplingParams,
     sampling: EngineOptions,
     loading: ModelOptions,
     *,
-    seed: int,
     training: LoadedModel | None = None,
-) -> Sampler:
-    """Open the engine that `--engine` names, with a checkpoint's weights.
+) -> tuple[Engine, ParityGate | None]:
+    """Open the engine that `--engine` names, with a checkpoint's weights; a hosted one comes with its parity gate.
 
-    `training` is that checkpoint's model when it is trained here: the transformers engine samples from
-    it and so follows it, others have to be told (`Sampler.follow`). Raises EngineError, ModelError or UsageError.
+    `training` is that checkpoint's model when it is trained here: the transformers engine samples from it.
+    Raises EngineError, ModelError or UsageError.
     """
     kind = _kind(sampling, loading.device)
     gate = None
@@ -60,13 +57,7 @@ def open_sampler(
             engine = _server(checkpoint, encoder, sampling, loading)
     if sampling.engine == AUTO:
         console.info(f"sampling with {engine.name}")
-    identity = {
-        "model": checkpoint.name,
-        "revision": checkpoint.revision,
-        "step": checkpoint.step,
-        "checkpoint": checkpoint.weights_sha256,
-    }
-    return Sampler(engine, encoder, params, seed=seed, identity=identity, batch_tokens=sampling.sample_tokens, gate=gate)
+    return engine, gate
 
 
 def _kind(sampling: EngineOptions, device: str) -> str:

@@ -5,7 +5,7 @@ words, or what math-verify can parse; only then is the completion looked at, so 
 wrong from there on is the completion's doing and scores 0.0. Comparisons go from cheap to dear:
 equal text, exact rationals, letters and words, floating-point values that plainly differ, lists
 element by element, equation chains, and sympy last, behind the caps of `caps.py`. Where this differs from math-verify on purpose stands in
-`deviations.py`, each row with its test.
+`tests/grade/deviations.py`, each row a test.
 """
 
 from __future__ import annotations

@@ -116,11 +116,10 @@ def evaluate(
 
     samples = k or (1 if temperature == 0 else DEFAULT_K)
     with Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader:
+        from s2dcli.assembly.loading import load_scorer
+        from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan
         from s2dcli.engines.base import SamplingParams
-        from s2dcli.engines.opening import open_sampler
-        from s2dcli.engines.sampling import count_done, make_tasks, plan
         from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
-        from s2dcli.train.loading import load_scorer
 
         template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
         encoder = PromptEncoder(load_tokenizer(checkpoint.folder, loading.trust_remote_code), loading.chat_template, template_kwargs)

@@ -75,18 +75,17 @@ def fkl_warmup(
     records, labels = _read_rows(rollouts, only_correct)
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
+    from s2dcli.assembly.loading import load_frozen, load_trained
+    from s2dcli.assembly.order import Order
+    from s2dcli.assembly.plan import dry_run_plan
+    from s2dcli.assembly.sampling import make_tasks, open_sampler
     from s2dcli.engines.base import SamplingParams
-    from s2dcli.engines.opening import open_sampler
-    from s2dcli.engines.sampling import make_tasks
+    from s2dcli.models.batching import Row
     from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
-    from s2dcli.train.batching import Row
-    from s2dcli.train.loading import load_frozen, load_trained
     from s2dcli.train.loop import TrainingRun, open_run
     from s2dcli.train.losses import weights_of
     from s2dcli.train.objectives import CrossEntropy, Distillation
-    from s2dcli.train.order import Order
-    from s2dcli.train.plan import dry_run_plan
 
     parent = resolve(student)
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)

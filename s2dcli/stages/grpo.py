@@ -33,8 +33,8 @@ from s2dcli.files.records import Problem, read_problems, read_rollouts, take
 from s2dcli.grade.pool import MATH, Grader
 
 if TYPE_CHECKING:
+    from s2dcli.models.policy import Policy
     from s2dcli.train.loop import Step, TrainingRun
-    from s2dcli.train.policy import Policy
 
 # What would be ignored when the rollouts are there already
 SAMPLING_ONLY = {
@@ -164,15 +164,14 @@ def grpo(
     todo = _require_labels(read_problems(problems)) if rollouts is None else []
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
+    from s2dcli.assembly.loading import load_reference, load_trained
+    from s2dcli.assembly.order import Order
+    from s2dcli.assembly.plan import dry_run_plan
+    from s2dcli.assembly.sampling import make_tasks, open_sampler, tasks_of_step
     from s2dcli.engines.base import SamplingParams
-    from s2dcli.engines.opening import open_sampler
-    from s2dcli.engines.sampling import make_tasks, tasks_of_step
     from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with
-    from s2dcli.train.loading import load_reference, load_trained
     from s2dcli.train.loop import TrainingRun, open_run
-    from s2dcli.train.order import Order
-    from s2dcli.train.plan import dry_run_plan
 
     parent = resolve(model)
     inputs = [path for path in (rollouts or problems, running.eval_problems, *loading.files) if path]
@@ -277,10 +276,10 @@ def _learn(
     run: TrainingRun, step: Step, groups: list[list[dict]], policy: Policy, reference: Policy | None, settings: dict[str, Any]
 ) -> None:
     """Make the updates of one step from its graded rollouts, and log what they were."""
-    from s2dcli.train.batching import Row, split
+    from s2dcli.models.batching import Row, split
+    from s2dcli.models.policy import at_work, score
     from s2dcli.train.losses import corrections, group_advantages, is_mixed, kl_estimates, mean_gap, overlong_penalty, weights_of
     from s2dcli.train.objectives import PolicyGradient
-    from s2dcli.train.policy import at_work, score
 
     records = [record for group in groups for record in group]
     groups_G = [slice(end - len(group), end) for group, end in zip(groups, accumulate(map(len, groups)), strict=True)]

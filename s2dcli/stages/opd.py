@@ -29,8 +29,8 @@ from s2dcli.files.records import Rollout, read_problems
 from s2dcli.grade.pool import Grader
 
 if TYPE_CHECKING:
+    from s2dcli.models.policy import Policy
     from s2dcli.train.loop import Step, TrainingRun
-    from s2dcli.train.policy import Policy
 
 
 class Estimator(StrEnum):
@@ -78,16 +78,15 @@ def opd(
     todo = read_problems(problems)
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
+    from s2dcli.assembly.loading import load_frozen, load_trained
+    from s2dcli.assembly.order import Order
+    from s2dcli.assembly.plan import dry_run_plan
+    from s2dcli.assembly.sampling import make_tasks, open_sampler, tasks_of_step
     from s2dcli.engines.base import SamplingParams
-    from s2dcli.engines.opening import open_sampler
-    from s2dcli.engines.sampling import make_tasks, tasks_of_step
     from s2dcli.models.checkpoints import resolve
+    from s2dcli.models.policy import at_work
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_same_tokenizer
-    from s2dcli.train.loading import load_frozen, load_trained
     from s2dcli.train.loop import TrainingRun, open_run
-    from s2dcli.train.order import Order
-    from s2dcli.train.plan import dry_run_plan
-    from s2dcli.train.policy import at_work
 
     parent, guide = resolve(student), resolve(teacher)
     inputs = [path for path in (problems, running.eval_problems, *loading.files) if path]
@@ -148,10 +147,10 @@ def opd(
 
 def _learn(run: TrainingRun, step: Step, rollouts_R: list[Rollout], teacher: Policy, settings: dict[str, Any]) -> None:
     """Make the updates of one step from the student's rollouts."""
-    from s2dcli.train.batching import Row, split
+    from s2dcli.models.batching import Row, split
+    from s2dcli.models.policy import score
     from s2dcli.train.losses import weights_of
     from s2dcli.train.objectives import Distillation, SampledDistillation
-    from s2dcli.train.policy import score
 
     estimator, temperature = settings["estimator"], settings["temperature"]
     rows_R = [Row(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts_R]

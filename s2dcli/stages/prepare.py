@@ -1,7 +1,7 @@
 """`s2d prepare`: problems.jsonl from any data set of verifiable problems.
 
 Reads files (JSONL, JSON, parquet, CSV), folders in hub layout and hub data sets, finds problem and
-answer in each row (`files/columns.py` lists the layouts), removes duplicates and whatever an
+answer in each row (`datasets/columns.py` lists the layouts), removes duplicates and whatever an
 evaluation set holds, and splits what is left. In this order, so that no two parts share a problem:
 
     s2d prepare gsm8k/train.jsonl --exclude gsm8k/test.jsonl -o problems.jsonl
@@ -29,8 +29,9 @@ from typing import Annotated, NamedTuple
 import typer
 
 from s2dcli import console, options
+from s2dcli.datasets import columns, sources
 from s2dcli.errors import DataError, UsageError
-from s2dcli.files import columns, jsonl, sources
+from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
 from s2dcli.files.output import open_recorded
 from s2dcli.files.records import Message, Problem, Rollout, problem_sha256, row_seed, sha256_text, text_of

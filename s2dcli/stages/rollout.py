@@ -59,12 +59,11 @@ def rollout(
     check_output(out, overwrite=overwrite, resume=resume)
     todo = read_problems(problems)
 
+    from s2dcli.assembly.loading import load_scorer
+    from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan, shard_of
     from s2dcli.engines.base import LENGTH, SamplingParams
-    from s2dcli.engines.opening import open_sampler
-    from s2dcli.engines.sampling import count_done, make_tasks, plan, shard_of
     from s2dcli.models.checkpoints import resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
-    from s2dcli.train.loading import load_scorer
 
     started = time.monotonic()
     checkpoint = resolve(model)

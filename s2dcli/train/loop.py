@@ -27,12 +27,12 @@ from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, save_we
 from s2dcli.files.manifest import HOW_STARTED, describe
 from s2dcli.files.records import Problem
 from s2dcli.files.run_folder import RunFolder
+from s2dcli.models.batching import MicroBatch, Row, micro_batches
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, saved_dtype
 from s2dcli.models.forward import can_pack, can_share_prompts
+from s2dcli.models.policy import Loss, Policy, score
 from s2dcli.options import Schedule, parse_cadence
-from s2dcli.train.batching import MicroBatch, Row, micro_batches
 from s2dcli.train.optimizer import MasterOptimizer
-from s2dcli.train.policy import Loss, Policy, score
 
 
 def learning_rate(step: int, steps: int, settings: Mapping[str, Any]) -> float:

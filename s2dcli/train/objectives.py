@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from s2dcli.models.batching import MicroBatch
 from s2dcli.models.forward import Head
+from s2dcli.models.policy import Loss, Policy
+from s2dcli.models.readers import top_k_logprobs
 from s2dcli.options import KlEstimator, Surrogate
-from s2dcli.train.batching import MicroBatch
 from s2dcli.train.losses import kl_estimate, policy_loss
-from s2dcli.train.policy import Loss, Policy
-from s2dcli.train.vocab import Sums, kl_loss, token_loss, top_k_kl_loss, top_k_logprobs
+from s2dcli.train.vocab import Sums, kl_loss, token_loss, top_k_kl_loss
 
 
 @dataclass(frozen=True)

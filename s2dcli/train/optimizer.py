@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from s2dcli.errors import ModelError, UsageError
+from s2dcli.models.policy import Policy
 from s2dcli.options import Optimizer, Weights
-from s2dcli.train.policy import Policy
 
 # bitsandbytes keeps the moments of tensors with fewer numbers in float32 (its own default) ...
 MIN_8BIT_SIZE = 4096

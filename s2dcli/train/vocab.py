@@ -12,18 +12,15 @@ Shapes: N completion tokens, C tokens of a chunk, D hidden width, E the teacher'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
+from s2dcli.models import readers
 from s2dcli.models.forward import Head
+from s2dcli.models.readers import chunks, log_normaliser, require_inside
 
-# Bytes of one chunk of float32 logits ...
-CHUNK_BYTES = 48 * 2**20
-# ... of which a pass holds at most so many at once (two models' logits and what is made of them): 151 MB,
-# whatever the batch and length.
-CHUNK_TENSORS = 3
 # Least probability of what lies outside a top k: rounding of a sum of float32 probabilities that should be 1.
 TAIL_FLOOR = 2.0**-23
 
@@ -33,16 +30,6 @@ Sums = dict[str, torch.Tensor]
 Kernel = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, Sums]]
 # (log-probs of the chunk's tokens [C], slice) -> (loss of the chunk, sums for the metrics)
 TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, Sums]]
-
-
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose float32 logits fill CHUNK_BYTES; at least one."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
-
-
-def _chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
-    size = chunk_tokens(vocabulary)
-    return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -60,7 +47,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         head = replace(head, weight_VD=weight_VD.to(hidden_ND.dtype))  # cast once, not for every chunk
-        for rows in _chunks(len(hidden_ND), weight_VD.shape[0]):
+        for rows in chunks(len(hidden_ND), weight_VD.shape[0]):
             logits_CV = head.logits(hidden_ND[rows])
             slope_CV = head.slope(logits_CV) if wanted else None
             part, grad_CV, metrics = kernel(logits_CV, rows)
@@ -108,7 +95,7 @@ def _add_product(total_VD: torch.Tensor, left_CV: torch.Tensor, right_CD: torch.
     if left_CV.dtype == total_VD.dtype:
         total_VD.addmm_(left_CV.T, right_CD)
         return
-    size = max(1, CHUNK_BYTES // (right_CD.shape[1] * right_CD.element_size()))
+    size = max(1, readers.CHUNK_BYTES // (right_CD.shape[1] * right_CD.element_size()))
     for total_BD, left_CB in zip(total_VD.split(size), left_CV.split(size, dim=1), strict=True):
         total_BD += left_CB.T @ right_CD
 
@@ -134,12 +121,6 @@ def _dot(left_CV: torch.Tensor, right_CV: torch.Tensor) -> torch.Tensor:
     return torch.bmm(left_CV[:, None], right_CV[:, :, None])[:, 0, 0]
 
 
-def _log_normaliser(logits_CV: torch.Tensor) -> torch.Tensor:
-    """Return log-sum-exp [C, 1] with one tensor of the logits' size beside them, where torch.logsumexp takes two."""
-    peak_C1 = logits_CV.amax(-1, keepdim=True)
-    return peak_C1 + (logits_CV - peak_C1).exp_().sum(-1, keepdim=True).log()
-
-
 def token_loss(
     hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, loss: TokenLoss, temperature: float = 1.0
 ) -> tuple[torch.Tensor, Sums]:
@@ -149,7 +130,7 @@ def token_loss(
     differentiated with respect to the log-probs; the rest of the gradient is dlogp/dlogits =
     (onehot - p) / temperature. Adds `entropy` to the sums. Raises ValueError for a target beyond V.
     """
-    _require_inside(targets_N, head)
+    require_inside(targets_N, head)
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Sums]:
         if temperature != 1.0:
@@ -195,7 +176,7 @@ def kl_loss(
         theirs_CV = teacher.logits(teacher_NE[rows])
         if temperature != 1.0:
             logits_CV, theirs_CV = logits_CV.div_(temperature), theirs_CV.div_(temperature)
-        theirs_CV = theirs_CV.sub_(_log_normaliser(theirs_CV))  # log q
+        theirs_CV = theirs_CV.sub_(log_normaliser(theirs_CV))  # log q
         probs_CV, normaliser_C1 = _softmax(logits_CV)
         ours_CV = logits_CV.sub_(normaliser_C1)  # log p
         entropy = -_dot(probs_CV, ours_CV).sum()
@@ -234,7 +215,7 @@ def top_k_kl_loss(
     the K ids, p * (1 - q_tail / p_tail) / temperature for the others.
     Sums for the metrics: `kl` and the student's `entropy`.
     """
-    _require_inside(top_ids_NK, head)
+    require_inside(top_ids_NK, head)
     top_logprobs_NK = top_logprobs_NK.float()
     tail_logprobs_N = torch.log1p(-top_logprobs_NK.exp().sum(-1).clamp(max=1.0 - TAIL_FLOOR))
 
@@ -258,37 +239,3 @@ def top_k_kl_loss(
         return (weights_N[rows] * kl_C1[:, 0]).sum(), grad_CV, {"kl": kl_C1.sum(), "entropy": entropy}
 
     return _apply(hidden_ND, head, kernel)
-
-
-@torch.no_grad()
-def top_k_logprobs(hidden_ND: torch.Tensor, head: Head, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` likeliest ids under softmax(logits / temperature), [N, k], and their log-probs over the whole vocabulary.
-
-    Descending; float32, nats.
-    """
-    ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
-    logprobs_NK = hidden_ND.new_empty(len(hidden_ND), k, dtype=torch.float32)
-    for rows in _chunks(len(hidden_ND), head.weight_VD.shape[0]):
-        logits_CV = head.logits(hidden_ND[rows]) / temperature
-        values_CK, ids_NK[rows] = logits_CV.topk(k, dim=-1)
-        logprobs_NK[rows] = values_CK - _log_normaliser(logits_CV)
-    return ids_NK, logprobs_NK
-
-
-@torch.no_grad()
-def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log-prob of each target under softmax(logits / temperature), [N], float32, nats; without gradient.
-
-    Raises ValueError for a target that lies beyond V.
-    """
-    _require_inside(targets_N, head)
-    logprobs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
-    for rows in _chunks(len(hidden_ND), head.weight_VD.shape[0]):
-        logits_CV = head.logits(hidden_ND[rows]) / temperature
-        logprobs_N[rows] = (logits_CV.gather(1, targets_N[rows, None]) - _log_normaliser(logits_CV))[:, 0]
-    return logprobs_N
-
-
-def _require_inside(targets_N: torch.Tensor, head: Head) -> None:
-    if len(targets_N) and int(targets_N.max()) >= head.weight_VD.shape[0]:
-        raise ValueError(f"token id {int(targets_N.max())} lies outside the tokenizer's {head.weight_VD.shape[0]} ids")

@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from memory import peak_bytes  # noqa: E402 - after the path
 
+from s2dcli.models import readers  # noqa: E402
 from s2dcli.models.forward import Head  # noqa: E402
 from s2dcli.train import vocab  # noqa: E402
 
@@ -57,7 +58,7 @@ class Case:
             "KL(student || teacher)": lambda: vocab.kl_loss(*both, reverse=True)[0],
             "KL(teacher || student)": lambda: vocab.kl_loss(*both, reverse=False)[0],
             f"KL over the top {TOP_K}": lambda: vocab.top_k_kl_loss(
-                self.hidden_ND, self.head, *vocab.top_k_logprobs(self.teacher_ND, self.teacher, TOP_K), self.weights_N, reverse=True
+                self.hidden_ND, self.head, *readers.top_k_logprobs(self.teacher_ND, self.teacher, TOP_K), self.weights_N, reverse=True
             )[0],
         }
 
@@ -75,7 +76,7 @@ class Case:
         return (self.weights_N[rows, None] * ours_CV.exp() * (ours_CV - theirs_CV)).sum()
 
     def recomputed(self, dense) -> torch.Tensor:
-        size = vocab.chunk_tokens(VOCABULARY)
+        size = readers.chunk_tokens(VOCABULARY)
         starts = range(0, len(self.hidden_ND), size)
         return torch.stack([checkpoint(dense, slice(start, start + size), use_reentrant=False) for start in starts]).sum()
 

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
+from s2dcli.assembly.sampling import make_tasks, open_sampler
 from s2dcli.engines.base import SamplingParams
-from s2dcli.engines.opening import open_sampler
-from s2dcli.engines.sampling import make_tasks
 from s2dcli.files import jsonl
 from s2dcli.files.records import read_problems, row_seed
 from s2dcli.models.checkpoints import resolve

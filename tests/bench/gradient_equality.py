@@ -16,20 +16,22 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "train"), str(Path(__file__).parents[2])]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(folder) for folder in (TESTS, TESTS / "train", TESTS / "models", TESTS.parent)]
 
 import test_batching as batching  # noqa: E402 - after the path
 import test_vocab as dense  # noqa: E402
 
+from s2dcli.models import readers  # noqa: E402
+from s2dcli.models.policy import Policy  # noqa: E402
 from s2dcli.options import Aggregate  # noqa: E402
 from s2dcli.train import vocab  # noqa: E402
-from s2dcli.train.policy import Policy  # noqa: E402
 
 
 def from_dense() -> dict[str, float]:
     """Largest relative difference of any gradient from the float64 formula, by loss."""
     worst: dict[str, float] = defaultdict(float)
-    vocab.CHUNK_BYTES = 5 * dense.V * 4  # several ragged chunks
+    readers.CHUNK_BYTES = 5 * dense.V * 4  # several ragged chunks
 
     def compare(name: str, loss: torch.Tensor, formula: torch.Tensor, hidden: torch.Tensor, head) -> None:
         pairs = zip(dense.gradients(loss, hidden, head), dense.gradients(formula, hidden, head), strict=True)
@@ -50,7 +52,7 @@ def from_dense() -> dict[str, float]:
                 kl = ((log_p if reverse else log_q).exp() * (log_p - log_q) * (1 if reverse else -1)).sum(-1)
                 loss = vocab.kl_loss(hidden, head, states, teacher, dense.WEIGHTS, reverse=reverse, temperature=temperature)[0]
                 compare(name, loss, (weights * kl).sum(), hidden, head)
-            ids, logprobs = vocab.top_k_logprobs(states, teacher, 5, temperature)
+            ids, logprobs = readers.top_k_logprobs(states, teacher, 5, temperature)
             outside = torch.ones_like(log_q).scatter(1, ids, 0.0)
             buckets = lambda d: torch.cat([d.exp().gather(1, ids), (d.exp() * outside).sum(-1, keepdim=True)], 1)  # noqa: B023,E731
             for reverse in (True, False):
@@ -78,11 +80,11 @@ def over_splits() -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    chunk_bytes = vocab.CHUNK_BYTES
+    chunk_bytes = readers.CHUNK_BYTES
     print("| gradient | against | largest relative difference |\n|---|---|---|")
     for name, difference in from_dense().items():
         print(f"| {name} | dense float64 | {difference:.1e} |")
-    vocab.CHUNK_BYTES = chunk_bytes
+    readers.CHUNK_BYTES = chunk_bytes
     for name, difference in over_splits().items():
         print(f"| {name} | other splits | {difference:.1e} |")
 

@@ -8,8 +8,8 @@ from tiny import VOCABULARY, tiny
 
 from s2dcli.engines.base import LENGTH, STOP, Request, SamplingParams
 from s2dcli.engines.transformers import TransformersEngine, choose
-from s2dcli.train.batching import Row
-from s2dcli.train.policy import Policy, score
+from s2dcli.models.batching import Row
+from s2dcli.models.policy import Policy, score
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16], [5, 6, 7, 8, 9, 10]]
 

@@ -12,8 +12,8 @@ from s2dcli.engines.base import LENGTH, STOP, Request, SamplingParams
 from s2dcli.engines.transformers import TransformersEngine
 from s2dcli.engines.weights import ParityGate
 from s2dcli.errors import EngineError, UsageError
-from s2dcli.train.batching import Row
-from s2dcli.train.policy import Policy, score
+from s2dcli.models.batching import Row
+from s2dcli.models.policy import Policy, score
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

@@ -2,9 +2,10 @@
 
 import logging
 
+import deviations
 import pytest
 
-from s2dcli.grade import answer, deviations
+from s2dcli.grade import answer
 
 
 def math_verify_says(gold: str, completion: str) -> bool:

@@ -8,8 +8,8 @@ from tiny import VOCABULARY, tiny
 
 from s2dcli.errors import UsageError
 from s2dcli.models.adapters import Adapter
-from s2dcli.train.batching import Row
-from s2dcli.train.policy import Policy, score
+from s2dcli.models.batching import Row
+from s2dcli.models.policy import Policy, score
 
 FAMILIES = ["qwen3", "llama", "gpt2", "gemma2", "cohere"]
 IDS = torch.arange(3, 20)[None]

@@ -2,9 +2,9 @@
 
 import pytest
 
+from s2dcli.assembly.order import Order
 from s2dcli.options import Schedule
 from s2dcli.train.loop import learning_rate
-from s2dcli.train.order import Order
 
 
 def rates(schedule: Schedule, steps: int, warmup: int = 0, floor: float = 0.0) -> list[float]:

@@ -3,9 +3,9 @@
 import torch
 from tiny import VOCABULARY, tiny
 
-from s2dcli.train.batching import Row, micro_batches
+from s2dcli.models.batching import Row, micro_batches
+from s2dcli.models.policy import Policy, freeze, score
 from s2dcli.train.objectives import Distillation, SampledDistillation
-from s2dcli.train.policy import Policy, freeze, score
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.8

@@ -4,18 +4,17 @@ import sys
 
 import pytest
 import torch
-from test_batching import ragged_rows
-from tiny import VOCABULARY, tiny
+from tiny import VOCABULARY, ragged_rows, tiny
 
+from s2dcli.assembly.loading import compute_dtype
+from s2dcli.assembly.plan import moment_bytes
 from s2dcli.errors import ModelError, UsageError
+from s2dcli.models.batching import Row, micro_batches
+from s2dcli.models.policy import Policy
 from s2dcli.options import Aggregate, Dtype, Optimizer, Weights
-from s2dcli.train.batching import Row, micro_batches
-from s2dcli.train.loading import compute_dtype
 from s2dcli.train.losses import weights_of
 from s2dcli.train.objectives import CrossEntropy
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE, MasterOptimizer
-from s2dcli.train.plan import moment_bytes
-from s2dcli.train.policy import Policy
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from s2dcli.models import readers
 from s2dcli.models.forward import Head
-from s2dcli.train import vocab
-from s2dcli.train.vocab import kl_loss, token_logprobs, token_loss, top_k_kl_loss, top_k_logprobs
+from s2dcli.models.readers import token_logprobs, top_k_logprobs
+from s2dcli.train.vocab import kl_loss, token_loss, top_k_kl_loss
 
 N, D, E, V = 37, 8, 6, 23
 
@@ -15,7 +16,7 @@ N, D, E, V = 37, 8, 6, 23
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     # Several ragged chunks, as with a real vocabulary.
-    monkeypatch.setattr(vocab, "CHUNK_BYTES", 5 * V * 4)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 5 * V * 4)
 
 
 def make(width: int, seed: int, *, bias: bool = True, scale: float = 1.0, cap: float | None = None) -> tuple[torch.Tensor, Head]:
@@ -176,7 +177,7 @@ def test_no_tokens_give_zero_loss_and_zero_gradient():
 
 
 def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
-    monkeypatch.setattr(vocab, "CHUNK_BYTES", 64 * V * 4)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 64 * V * 4)
     sizes = []
     logits = Head.logits
 

@@ -10,12 +10,12 @@ import torch
 
 from s2dcli.errors import UsageError
 from s2dcli.models.adapters import Adapter
+from s2dcli.models.batching import MicroBatch, Row
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, load
+from s2dcli.models.policy import Policy, freeze, score
 from s2dcli.models.recompute import recompute_layers
 from s2dcli.options import Dtype, ModelOptions, Optimizer, TrainingOptions, Weights
-from s2dcli.train.batching import MicroBatch, Row
 from s2dcli.train.optimizer import import_bitsandbytes
-from s2dcli.train.policy import Policy, freeze, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

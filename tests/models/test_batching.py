@@ -6,26 +6,18 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny
+from tiny import VOCABULARY, ragged_rows, tiny
 
+from s2dcli.models import batching
+from s2dcli.models.batching import Row, micro_batches, split
 from s2dcli.models.forward import can_pack, can_share_prompts, head_of, require_known_head
+from s2dcli.models.policy import Policy, freeze, score
 from s2dcli.options import Aggregate, KlEstimator, Surrogate
-from s2dcli.train import batching
-from s2dcli.train.batching import Row, micro_batches, split
 from s2dcli.train.losses import weights_of
 from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient, SampledDistillation
-from s2dcli.train.policy import Policy, freeze, score
 
 CPU = torch.device("cpu")
 FAMILIES = ["qwen3", "llama", "gpt2", "gemma2", "cohere"]
-
-
-def ragged_rows(count: int = 8, seed: int = 0, group: int = 1) -> list[Row]:
-    """Rows of ragged lengths, `group` of them to a prompt."""
-    draw = random.Random(seed)
-    ids = lambda n: [draw.randrange(3, VOCABULARY) for _ in range(n)]  # noqa: E731
-    prompts = [ids(draw.randint(1, 9)) for _ in range(count // group)]
-    return [Row(prompts[index // group], ids(draw.randint(1, 20))) for index in range(count)]
 
 
 def gradient(policy: Policy, rows: list[Row], objective, tokens_per_batch: int) -> torch.Tensor:

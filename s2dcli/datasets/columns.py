@@ -20,7 +20,7 @@ from s2dcli.errors import DataError
 from s2dcli.files.records import Message
 
 if TYPE_CHECKING:
-    from s2dcli.files.sources import Row
+    from s2dcli.datasets.sources import Row
 
 TEXT_FIELDS = ("prompt", "problem", "question")
 # A worked solution is asked last: where a row has a gold column, that is what its authors grade by.

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from s2dcli import options
+from s2dcli.assembly.loading import adapter_of, compute_dtype
 from s2dcli.models.checkpoints import Checkpoint, empty_model, pick_device, pick_dtype
-from s2dcli.train.loading import adapter_of, compute_dtype
+from s2dcli.models.readers import CHUNK_BYTES, CHUNK_TENSORS
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE
-from s2dcli.train.vocab import CHUNK_BYTES, CHUNK_TENSORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

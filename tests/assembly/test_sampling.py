@@ -2,8 +2,8 @@
 
 import pytest
 
+from s2dcli.assembly.sampling import Sampler, Task, count_done, plan, shard_of, tasks_of_step
 from s2dcli.engines.base import Request, Sample, SamplingParams
-from s2dcli.engines.sampling import Sampler, Task, count_done, plan, shard_of, tasks_of_step
 from s2dcli.errors import DataError
 from s2dcli.files.output import Kept
 from s2dcli.files.records import Problem, row_seed

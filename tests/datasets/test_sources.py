@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from s2dcli.datasets import columns, sources
+from s2dcli.datasets.columns import Gold
 from s2dcli.errors import DataError
-from s2dcli.files import columns, sources
-from s2dcli.files.columns import Gold
 
 WRAPPED = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: {form} "

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from s2dcli import console
+from s2dcli.datasets.columns import wanted
 from s2dcli.errors import DataError, nearest
 from s2dcli.files import jsonl
-from s2dcli.files.columns import wanted
 
 if TYPE_CHECKING:
     import pyarrow

@@ -4,14 +4,14 @@ import pytest
 import torch
 from memory import peak_bytes
 
+from s2dcli.assembly.loading import load_trained
+from s2dcli.assembly.plan import memory_plan
+from s2dcli.models.batching import Row, micro_batches
 from s2dcli.models.checkpoints import resolve
 from s2dcli.options import Aggregate, Dtype, Optimizer, Weights
-from s2dcli.train.batching import Row, micro_batches
-from s2dcli.train.loading import load_trained
 from s2dcli.train.losses import weights_of
 from s2dcli.train.objectives import CrossEntropy
 from s2dcli.train.optimizer import MasterOptimizer
-from s2dcli.train.plan import memory_plan
 
 TOKENS = 1024
 SETTINGS = {

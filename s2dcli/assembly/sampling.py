@@ -16,11 +16,14 @@ from typing import Any
 
 from s2dcli import console
 from s2dcli.engines.base import Engine, Request, Sample, SamplingParams
+from s2dcli.engines.opening import open_engine
 from s2dcli.engines.weights import Follower, ParityGate, Score, Trained
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files.output import Kept
 from s2dcli.files.records import Problem, Rollout, row_seed
+from s2dcli.models.checkpoints import Checkpoint, LoadedModel
 from s2dcli.models.prompts import PromptEncoder
+from s2dcli.options import EngineOptions, ModelOptions
 
 LOGPROB_DECIMALS = 6
 
@@ -102,6 +105,31 @@ def count_done(kept: Iterable[Kept], batches: Sequence[Sequence[Task]], num_samp
         return count
     ends = accumulate(len(batch) * num_samples for batch in batches)
     return max((end for end in ends if end <= count), default=0)
+
+
+def open_sampler(
+    checkpoint: Checkpoint,
+    encoder: PromptEncoder,
+    params: SamplingParams,
+    sampling: EngineOptions,
+    loading: ModelOptions,
+    *,
+    seed: int,
+    training: LoadedModel | None = None,
+) -> Sampler:
+    """Open the engine that `--engine` names as a sampler of a checkpoint.
+
+    `training` is that checkpoint's model when it is trained here: the transformers engine samples from
+    it and so follows it, others have to be told (`Sampler.follow`). Raises EngineError, ModelError or UsageError.
+    """
+    engine, gate = open_engine(checkpoint, encoder, sampling, loading, training=training)
+    identity = {
+        "model": checkpoint.name,
+        "revision": checkpoint.revision,
+        "step": checkpoint.step,
+        "checkpoint": checkpoint.weights_sha256,
+    }
+    return Sampler(engine, encoder, params, seed=seed, identity=identity, batch_tokens=sampling.sample_tokens, gate=gate)
 
 
 class Sampler:
