@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from s2dcli import console
 from s2dcli.engines.base import HostedEngine, Request, SamplingParams
 from s2dcli.errors import EngineError
@@ -25,7 +27,6 @@ from s2dcli.models.rows import Row
 from s2dcli.stats import mean
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 PARITY_ROWS = 8

@@ -40,7 +40,7 @@ class TrainingRow(Row):
     sequence_log_ratio: float | None = None  # mean over its tokens of policy - old
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Row.__post_init__(self)  # not super(): slots make the class anew
         self.logprobs = np.asarray(self.logprobs, dtype=np.float32)
 
 
