@@ -76,7 +76,9 @@ def kl_estimates(kind: KlEstimator, logprobs: np.ndarray, reference: np.ndarray)
 
 
 def mean_log_ratio(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Mean of the differences of a row's log-probs: the log of a sequence's ratio, whatever its length."""
+    """Mean of the differences of a row's log-probs: the log of a sequence's ratio, whatever its length. Raises ValueError."""
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} and {len(theirs)} log-probs of one row")
     return float(np.mean(ours.astype(np.float64) - theirs)) if len(ours) else 0.0
 
 

@@ -58,7 +58,9 @@ def from_dense() -> dict[str, float]:
             for reverse in (True, False):
                 ours, theirs = buckets(log_p_of()), buckets(log_q)
                 kl = ours * (ours / theirs).log() if reverse else theirs * (theirs / ours).log()
-                loss = vocab.top_k_divergence_loss(hidden, head, ids, logprobs, dense.WEIGHTS, dense.KL[reverse], temperature=temperature)[0]
+                loss = vocab.top_k_divergence_loss(hidden, head, ids, logprobs, dense.WEIGHTS, dense.KL[reverse], temperature=temperature)[
+                    0
+                ]
                 compare("KL over the top 5 and a tail", loss, (weights * kl.sum(-1)).sum(), hidden, head)
     return worst
 

@@ -102,8 +102,8 @@ def three_tokens(probabilities: list[float]) -> tuple[torch.Tensor, Head]:
     return torch.ones(1, 1), Head(torch.tensor([[math.log(p)] for p in probabilities]), None)
 
 
-def kl(student: tuple, teacher: tuple, *, reverse: bool) -> float:
-    return divergence_loss(*student, *teacher, torch.ones(1), KL[reverse])[0].item()
+def kl(student: tuple, teacher: tuple, divergence) -> float:
+    return divergence_loss(*student, *teacher, torch.ones(1), divergence)[0].item()
 
 
 def test_kl_directions_equal_hand_values():
