@@ -55,6 +55,14 @@ class Optimizer(StrEnum):
     adamw_8bit = "adamw-8bit"
 
 
+class CorrectionLevel(StrEnum):
+    """Level of that correction's ratio: per token, or per sequence by the mean or the sum of its tokens' log-ratios."""
+
+    token = "token"
+    sequence_mean = "sequence-mean"
+    sequence_sum = "sequence-sum"
+
+
 class Schedule(StrEnum):
     constant = "constant"
     linear = "linear"

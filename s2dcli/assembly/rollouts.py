@@ -22,6 +22,13 @@ class StoredRollouts:
     first: list[Rollout]
     samplers: list[dict]
 
+    def max_tokens(self, path: str) -> int:
+        """Return the length limit that all rollouts were sampled under. Raises DataError if they differ."""
+        limits = {sampler["max_tokens"] for sampler in self.samplers}
+        if len(limits) > 1:
+            raise DataError(f"sampled with several --max-tokens: {', '.join(map(str, sorted(limits)))}", where=jsonl.input_name(path))
+        return limits.pop()
+
     def groups(self) -> list[Group]:
         """Return the rows group by group, in the order in which the groups begin."""
         groups: dict[str, Group] = {}

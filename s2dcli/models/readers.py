@@ -35,18 +35,24 @@ def log_normaliser(logits_CV: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def top_k_logprobs(hidden_ND: torch.Tensor, head: Head, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` likeliest ids under softmax(logits / temperature), [N, k], and their log-probs over the whole vocabulary.
+def top_k_logprobs(
+    hidden_ND: torch.Tensor, head: Head, k: int, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `k` most likely ids under softmax(logits / temperature), [N, k], their log-probs, and the tail's: that of all other ids.
 
-    Descending; float32, nats.
+    Descending; float32, nats, normalised over the whole vocabulary. The tail's, [N], is a sum over its own ids, exact where
+    1 - sum cancels.
     """
     ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
     logprobs_NK = hidden_ND.new_empty(len(hidden_ND), k, dtype=torch.float32)
+    tails_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
     for rows in chunks(len(hidden_ND), head.weight_VD.shape[0]):
         logits_CV = head.logits(hidden_ND[rows]) / temperature
         values_CK, ids_NK[rows] = logits_CV.topk(k, dim=-1)
-        logprobs_NK[rows] = values_CK - log_normaliser(logits_CV)
-    return ids_NK, logprobs_NK
+        normaliser_C1 = log_normaliser(logits_CV)
+        logprobs_NK[rows] = values_CK - normaliser_C1
+        tails_N[rows] = (logits_CV.scatter_(1, ids_NK[rows], -torch.inf).logsumexp(-1, keepdim=True) - normaliser_C1)[:, 0]
+    return ids_NK, logprobs_NK, tails_N
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from s2dcli.errors import UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import refuse_folder
 from s2dcli.files.records import read_problems, require_labels
+from s2dcli.options import Correction
 from s2dcli.train.presets import KlIn, ObjectiveOptions
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 # Options that only apply to sampling
 SAMPLING_ONLY = {
     "num_samples": "-n",
+    "max_tokens": "--max-tokens",
     "max_prompt_tokens": "--max-prompt-tokens",
     "dynamic_sampling": "--dynamic-sampling",
     "correction": "--correction",
@@ -74,8 +76,8 @@ def grpo(
     from s2dcli.assembly.rollouts import draw, read_on_policy, store
 
     stored = store(read_on_policy(rollouts, sampling.temperature), keep_records=running.keep_rollouts) if rollouts is not None else None
-    if stored:  # the limit that the rollouts were sampled under
-        sampling = replace(sampling, max_tokens=stored.samplers[0]["max_tokens"])
+    if stored:
+        sampling = replace(sampling, max_tokens=stored.max_tokens(rollouts))
     items = [] if stored else require_labels(read_problems(problems))
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
     objective = objective.resolved(sampling.max_tokens)
@@ -147,18 +149,17 @@ def grpo(
 
             rows = [row for group in groups for row in group]
             mini_batches = split([row for row in rows if _is_usable(row, objective)], batches.mini_batch_size)
+            several = len(mini_batches) > 1
             with step.phase("score"):
                 if reference is not None:
                     with on_device(reference, run.device, offload=offload):
                         for row, logprobs in run.score(rows, sampling.temperature, reference):
                             row.reference_logprobs = logprobs
-                if stored:
-                    for row in rows:
-                        row.old_logprobs = row.logprobs
-                elif len(mini_batches) > 1 or objective.correction is not options.Correction.none:
+                if several or (reference is not None and objective.kl_in is KlIn.reward) or objective.correction is not Correction.none:
                     for row, logprobs in run.score(rows, sampling.temperature):
-                        row.old_logprobs = logprobs
-                # else there is one update: the policy is its own old policy
+                        row.trainer_logprobs = logprobs
+                for row in rows:  # of a single update on fresh samples the policy is its own old policy: None
+                    row.old_logprobs = row.logprobs if stored else row.trainer_logprobs
             for group in groups:
                 _set_advantages(group, objective, sampling.max_tokens)
 
@@ -176,7 +177,7 @@ def grpo(
                     run.update(step, active, surrogate)
             if not step.updates:
                 console.warn(f"step {step.number}: no group has rewards that differ, nothing to learn; no update was made")
-            _log(step, groups, objective)
+            _log(step, groups, objective, sampled=not stored)
             step.log(resampled_groups=resampled)
             run.log_rollouts(step, rows)
 
@@ -191,38 +192,47 @@ def _set_advantages(group: Group, objective: ObjectiveOptions, max_tokens: int) 
     from s2dcli.train.advantages import group_advantages, overlong_penalty
     from s2dcli.train.losses import importance_weights, kl_estimates
 
-    shaped: list[float | None] = []
+    outcomes: list[float | None] = []  # rewards before the KL
     for row in group:
-        reward = row.reward if _is_usable(row, objective) else None
-        if reward is not None and objective.kl_coef and objective.kl_in is KlIn.reward:
-            reward -= objective.kl_coef * float(kl_estimates(objective.kl_estimator, row.logprobs, row.reference_logprobs).sum())
-        if reward is not None and objective.truncated is options.Truncated.penalty:
-            reward += overlong_penalty(len(row.completion_ids), max_tokens, objective.overlong_buffer)
-        shaped.append(reward)
-        if objective.correction is not options.Correction.none:
-            how = objective.correction, objective.correction_level, objective.correction_cap
-            row.importance_weights = importance_weights(row.old_logprobs, row.logprobs, *how)
-    for row, advantage in zip(group, group_advantages(shaped, objective.advantage), strict=True):
+        outcomes.append(row.reward if _is_usable(row, objective) else None)
+        if outcomes[-1] is not None and objective.truncated is options.Truncated.penalty:
+            outcomes[-1] += overlong_penalty(len(row.completion_ids), max_tokens, objective.overlong_buffer)
+        if objective.correction is not Correction.none:
+            how = objective.correction, objective.correction_level, objective.correction_cap, objective.correction_floor
+            row.importance_weights = importance_weights(row.trainer_logprobs, row.logprobs, *how)
+    shaped = outcomes
+    if objective.kl_coef and objective.kl_in is KlIn.reward:
+        charges = [kl_estimates(objective.kl_estimator, row.trainer_logprobs, row.reference_logprobs).sum() for row in group]
+        charged = zip(outcomes, charges, strict=True)
+        shaped = [None if outcome is None else outcome - objective.kl_coef * float(charge) for outcome, charge in charged]
+    for row, advantage in zip(group, group_advantages(shaped, objective.advantage, outcomes), strict=True):
         row.advantage = advantage
 
 
-def _log(step: Step, groups: list[Group], objective: ObjectiveOptions) -> None:
-    """Log what a step has learnt from."""
+def _log(step: Step, groups: list[Group], objective: ObjectiveOptions, *, sampled: bool) -> None:
+    """Log what a step has learnt from; what was not measured is None.
+
+    `entropy` is that of all tokens, estimated by -log p of the sampled ones; `trained_entropy` the exact one of those trained on.
+    """
     from s2dcli.train.losses import kl_estimates
     from s2dcli.train.rows import mixed
 
     rows = [row for group in groups for row in group]
+    tokens = [value for row in rows for value in row.logprobs.tolist()]
     rewards = [row.reward for row in rows if row.reward is not None]
     kl = step.per_token("kl") if objective.kl_coef else None
     if objective.kl_coef and objective.kl_in is KlIn.reward:
         usable = [row for row in rows if _is_usable(row, objective)]
-        estimates = [kl_estimates(objective.kl_estimator, row.logprobs, row.reference_logprobs) for row in usable]
+        estimates = [kl_estimates(objective.kl_estimator, row.trainer_logprobs, row.reference_logprobs) for row in usable]
         kl = stats.mean([value for values in estimates for value in values.tolist()] or [0.0])
     step.log(
         reward=stats.mean(rewards or [0.0]),
         mixed_groups=stats.mean(float(mixed(group)) for group in groups),
         kl=kl,
-        **{name: step.per_token(name) for name in ("entropy", "clip_fraction", "ratio", "logprob_mismatch")},
+        entropy=-stats.mean(tokens) if sampled and tokens else None,
+        trained_entropy=step.per_token("entropy"),
+        **{name: step.per_token(name) for name in ("clip_fraction", "ratio")},
+        logprob_mismatch=step.per_token("logprob_mismatch") if sampled or step.updates == 1 else None,
         ungraded=len(rows) - len(rewards),
     )
 
@@ -240,5 +250,7 @@ def _refuse_contradictions(context: typer.Context, given: dict[str, Any]) -> Non
             options.refuse_given(context, {"engine": "--engine"}, "samples evaluations only; add --eval-problems")
     elif num_samples == 1:
         raise UsageError("-n 1 makes groups of one, whose advantage is always 0", hint="-n 2 or more")
+    if kl_coef and given["kl_in"] is KlIn.loss and given["kl_estimator"] is options.KlEstimator.k1:
+        raise UsageError("--kl-estimator k1 in the loss has an expected gradient of zero", hint="k2 or k3, or --kl-in reward")
     if offload and not kl_coef:
         raise UsageError("--offload moves the reference model, and without --kl-coef there is none", hint="leave it out")

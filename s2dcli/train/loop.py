@@ -78,9 +78,9 @@ class Step:
     def add(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def per_token(self, name: str) -> float:
-        """Mean over all trained tokens of the step of a figure that the objective returned."""
-        return float(self.sums[name]) / self.tokens if name in self.sums and self.tokens else 0.0
+    def per_token(self, name: str) -> float | None:
+        """Mean over all trained tokens of the step of a figure that the objective returned; None if none were trained on."""
+        return float(self.sums[name]) / self.tokens if name in self.sums and self.tokens else None
 
     def per_second(self, count: int, phase: str) -> float:
         return count / self.seconds[phase] if self.seconds[phase] else 0.0
@@ -211,9 +211,9 @@ class TrainingRun:
     def _row(self, step: Step) -> dict[str, Any]:
         row = {
             "step": step.number,
-            "loss": float(step.sums.get("loss", 0.0)) / max(1, step.updates),
+            "loss": float(step.sums["loss"]) / step.updates if step.updates else None,
             "lr": learning_rate(step.number, self.folder.steps, self.training),
-            "grad_norm": math.fsum(step.grad_norms) / max(1, len(step.grad_norms)),
+            "grad_norm": stats.mean(step.grad_norms) if step.updates else None,
             "updates": step.updates,
             "seconds": time.perf_counter() - step.started,
             "tokens": step.tokens,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from s2dcli.options import Correction, Importance, KlEstimator, Surrogate
+from s2dcli.options import Correction, CorrectionLevel, KlEstimator, Surrogate
 
 # exp of more than this would overflow once it is squared; such a ratio is cut or masked anyway.
 MAX_LOG_RATIO = 40.0
@@ -82,16 +82,21 @@ def mean_log_ratio(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.mean(ours.astype(np.float64) - theirs)) if len(ours) else 0.0
 
 
-def importance_weights(trainer: np.ndarray, sampler: np.ndarray, kind: Correction, level: Importance, cap: float) -> np.ndarray:
+def importance_weights(
+    trainer: np.ndarray, sampler: np.ndarray, kind: Correction, level: CorrectionLevel, cap: float, floor: float | None = None
+) -> np.ndarray:
     """Weights of a row's tokens, [T], that correct for sampling from probabilities other than the trainer's.
 
-    The ratio is exp(trainer - sampler) of each token, or of its sequence by the mean of the logs, which
-    does not grow with the length. truncate: min(ratio, cap) (truncated importance sampling, Ionides
-    2008); mask: the ratio where it lies within [1 / cap, cap], else 0.
+    The ratio is exp(trainer - sampler) of each token, or of its sequence: the exponential of the sum of the log-ratios
+    (the exact ratio, TRL's), or of their mean, which does not grow with the length (GSPO's). truncate: min(ratio, cap)
+    (truncated importance sampling, Ionides 2008); mask: the ratio where it lies within [floor, cap], else 0 (IcePop,
+    arXiv 2510.18855); `floor` is 1 / cap unless given.
     """
-    mean = mean_log_ratio(trainer, sampler)
-    log_ratios = np.full(len(trainer), mean) if level is Importance.sequence else trainer.astype(np.float64) - sampler
+    log_ratios = trainer.astype(np.float64) - sampler
+    if level is not CorrectionLevel.token:
+        log_ratio = mean_log_ratio(trainer, sampler) if level is CorrectionLevel.sequence_mean else log_ratios.sum()
+        log_ratios = np.full(len(trainer), log_ratio)
     ratios = np.exp(np.minimum(log_ratios, MAX_LOG_RATIO))
     if kind is Correction.truncate:
         return np.minimum(ratios, cap)
-    return np.where((ratios >= 1 / cap) & (ratios <= cap), ratios, 0.0)
+    return np.where((ratios >= (1 / cap if floor is None else floor)) & (ratios <= cap), ratios, 0.0)

@@ -32,8 +32,8 @@ class PolicyGradient:
     """The clipped group-relative objective (losses.policy_loss), with a KL term where `kl_coef` is not 0.
 
     Without `old_logprobs` the policy itself is the one that sampled: the ratio is 1 and its gradient exact.
-    `logprobs`, the sampler's, only serve to measure how far it is from the trainer; `importance_weights`
-    multiplies each token's weight, `sequence_log_ratio` makes the ratio its row's.
+    `logprobs`, the sampler's, only serve to measure how far it is from the trainer before the step's updates;
+    `importance_weights` multiplies each token's weight, `sequence_log_ratio` makes the ratio its row's.
     """
 
     temperature: float
@@ -50,6 +50,7 @@ class PolicyGradient:
         old_N = None if first.old_logprobs is None else batch.per_token([row.old_logprobs for row in rows])
         reference_N = batch.per_token([row.reference_logprobs for row in rows]) if self.kl_coef else None
         ratios_N = None if first.sequence_log_ratio is None else batch.per_row([row.sequence_log_ratio for row in rows])
+        trainer_N = None if first.trainer_logprobs is None else batch.per_token([row.trainer_logprobs for row in rows])
         policy_weights_N = weights_N
         if first.importance_weights is not None:
             policy_weights_N = weights_N * batch.per_token([row.importance_weights for row in rows])
@@ -65,7 +66,7 @@ class PolicyGradient:
                 surrogate=self.surrogate,
                 sequence_log_ratios_N=None if ratios_N is None else ratios_N[at],
             )
-            figures["logprob_mismatch"] = (logprobs_C.detach() - sampler_N[at]).abs()
+            figures["logprob_mismatch"] = ((logprobs_C.detach() if trainer_N is None else trainer_N[at]) - sampler_N[at]).abs()
             if reference_N is not None:
                 kl_C = kl_estimate(self.kl_estimator, logprobs_C, reference_N[at])
                 total = total + self.kl_coef * (weights_N[at] * kl_C).sum()

@@ -82,10 +82,13 @@ class ObjectiveOptions:
     correction: Annotated[options.Correction, _knob("Importance correction of sampler/trainer mismatch: none, truncate or mask.")] = (
         options.Correction.none
     )
-    correction_level: Annotated[options.Importance, _knob("Ratio of that correction: per token or per sequence.")] = (
-        options.Importance.token
-    )
-    correction_cap: Annotated[float, _knob("Ratio at which to truncate or mask.", min=1.0)] = 2.0
+    correction_level: Annotated[
+        options.CorrectionLevel, _knob("Ratio of that correction: per token, or per sequence (mean or sum of its log-ratios).")
+    ] = options.CorrectionLevel.token
+    correction_cap: Annotated[float, _knob("Largest ratio: truncated to it, or masked beyond it.", min=1.0)] = 2.0
+    correction_floor: Annotated[
+        float | None, _knob("Smallest ratio: masked below it.", min=0.0, max=1.0, show_default="1 / --correction-cap")
+    ] = None
     dynamic_sampling: Annotated[int, _knob("Rounds of resampling: replace groups whose rewards are all equal.", min=0)] = 0
 
     def resolved(self, max_tokens: int) -> ObjectiveOptions:

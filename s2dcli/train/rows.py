@@ -33,7 +33,8 @@ class TrainingRow(Row):
 
     weight: float = 0.0  # of each token in the loss; token_weights
     advantage: float = 0.0
-    old_logprobs: np.ndarray | None = None  # of the policy before the step's first update [T]; None: there is one update only
+    trainer_logprobs: np.ndarray | None = None  # of the policy before the step's first update [T], where something needs them
+    old_logprobs: np.ndarray | None = None  # denominator of the ratio [T]; None: the policy's own, of a single update
     reference_logprobs: np.ndarray | None = None  # [T]
     teacher_logprobs: np.ndarray | None = None  # [T]
     importance_weights: np.ndarray | None = None  # correct for a sampler that is not the trainer [T]

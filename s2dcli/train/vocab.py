@@ -12,6 +12,7 @@ Shapes: N completion tokens, C tokens of a chunk, D hidden width, E the teacher'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,8 +22,8 @@ from s2dcli.models import readers
 from s2dcli.models.forward import Head
 from s2dcli.models.readers import chunks, log_normaliser, require_inside
 
-# Least probability of what lies outside a top k: rounding of a sum of float32 probabilities that should be 1.
-TAIL_FLOOR = 2.0**-23
+# Least probability of what lies outside a top k, float32's smallest normal number: its logarithm is finite.
+TAIL_FLOOR = torch.finfo(torch.float32).tiny
 
 Figures = dict[str, torch.Tensor]  # per token, for the metrics
 # (logits of the chunk [C, V], slice of the chunk) -> (loss of the chunk, its gradient with respect to the
@@ -209,6 +210,7 @@ def top_k_divergence_loss(
     head: Head,
     top_ids_NK: torch.Tensor,
     top_logprobs_NK: torch.Tensor,
+    tail_logprobs_N: torch.Tensor,
     weights_N: torch.Tensor,
     divergence: Divergence,
     *,
@@ -216,21 +218,19 @@ def top_k_divergence_loss(
 ) -> tuple[torch.Tensor, Figures]:
     """Weighted sum over tokens of a divergence between a student and K ids of a teacher, all other ids in one bucket.
 
-    `top_logprobs_NK` (nats, float32) are normalised over the whole vocabulary; what they leave of 1 is the
-    teacher's probability of the tail, and the student's is the sum over all other ids. So both sides are
-    distributions over K + 1 outcomes, their KL is never negative, and 0 where the buckets agree; it is a
-    lower bound of that of `divergence_loss`. The teacher's tail is known to the rounding of its sum, about 1e-7.
+    `top_logprobs_NK` and `tail_logprobs_N` (nats, float32) are normalised over the whole vocabulary; the student's
+    tail is the sum over all other ids. So both sides are distributions over K + 1 outcomes, their KL is never
+    negative, and 0 where the buckets agree; it is a lower bound of that of `divergence_loss`.
 
     With g the divergence's gradient of each of the K + 1 outcomes, the gradient with respect to the student's
     logits is g / temperature for the K ids and g_tail * p / p_tail / temperature for the others.
     Figures per token, [N]: `kl` (the divergence, nats) and the student's `entropy`.
     """
     require_inside(top_ids_NK, head)
-    top_logprobs_NK = top_logprobs_NK.float()
-    tail_logprobs_N = torch.log1p(-top_logprobs_NK.exp().sum(-1).clamp(max=1.0 - TAIL_FLOOR))
+    teacher_NJ = torch.cat([top_logprobs_NK, tail_logprobs_N[:, None]], dim=1).float().clamp_(min=math.log(TAIL_FLOOR))  # J = K + 1
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
-        ids_CK, theirs_CJ = top_ids_NK[rows], torch.cat([top_logprobs_NK[rows], tail_logprobs_N[rows, None]], dim=1)  # J = K + 1
+        ids_CK, theirs_CJ = top_ids_NK[rows], teacher_NJ[rows].clone()
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
         probs_CV, normaliser_C1 = _softmax(logits_CV)

@@ -200,6 +200,8 @@ def test_a_step_without_signal_makes_no_update_and_says_so(s2d, toy, graded, tmp
     assert "no update was made" in result.err
     (row,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert (row["updates"], row["tokens"], row["mixed_groups"]) == (0, 0, 0.0)
+    unmeasured = ("loss", "grad_norm", "trained_entropy", "ratio", "clip_fraction", "logprob_mismatch")
+    assert [row[name] for name in unmeasured] == [None] * len(unmeasured)
     assert all(
         torch.equal(a, b)
         for a, b in zip(weights(tmp_path / "run" / "step-000001").values(), weights(toy / "teacher").values(), strict=True)
@@ -315,7 +317,7 @@ def test_kl_in_the_reward_and_its_estimators(s2d, toy, tmp_path):
 
 
 def test_correction_by_a_sampler_that_equals_the_trainer_changes_nothing(s2d, toy, tmp_path):
-    more = {"plain": [], "truncate": ["--correction", "truncate"], "mask": ["--correction", "mask", "--correction-level", "sequence"]}
+    more = {"plain": [], "truncate": ["--correction", "truncate"], "mask": ["--correction", "mask", "--correction-level", "sequence-mean"]}
     for name, arguments in more.items():
         train(s2d, toy, tmp_path / name, *arguments)
     norms = [read_jsonl(tmp_path / name / "metrics.jsonl")[0]["grad_norm"] for name in more]
@@ -402,10 +404,58 @@ def test_kept_rollouts_say_whose_weights_drew_them(trained, toy):
 
 
 def test_options_that_would_be_ignored_are_refused(s2d, toy, few, graded, tmp_path):
-    for option in (["-n", 4], ["--dynamic-sampling", 1], ["--reward", "exact"]):
+    for option in (["-n", 4], ["--dynamic-sampling", 1], ["--reward", "exact"], ["--max-tokens", 8]):
         result = s2d("grpo", "-m", toy / "teacher", "--rollouts", graded, "-o", tmp_path / "run", *option)
         assert result.code == 2
-        assert f"{option[0]} goes with sampling" in result.err
+        assert f"{option[0]} applies to sampling" in result.err
     alone = s2d("grpo", "-m", toy / "teacher", few, "-o", tmp_path / "run", "-n", 1)
     assert alone.code == 2
     assert "groups of one" in alone.err
+
+
+def test_rollouts_of_several_length_limits_are_refused(s2d, toy, graded, tmp_path):
+    rows = read_jsonl(graded)[:8]
+    rows[-1]["sampler"]["max_tokens"] = 12
+    result = s2d("grpo", "-m", toy / "teacher", "--rollouts", write_jsonl(tmp_path / "two.jsonl", rows), "-o", tmp_path / "run")
+    assert result.code == 1
+    assert "two.jsonl: sampled with several --max-tokens: 12, 16" in result.err
+
+
+def test_k1_in_the_loss_is_refused(s2d, toy, few, tmp_path):
+    result = s2d("grpo", "-m", toy / "teacher", few, "-o", tmp_path / "run", "--kl-coef", 0.1, "--kl-estimator", "k1")
+    assert result.code == 2
+    assert "expected gradient of zero" in result.err
+
+
+def test_kl_in_the_reward_makes_no_signal_of_rounding(s2d, toy, graded, tmp_path):
+    """Before the first update policy and reference are one, whatever the sampler's rounding: flat groups teach nothing."""
+    rows = [
+        {**row, "reward": 1.0, "completion_logprobs": [value - 1e-3 * number for value in row["completion_logprobs"]]}
+        for number, row in enumerate(read_jsonl(graded)[:32])
+    ]
+    more = ["--kl-coef", 0.5, "--kl-in", "reward", "--rollouts", write_jsonl(tmp_path / "flat.jsonl", rows)]
+    result = s2d("grpo", "-m", toy / "teacher", "-o", tmp_path / "run", *more)
+    assert result.code == 0, result.err
+    assert result.result["updates"] == 0
+    assert result.result["kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_mismatch_is_the_samplers_alone_and_entropy_is_that_of_all_tokens(s2d, toy, tmp_path):
+    """Whatever the policy does between the updates of a step, and whichever groups are trained on."""
+    from transformers import AutoModelForCausalLM
+
+    result = train(s2d, toy, tmp_path / "run", "--mini-batch-size", 4, "--steps", 1, "--keep-rollouts", "--lr", "1e-2")
+    assert result["updates"] > 1
+    assert abs(result["ratio"] - 1.0) > 1e-3  # the policy has moved
+    assert result["logprob_mismatch"] < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(toy / "teacher")
+    exact, tokens = 0.0, 0
+    for row in read_jsonl(tmp_path / "run" / "rollouts" / "step-000001.jsonl"):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["prompt_ids"] + row["completion_ids"]])).logits[0, len(row["prompt_ids"]) - 1 : -1]
+        logprobs = logits.log_softmax(-1)
+        exact -= (logprobs.exp() * logprobs).sum().item()
+        tokens += len(row["completion_ids"])
+    # an estimate from some 150 tokens, whose -log p has a standard deviation of about 0.9
+    assert result["entropy"] == pytest.approx(exact / tokens, abs=4 * 0.9 / tokens**0.5)
+    assert result["trained_entropy"] > 0

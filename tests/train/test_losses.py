@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import training_row
 
-from s2dcli.options import Advantage, Aggregate, Correction, Importance, KlEstimator, Surrogate
+from s2dcli.options import Advantage, Aggregate, Correction, CorrectionLevel, KlEstimator, Surrogate
 from s2dcli.train.advantages import group_advantages, is_mixed, overlong_penalty, token_weights
 from s2dcli.train.losses import importance_weights, kl_estimate, kl_estimates, mean_log_ratio, policy_loss
 from s2dcli.train.rows import set_weights
@@ -117,10 +117,22 @@ def test_a_sequences_ratio_is_the_mean_of_logs_and_does_not_grow_with_length():
 def test_importance_weights_by_hand():
     trainer, sampler = np.log([0.6, 0.1]), np.log([0.2, 0.4])
     for ours, theirs, cut, kept in [(trainer, sampler, [2.0, 0.25], [0.0, 0.0]), (np.zeros(0), np.zeros(0), [], [])]:
-        assert importance_weights(ours, theirs, Correction.truncate, Importance.token, cap=2.0).tolist() == pytest.approx(cut)
-        assert importance_weights(ours, theirs, Correction.mask, Importance.token, cap=2.0).tolist() == kept
-    sequence = importance_weights(trainer, sampler, Correction.mask, Importance.sequence, cap=2.0)
-    assert sequence.tolist() == pytest.approx([math.sqrt(0.75)] * 2)
+        assert importance_weights(ours, theirs, Correction.truncate, CorrectionLevel.token, cap=2.0).tolist() == pytest.approx(cut)
+        assert importance_weights(ours, theirs, Correction.mask, CorrectionLevel.token, cap=2.0).tolist() == kept
+    mean = importance_weights(trainer, sampler, Correction.mask, CorrectionLevel.sequence_mean, cap=2.0)
+    assert mean.tolist() == pytest.approx([math.sqrt(0.75)] * 2)
+    total = importance_weights(trainer, sampler, Correction.mask, CorrectionLevel.sequence_sum, cap=2.0)
+    assert total.tolist() == pytest.approx([0.75] * 2)
+    # IcePop's two bounds: 3 and 0.25 against [0.2, 5] and [0.5, 5]
+    for floor, kept in ((0.2, [3.0, 0.25]), (0.5, [3.0, 0.0])):
+        assert importance_weights(trainer, sampler, Correction.mask, CorrectionLevel.token, 5.0, floor).tolist() == pytest.approx(kept)
+
+
+def test_a_group_without_mixed_outcomes_has_no_advantages_whatever_noise_its_rewards_carry():
+    noisy = [1.0 - 1e-4 * i for i in range(4)]
+    assert group_advantages(noisy, Advantage.group_std) != [0.0] * 4
+    assert group_advantages(noisy, Advantage.group_std, [1.0] * 4) == [0.0] * 4
+    assert group_advantages([0.9, -0.1], Advantage.group_mean, [1.0, 0.0]) == [0.5, -0.5]
 
 
 def test_kl_estimators_estimate_the_kl():

@@ -201,7 +201,7 @@ def test_top_k_kl_and_gradients_equal_dense_float64(bias, scale, cap, k, reverse
     """Against the KL of two distributions over k + 1 outcomes, gathered from dense ones."""
     hidden, student = make(D, 0, bias=bias, scale=scale, cap=cap)
     states, teacher = make(E, 5, scale=0.5)
-    ids, logprobs = top_k_logprobs(states, teacher, k, temperature)
+    ids, logprobs, tails = top_k_logprobs(states, teacher, k, temperature)
     q = (dense_logits(states, teacher) / temperature).log_softmax(-1).detach()
     torch.testing.assert_close(logprobs.double(), q.sort(-1, descending=True).values[:, :k], rtol=1e-5, atol=1e-5)
 
@@ -210,7 +210,7 @@ def test_top_k_kl_and_gradients_equal_dense_float64(bias, scale, cap, k, reverse
     buckets = lambda probs: torch.cat([probs.gather(1, ids), probs.masked_fill(inside, 0.0).sum(-1, keepdim=True)], 1)  # noqa: E731
     ours, theirs = buckets(p), buckets(q.exp())
     kl = (ours * (ours / theirs).log()).sum(-1) if reverse else (theirs * (theirs / ours).log()).sum(-1)
-    loss, sums = top_k_divergence_loss(hidden, student, ids, logprobs, WEIGHTS, KL[reverse], temperature=temperature)
+    loss, sums = top_k_divergence_loss(hidden, student, ids, logprobs, tails, WEIGHTS, KL[reverse], temperature=temperature)
     check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
     assert sums["kl"].sum().item() == pytest.approx(kl.sum().item(), rel=1e-5)
     assert sums["entropy"].sum().item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
@@ -225,3 +225,22 @@ def test_top_k_kl_is_a_lower_bound_that_all_ids_reach(reverse):
     of = lambda k: top_k_divergence_loss(hidden, student, *top_k_logprobs(states, teacher, k), ones, KL[reverse])[0].item()  # noqa: E731
     assert 0 <= of(1) <= of(5) <= of(V) + 1e-3
     assert of(V) == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("sharpness", [6.0, 18.0])
+def test_a_small_tail_of_the_teacher_is_exact(sharpness, reverse):
+    """Tails of 4e-3 and 3e-7, which 1 minus a float32 sum knows to a few digits or to none."""
+    hidden, student = make(D, 0)
+    states, teacher = make(E, 5)
+    teacher = Head(torch.zeros(V, E), torch.linspace(sharpness, -sharpness / 4, V), 1.0, None)
+    ids, logprobs, tails = top_k_logprobs(states, teacher, V // 2)
+    q = dense_logits(states, teacher).softmax(-1).detach()
+    p = dense_logits(hidden, student).softmax(-1)
+    inside = torch.zeros(N, V, dtype=torch.bool).scatter_(1, ids, True)
+    buckets = lambda probs: torch.cat([probs.gather(1, ids), probs.masked_fill(inside, 0.0).sum(-1, keepdim=True)], 1)  # noqa: E731
+    ours, theirs = buckets(p), buckets(q)
+    assert tails.double().exp().tolist() == pytest.approx(theirs[:, -1].tolist(), rel=1e-5)
+    kl = (ours * (ours / theirs).log()).sum(-1) if reverse else (theirs * (theirs / ours).log()).sum(-1)
+    loss = top_k_divergence_loss(hidden, student, ids, logprobs, tails, WEIGHTS, KL[reverse])[0]
+    check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
