@@ -165,6 +165,15 @@ def read_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
+def require_labels(problems: list[Problem], hint: str) -> list[Problem]:
+    """Return the problems. Raises DataError if some have no answer."""
+    unlabelled = [problem.id for problem in problems if not problem.answer]
+    if unlabelled:
+        problem = f"{len(unlabelled)} of {len(problems)} problems have no answer to grade against, the first is {unlabelled[0]!r}"
+        raise DataError(problem, hint=hint)
+    return problems
+
+
 def read_rollouts(path: str | Path) -> Iterator[tuple[str, Rollout, dict]]:
     """Yield (where, rollout, whole record) for each line; (group_id, sample_index) must be unique."""
     seen: set[tuple[str, int]] = set()

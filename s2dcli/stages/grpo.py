@@ -29,7 +29,7 @@ from s2dcli import console, options, stats
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import refuse_folder, refuse_inside
-from s2dcli.files.records import Problem, read_problems, read_rollouts, take
+from s2dcli.files.records import read_problems, read_rollouts, require_labels, take
 from s2dcli.grade.pool import MATH, Grader
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def grpo(
     if stored:  # the limit that the rollouts were sampled under
         settings["max_tokens"] = stored[0][0]["sampler"]["max_tokens"]
     settings["overlong_buffer"] = objective.overlong_buffer or max(1, settings["max_tokens"] // 5)
-    todo = _require_labels(read_problems(problems)) if rollouts is None else []
+    todo = require_labels(read_problems(problems), "RL needs labels; for unlabelled problems use s2d opd") if rollouts is None else []
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
     from s2dcli.assembly.loading import load_reference, load_trained
@@ -375,16 +375,6 @@ def _is_mixed(group: list[dict]) -> bool:
     from s2dcli.train.losses import is_mixed
 
     return is_mixed([record["reward"] for record in group])
-
-
-def _require_labels(problems: list[Problem]) -> list[Problem]:
-    unlabelled = [problem.id for problem in problems if not problem.answer]
-    if unlabelled:
-        raise DataError(
-            f"{len(unlabelled)} of {len(problems)} problems have no answer to grade against, the first is {unlabelled[0]!r}",
-            hint="RL needs labels; for unlabelled problems use s2d opd",
-        )
-    return problems
 
 
 def _read_groups(path: str, temperature: float) -> list[list[dict]]:
