@@ -7,14 +7,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from s2dcli import console
+from s2dcli import console, stats
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
 from s2dcli.files.ledger import warnings
 from s2dcli.files.manifest import MANIFEST, read_manifest
 from s2dcli.files.records import take
 
-RATES = ("avg_at_k", "se", "pass_at_k", "truncated")
+RIGHT = ("avg_at_k", "se", "pass_at_k")  # None where the rewards have no notion of right
+REWARD = ("mean_reward", "mean_reward_se")  # None where no sample has a reward
 
 
 class Column(NamedTuple):
@@ -37,10 +38,12 @@ class Result(NamedTuple):
     model: str
     checkpoint: str
     column: Column
-    avg_at_k: float
-    se: float
-    pass_at_k: float
+    avg_at_k: float | None
+    se: float | None
+    pass_at_k: float | None
     truncated: float
+    mean_reward: float | None
+    mean_reward_se: float | None
 
 
 def read_results(run: str) -> Iterator[Result]:
@@ -63,6 +66,7 @@ def read_results(run: str) -> Iterator[Result]:
 
 def _result(where: str, record: dict) -> Result:
     """Check one results.json. Raises DataError that names the file and the field."""
+    record = {"top_k": 0, "ungraded": 0, **dict.fromkeys(REWARD), **record}
 
     def number(field: str) -> float:
         value = take(record, field, (float, int), where)
@@ -70,21 +74,28 @@ def _result(where: str, record: dict) -> Result:
             raise DataError(f"field {field!r} is not a finite number", where=where)
         return float(value)
 
+    def whole(field: str, least: int) -> int:
+        value = take(record, field, int, where)
+        if value < least:
+            raise DataError(f"field {field!r} is {value}, at least {least} was expected", where=where)
+        return value
+
     temperature = number("temperature")
     column = Column(
         dataset=_one_line(take(record, "dataset", str, where)),
-        k=take(record, "k", int, where),
+        k=whole("k", 1),
         temperature=temperature,
         top_p=number("top_p") if temperature > 0 else 1.0,  # greedy decoding has no nucleus
-        top_k=record.get("top_k", 0) if temperature > 0 else 0,
-        max_tokens=take(record, "max_tokens", int, where),
-        problems=take(record, "problems", int, where),
+        top_k=whole("top_k", 0) if temperature > 0 else 0,
+        max_tokens=whole("max_tokens", 1),
+        problems=whole("problems", 1),
     )
-    ungraded = record.get("ungraded", 0)
-    if ungraded:
-        console.warn(f"{where}: {ungraded} answers could not be graded and count as wrong")
+    unknown = [field for fields in (RIGHT, REWARD) if record.get(fields[0], 0) is None for field in fields]
+    figures = {field: None if field in unknown else number(field) for field in (*RIGHT, "truncated", *REWARD)}
+    for caution in stats.cautions({**figures, "ungraded": whole("ungraded", 0)}):
+        console.warn(f"{where}: {caution}")
     name, model, checkpoint = (take(record, field, str, where) for field in ("name", "model", "checkpoint"))
-    return Result(where, _one_line(name), model, checkpoint, column, *map(number, RATES))
+    return Result(where, _one_line(name), model, checkpoint, column, **figures)
 
 
 def _one_line(text: str) -> str:

@@ -6,7 +6,7 @@ import csv
 import io
 
 from s2dcli import console
-from s2dcli.report.collect import RATES, Column, Result
+from s2dcli.report.collect import REWARD, RIGHT, Column, Result
 
 
 def headings(columns: list[Column]) -> dict[Column, dict[str, str]]:
@@ -23,7 +23,7 @@ def headings(columns: list[Column]) -> dict[Column, dict[str, str]]:
             decoding.append(f"{column.max_tokens} tokens")
         if len({other.problems for other in likes}) > 1:
             decoding.append(f"{column.problems} problems")
-        names = {"avg_at_k": f"avg@{column.k}", "pass_at_k": f"pass@{column.k}", "truncated": "truncated"}
+        names = {"avg_at_k": f"avg@{column.k}", "pass_at_k": f"pass@{column.k}", "truncated": "truncated", "mean_reward": "mean reward"}
         labels[column] = {figure: f"{column.dataset} {name} ({', '.join(decoding)})" for figure, name in names.items()}
     return labels
 
@@ -32,8 +32,10 @@ def as_markdown(cells: dict[str, dict[Column, Result]], labels: dict[Column, dic
     """Return an aligned markdown table in per cent, and below it one line for each column."""
 
     def cell(result: Result | None, figure: str) -> str:
-        if result is None:
+        if result is None or getattr(result, figure) is None:
             return "-"
+        if figure == "mean_reward":
+            return f"{result.mean_reward:.4g} ± {result.mean_reward_se:.2g}"
         spread = f" ± {100 * result.se:.1f}" if figure == "avg_at_k" else ""
         return f"{100 * getattr(result, figure):.1f}{spread}"
 
@@ -52,8 +54,13 @@ def as_csv(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str
     fields = ["avg_at_k", "se", *figures[1:]]
     heads = [head["avg_at_k"] + " se" if field == "se" else head[field] for head in labels.values() for field in fields]
     writer.writerow(["name", *heads])
+
+    def cell(result: Result | None, field: str) -> str:
+        value = getattr(result, field, None)
+        return "" if value is None else f"{value:.6g}" if field == "mean_reward" else f"{100 * value:.4f}"
+
     for name, row in cells.items():
-        values = [f"{100 * getattr(row[column], field):.4f}" if column in row else "" for column in labels for field in fields]
+        values = [cell(row.get(column), field) for column in labels for field in fields]
         writer.writerow([name, *values])
     return text.getvalue()
 
@@ -64,8 +71,8 @@ def as_json(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[st
     def cell(result: Result | None) -> dict | None:
         if result is None:
             return None
-        rates = {rate: getattr(result, rate) for rate in RATES}
-        return {**rates, "model": result.model, "checkpoint": result.checkpoint, "file": result.where}
+        figures = {field: getattr(result, field) for field in (*RIGHT, "truncated", *REWARD)}
+        return {**figures, "model": result.model, "checkpoint": result.checkpoint, "file": result.where}
 
     names = {column: heads["avg_at_k"] for column, heads in labels.items()}
     return {

@@ -38,7 +38,7 @@ def report(
         typer.Argument(metavar="RUN", help="Eval output folders or results.json files; - is standard input.", show_default=False),
     ],
     format: Annotated[Format, typer.Option("--format", help="How the table is written.")] = Format.markdown,
-    columns: Annotated[Columns, typer.Option("--columns", help="all: pass@k and the share of truncated samples too.")] = Columns.main,
+    columns: Annotated[Columns, typer.Option("--columns", help="all: pass@k, share of truncated samples, mean reward too.")] = Columns.main,
 ) -> None:
     """Print the table of several eval results."""
     results = [result for run in runs for result in read_results(run)]
@@ -47,6 +47,8 @@ def report(
     cells = pivot(results)
     labels = headings(list(dict.fromkeys(result.column for result in results)))
     figures = ["avg_at_k", "pass_at_k", "truncated"] if columns is Columns.all else ["avg_at_k"]
+    if columns is Columns.all and any(result.mean_reward not in (None, result.avg_at_k) for result in results):
+        figures.append("mean_reward")
 
     if format is Format.json:
         jsonl.print_result(as_json(cells, labels))
