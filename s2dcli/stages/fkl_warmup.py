@@ -5,7 +5,7 @@
 
 With --teacher the loss is KL(teacher || student) at every token of the teacher's completions, exact
 over the whole vocabulary (paper, Eq. 5 and stage 2a). With --hard-labels it is the cross-entropy of
-the sampled tokens themselves (teacher-sample SFT); --only-correct keeps the rows whose reward is 1
+the sampled tokens themselves (teacher-sample SFT); --only-correct keeps the rows that are right
 (rejection sampling), which spends the labels of all rows that were graded.
 
 The rows' stored token ids are trained on; text is never tokenised again.
@@ -42,7 +42,7 @@ def fkl_warmup(
     hard_labels: Annotated[
         bool, typer.Option("--hard-labels", help="Learn the sampled tokens themselves (SFT); needs no teacher.")
     ] = False,
-    only_correct: Annotated[bool, typer.Option("--only-correct", help="Keep only graded rollouts whose reward is 1.")] = False,
+    only_correct: Annotated[bool, typer.Option("--only-correct", help="Keep only graded rollouts whose label is right.")] = False,
     out: options.RunDir = Path("runs/fkl-warmup"),
     temperature: Annotated[
         float, typer.Option("--temperature", min=1e-3, help="Of both distributions in the KL.", rich_help_panel=options.TRAINING)
@@ -160,10 +160,10 @@ def _read_rows(path: str, only_correct: bool) -> tuple[list[dict], set[str]]:
         if only_correct:
             if "reward" not in record:
                 raise DataError("no field 'reward' for --only-correct", where=where, hint=f"grade first: s2d verify {path} -o graded.jsonl")
-            reward = take(record, "reward", (float, int, type(None)), where)
+            take(record, "reward", (float, int, type(None)), where)
         if only_correct or row.sampler.get("engine") == GOLD_ENGINE:
             labels.add(row.problem_sha256)
-        if only_correct and (reward is None or reward < stats.SOLVED):
+        if only_correct and not stats.is_right(record):
             dropped += 1
         else:
             records.append(record)
