@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def _result(where: str, record: dict) -> Result:
 
     def number(field: str) -> float:
         value = take(record, field, (float, int), where)
-        if not math.isfinite(value):
+        if not abs(value) <= sys.float_info.max:  # nor an integer beyond it
             raise DataError(f"field {field!r} is not a finite number", where=where)
         return float(value)
 

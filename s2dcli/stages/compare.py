@@ -30,7 +30,7 @@ from s2dcli.errors import DataError
 from s2dcli.files import jsonl
 from s2dcli.files.ledger import distinct_labels, manifest_of
 from s2dcli.files.manifest import NEVER_COMPARED, flag
-from s2dcli.files.records import take
+from s2dcli.files.records import take, take_reward
 
 GRADED = "rollouts.jsonl"  # in the output folder of s2d eval
 DECODING = ("temperature", "top_p", "top_k", "max_tokens")  # of `sampler`; both sides should have it in common
@@ -88,9 +88,7 @@ def _read(path: str) -> tuple[dict[str, list[float]], dict[str, set[float]]]:
     scores = stats.Scores()
     decoding: dict[str, set[float]] = {}
     for where, record in jsonl.read(file, "graded rollouts"):
-        if "reward" not in record:
-            raise DataError("no field 'reward'", where=where, hint=f"grade it first: s2d verify {file} -o graded.jsonl")
-        take(record, "reward", (float, int, type(None)), where)
+        take_reward(record, where)
         take({"label": None, **record}, "label", (bool, type(None)), where)
         scores.add(take(record, "problem_sha256", str, where), record)
         sampler = take({"sampler": {}, **record}, "sampler", dict, where)  # other tools write none
