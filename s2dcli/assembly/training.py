@@ -26,7 +26,7 @@ from s2dcli.engines.base import SamplingParams
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import refuse_inside
 from s2dcli.files.manifest import HOW_STARTED, describe
-from s2dcli.files.records import Problem, Rollout
+from s2dcli.files.records import Problem, Rollout, require_labels
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.grade.pool import MATH, Grader
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, resolve
@@ -70,7 +70,8 @@ class TrainingSetup:
         self.tokenizer = load_tokenizer(self.parent.folder, loading.trust_remote_code)
         for other in others:
             require_same_tokenizer(load_tokenizer(other.folder, loading.trust_remote_code), self.tokenizer)
-        self.eval_tasks = make_tasks(eval_problems, self.encoder) if eval_problems else []
+        labelled = require_labels(list(eval_problems), "--eval-problems must be labelled")
+        self.eval_tasks = make_tasks(labelled, self.encoder) if labelled else []
 
     @cached_property
     def encoder(self) -> PromptEncoder:

@@ -22,6 +22,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from typer.main import get_current_context
+
 from s2dcli import __version__, console
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files.atomic import whole_file
@@ -33,7 +35,7 @@ ROLES = ("model", "student", "teacher", "tokenizer")  # options that name a chec
 SAMPLER = "sampler"  # role of a checkpoint that sampled the rollouts
 UNKNOWN = "unknown"
 # What a manifest's record keeps of it
-RECORDED = ("command", "options", "versions", "commit", "seeds", "inputs", "parents", "counts", "labels", "output_sha256")
+RECORDED = ("command", "options", "given", "versions", "commit", "seeds", "inputs", "parents", "counts", "labels", "output_sha256")
 HOW_STARTED = {"overwrite", "resume", "dry_run"}  # options that say nothing about the work
 NEVER_COMPARED = {"out", *HOW_STARTED}  # nor does where its output goes
 # Options whose flag is not their parameter's name
@@ -76,6 +78,7 @@ def describe(
         "complete": False,
         "command": command,
         "options": {name: _plain(value) for name, value in options.items()},
+        "given": [name for name in options if name not in NEVER_COMPARED and _is_given(name)],
         "versions": {"s2d": __version__, "python": platform.python_version(), **_versions()},
         "commit": _commit(),
         "seeds": {name: value for name, value in options.items() if name == "seed"},
@@ -100,6 +103,13 @@ def describe(
         )
     name_samplers(manifest, rollouts)
     return manifest
+
+
+def _is_given(option: str) -> bool:
+    """Whether the user gave an option of the running command; others are defaults or follow from what was given."""
+    context = get_current_context(silent=True)
+    source = context.get_parameter_source(option) if context else None
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _input(path: str, ancestors: dict[str, Any]) -> dict[str, str]:
@@ -209,24 +219,37 @@ def read_manifest(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if content.get("schema") != SCHEMA:
         raise DataError(f"not a manifest of s2d ({SCHEMA})", where=str(path))
+    _take_all({"measured": [], **content}, "measured", list, str, path)
     for name, record in {"": content, **_take(content, "ancestors", dict, path)}.items():
         if name and sha256_json(record) != name:
             raise DataError(f"the record {name[:12]} in it was changed", where=str(path))
-        _take(record, "command", str, path)
+        _take_all(record, "labels", list, str, path)
+        _take_all(record, "given", list, str, path)
+        _take_all(record, "versions", dict, str, path)
+        _take_all(record, "counts", dict, (int, float), path)
         _take(record, "options", dict, path)
-        if not all(isinstance(label, str) for label in _take(record, "labels", list, path)):
-            raise DataError("'labels' must be a list of hashes", where=str(path))
-        for kind, keys in (("inputs", ("path", "sha256", "record")), ("parents", ("role", "name", "weights_sha256", "record"))):
-            for item in _take(record, kind, list, path):
-                for key in keys:
-                    _take(item, key, str, path)
+        texts = [(record, "command"), (record, "commit")]
+        texts += [(item, key) for item in _take(record, "inputs", list, path) for key in ("path", "sha256", "record")]
+        texts += [(item, key) for item in _take(record, "parents", list, path) for key in ("role", "name", "weights_sha256", "record")]
+        for item, key in texts:
+            _take(item, key, str, path)
+        for parent in record["parents"]:
+            _take(parent, "step", int, path)
     return content
 
 
 def _take(record: Any, field: str, kind: type, path: Path) -> Any:
     if not isinstance(record, dict) or not isinstance(record.get(field), kind):
-        raise DataError(f"not a manifest of this version of s2d: no {field!r} in it", where=str(path))
+        unlike = " of the right type" if isinstance(record, dict) and field in record else ""
+        raise DataError(f"not a manifest of this version of s2d: no {field!r} in it{unlike}", where=str(path))
     return record[field]
+
+
+def _take_all(record: Any, field: str, kind: type, of: type | tuple[type, ...], path: Path) -> None:
+    """Check a list or object, and the values in it."""
+    found = _take(record, field, kind, path)
+    if not all(isinstance(value, of) for value in (found.values() if kind is dict else found)):
+        raise DataError(f"not a manifest of this version of s2d: values of the wrong type in {field!r}", where=str(path))
 
 
 def flag(option: str) -> str:

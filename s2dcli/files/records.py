@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from s2dcli import stats
 from s2dcli.errors import DataError, nearest
 from s2dcli.files import jsonl
 
@@ -175,7 +176,7 @@ class Graded(Rollout):
 
     @classmethod
     def from_record(cls, record: dict, where: str) -> Graded:
-        """Only `reward` is required beside the columns of a rollout."""
+        """Only `reward` is required beside the columns of a rollout; without `label` it says what is right."""
         columns = _rollout_columns(record, where)
         take({f"sampler.{name}": value for name, value in columns["sampler"].items()}, "sampler.max_tokens", int, where)
         verdict = {"reward": take_reward(record, where)}
@@ -185,6 +186,7 @@ class Graded(Rollout):
         for name, value in verdict.get("rewards", {}).items():
             if value is not None:
                 take_number({f"rewards.{name}": value}, f"rewards.{name}", where)
+        verdict.setdefault("label", stats.is_right(record))
         return cls(**columns, **verdict, extra=_without(record, cls))
 
 
@@ -231,13 +233,13 @@ def read_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def require_labels(problems: list[Problem]) -> list[Problem]:
+def require_labels(problems: list[Problem], hint: str = "RL needs labels; for unlabelled problems use s2d opd") -> list[Problem]:
     """Return problems that all have answers. Raises DataError."""
     unlabelled = [problem.id for problem in problems if not problem.answer]
     if unlabelled:
         raise DataError(
             f"{len(unlabelled)} of {len(problems)} problems have no answer to grade against, the first is {unlabelled[0]!r}",
-            hint="RL needs labels; for unlabelled problems use s2d opd",
+            hint=hint,
         )
     return problems
 

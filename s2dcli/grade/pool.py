@@ -30,6 +30,7 @@ from s2dcli.errors import GradingError, UsageError
 from s2dcli.grade import answer, wire
 from s2dcli.grade.extract import opens_thinking, text_of_answer, text_of_completion
 from s2dcli.grade.rewards import MATH, parse_all
+from s2dcli.stats import verdict
 
 WINDOW_ROWS = 2048  # rows that may be under way at a time
 WINDOW_BYTES = 32 << 20  # ... and their bytes; one row may always be under way
@@ -95,7 +96,7 @@ class Grader:
         if os.getcwd() not in self._config["path"]:
             self._config["path"].append(os.getcwd())  # where the user's own functions lie
         self.verifier = self._describe(memory_limit)
-        self._judge = next((reward.name for reward in self.rewards if reward.built_in), self.rewards[0].name)  # whose verdict `label` is
+        self._judge = next((number for number, reward in enumerate(self.rewards) if reward.built_in), 0)  # whose verdict `label` is
         self._whole_records = not all(reward.built_in for reward in self.rewards)
         self._ids = count(1)
         self._start()
@@ -266,11 +267,11 @@ class Grader:
         total = None
         if None not in scores.values():
             total = sum(reward.weight * scores[reward.name] for reward in self.rewards)
-        judged = scores[self._judge]
+        judged, _, failure = parts[self._judge]
         return {
             "reward": total,
             "rewards": scores,
-            "label": None if judged is None else judged >= 1.0,
+            "label": None if failure and not self.rewards[self._judge].built_in else verdict(judged),
             "extracted": next((part[1] for part in parts if part[1]), ""),
             "verifier": self.verifier,
             "verify_error": error,

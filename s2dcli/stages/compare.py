@@ -3,13 +3,17 @@
     s2d compare runs/eval-direct runs/eval-bridge
     s2d compare --settings runs/direct runs/bridge
 
-Without --settings, A and B are output folders of `s2d eval` or files of graded rollouts. The difference
-B - A of avg@k is taken over the problems that both have, and its standard error over these problems from
-the differences themselves: the two are measured on the same problems, so how hard each one is cancels out.
+Without --settings, A and B are output folders of `s2d eval` or files of graded rollouts, with equally many
+samples of each problem. The difference B - A of avg@k is taken over the problems that both have, and its
+standard error over these problems from the differences themselves: the two are measured on the same problems,
+so how hard each one is cancels out. p and the 95 % interval are those of the paired t-test. Sides that were
+sampled in different ways (temperature, top-p, top-k, length limit) are warned of.
 
 With --settings, A and B are checkpoints, run or eval folders, or files that s2d wrote. What is printed are
 the settings, inputs, models, labels and versions in which they differ, and nothing else: a fair contrast
 differs in the one thing that it is named after.
+
+Results are a few lines in words on a terminal, a markdown table elsewhere, and with --json one object.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from s2dcli.files.manifest import NEVER_COMPARED, flag
 from s2dcli.files.records import take, take_reward
 
 GRADED = "rollouts.jsonl"  # in the output folder of s2d eval
+DECODING = ("temperature", "top_p", "top_k", "max_tokens")  # of `sampler`; both sides should have it in common
+NUCLEUS = ("top_p", "top_k")  # without effect in greedy decoding
 NONE = "-"
 HASH_DIGITS = 12  # of a sha256 that are shown
 
@@ -42,50 +48,96 @@ def compare(
     """Compare two results, paired by problem, or the settings of two runs."""
     if settings:
         found = {name: {"a": one, "b": other} for name, one, other in _differences(manifest_of(a), manifest_of(b))}
-        table = [["", a, b], *([name, sides["a"], sides["b"]] for name, sides in found.items())]
+        text = console.markdown([["", a, b], *([name, *sides.values()] for name, sides in found.items())]) if found else ""
     else:
-        scores = [_scores(path) for path in (a, b)]
-        try:
-            found = stats.paired_difference(*scores)
-        except ValueError as error:
-            raise DataError(f"cannot be compared: {error}", where=f"{a} and {b}") from None
-        for path, side in zip((a, b), scores, strict=True):
-            if len(side) > found["problems"]:
-                console.warn(f"{path}: {len(side) - found['problems']} problems are not in the other one and left out")
-        table = _result_table(a, b, found)
+        found = _paired(a, b)
+        text = _in_words(a, b, found) if console.claim_stdout().isatty() else _table(a, b, found)
     if as_json:
         jsonl.print_result(found)
         return
     out = console.claim_stdout()
-    out.write(console.markdown(table).encode() if len(table) > 1 else b"")
+    out.write(text.encode())
     out.flush()
-    if len(table) == 1:
+    if not found:
         console.info("no setting differs")
 
 
 # Results
 
 
-def _scores(path: str) -> dict[str, list[float]]:
-    """Return the rewards of each problem, by problem_sha256. Raises DataError if they are not there or k varies."""
+def _paired(a: str, b: str) -> stats.Figures:
+    """Return the paired difference of two results. Warns of what else than the model is different."""
+    (scores_a, decoding_a), (scores_b, decoding_b) = (_read(path) for path in (a, b))
+    try:
+        found = stats.paired_difference(scores_a, scores_b)
+    except ValueError as error:
+        raise DataError(f"cannot be compared: {error}", where=f"{a} (A) and {b} (B)") from None
+    for path, scores in ((a, scores_a), (b, scores_b)):
+        if len(scores) > found["problems"]:
+            console.warn(f"{path}: {len(scores) - found['problems']} problems are not in the other one and left out")
+    both = [name for name in decoding_a if name in decoding_b and decoding_a[name] != decoding_b[name]]
+    if both:
+        unlike = ", ".join(f"{name} {_listed(decoding_a[name])} and {_listed(decoding_b[name])}" for name in both)
+        console.warn(f"{a} and {b} were sampled in different ways, the difference is not the models' alone: {unlike}")
+    return found
+
+
+def _read(path: str) -> tuple[dict[str, list[float]], dict[str, set[float]]]:
+    """Return the scores of each problem, by problem_sha256, and the values of DECODING that the rows were sampled with."""
     file = str(Path(path) / GRADED) if Path(path).is_dir() else path
-    scores: dict[str, list[float]] = {}
+    scores = stats.Scores()
+    decoding: dict[str, set[float]] = {}
     for where, record in jsonl.read(file, "graded rollouts"):
-        reward = take_reward(record, where)
-        scores.setdefault(take(record, "problem_sha256", str, where), []).append(float(reward or 0.0))
-    if not scores:
+        take_reward(record, where)
+        take({"label": None, **record}, "label", (bool, type(None)), where)
+        scores.add(take(record, "problem_sha256", str, where), record)
+        sampler = take({"sampler": {}, **record}, "sampler", dict, where)  # other tools write none
+        for name in DECODING:
+            if name in sampler and (name not in NUCLEUS or sampler.get("temperature") != 0):
+                decoding.setdefault(name, set()).add(take(sampler, name, (float, int), where))
+    by_problem = scores.by_problem()
+    if not by_problem:
         raise DataError("holds no graded rollouts", where=file)
-    return scores
+    if not scores.meaningful:
+        raise DataError(f"cannot be compared: {stats.NO_NOTION}", where=file, hint=stats.NO_NOTION_HINT)
+    return by_problem, decoding
 
 
-def _result_table(a: str, b: str, found: dict[str, Any]) -> list[list[str]]:
-    def percent(figure: float) -> str:
-        return f"{100 * figure:.1f}"
+def _listed(values: set[float]) -> str:
+    return " or ".join(f"{value:g}" for value in sorted(values))
 
-    z, p = ("-" if found[name] is None else f"{found[name]:.2g}" for name in ("z", "p"))
-    heads = ["", f"{a} (A)", f"{b} (B)", "B - A", "SE", "z", "p"]
-    values = [*(percent(found[name]) for name in ("a", "b", "difference", "se")), z, p]
-    return [heads, [f"per cent of {found['problems']} problems", *values]]
+
+def _table(a: str, b: str, found: stats.Figures) -> str:
+    percents = [f"{100 * found[name]:.1f}" for name in ("a", "b", "difference", "se")]
+    tests = [NONE if found[name] is None else f"{found[name]:.2g}" for name in ("t", "p")]
+    heads = ["", f"{a} (A)", f"{b} (B)", "B - A", "SE", "t", "p"]
+    return console.markdown([heads, [f"per cent of {found['problems']} problems", *percents, *tests]])
+
+
+def _in_words(a: str, b: str, found: stats.Figures) -> str:
+    """Return the comparison as a few lines for a person."""
+    problems, difference, p = found["problems"], found["difference"], found["p"]
+    rows = [
+        ("A", f"{100 * found['a']:6.1f} %       {a}"),
+        ("B", f"{100 * found['b']:6.1f} %       {b}"),
+        ("difference B - A", f"{100 * difference:+6.1f} points  over the {problems} problems of both"),
+    ]
+    if p is None:
+        alike = "The same score" if difference == 0 else "The same difference"
+        meaning = f"{alike} on every problem: there is no spread to judge chance by."
+    else:
+        rows += [
+            ("standard error", f"{100 * found['se']:6.1f} points"),
+            ("95 % interval", f"{100 * found['low']:+6.1f} to {100 * found['high']:+.1f} points"),
+            ("p", f"{p:8.2g}      two-sided, t with {problems - 1} degrees of freedom"),
+        ]
+        if p < stats.SIGNIFICANT:
+            better = "B" if difference > 0 else "A"
+            meaning = f"{better} is better: between equals a difference this large would come by chance in {100 * p:.2g} % of comparisons."
+        else:
+            meaning = "These problems cannot tell A and B apart: the interval includes zero."
+    lines = [f"{name:18}{value}" for name, value in rows]
+    return "".join(console.printable(line) + "\n" for line in [*lines, "", meaning])
 
 
 # Settings

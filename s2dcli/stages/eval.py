@@ -28,8 +28,9 @@ from s2dcli.files.ledger import warnings
 from s2dcli.files.lock import locked
 from s2dcli.files.manifest import MANIFEST, describe, name_samplers, read_json, write_json
 from s2dcli.files.output import begun, cut_after, kept_lines
-from s2dcli.files.records import read_graded, read_problems
+from s2dcli.files.records import read_graded, read_problems, require_labels
 from s2dcli.grade.pool import MATH, Grader
+from s2dcli.grade.rewards import parse_all
 
 RESULTS = "results.json"
 GRADED = "rollouts.jsonl"
@@ -98,6 +99,8 @@ def evaluate(
     from s2dcli.models.checkpoints import resolve
 
     todo = read_problems(problems) if model else []
+    if any(reward.built_in for reward in parse_all(grading.reward or [MATH])):
+        require_labels(todo, "measure on labelled problems, or use a reward that needs no answer: --reward python:MODULE:FUNCTION")
     checkpoint = resolve(model) if model else None
     if out and checkpoint:
         refuse_inside(out, [checkpoint.folder])
@@ -182,12 +185,9 @@ def _measure(graded: Iterable[dict], out: Path | None, name: str | None, manifes
                 writer.sync()
                 write_json(out / RESULTS, results)
                 write_json(out / MANIFEST, {**manifest, "complete": True, "counts": counts, "measured": sorted(measured)})
-    if figures["ungraded"]:
-        console.warn(f"{figures['ungraded']} answers could not be graded and count as wrong")
-    for caution in warnings(manifest, measured):
+    for caution in (*stats.cautions(figures), *warnings(manifest, measured)):
         console.warn(caution)
-    k, average, error = figures["k"], figures["avg_at_k"], figures["se"]
-    console.info(f"avg@{k} {average:.1%} ± {error:.1%} over {figures['problems']} problems; {figures['truncated']:.1%} truncated")
+    console.info(stats.in_words(figures))
     jsonl.print_result(results)
 
 

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 
-from s2dcli import console, options, stats
+from s2dcli import console, options
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import refuse_folder
@@ -112,7 +112,7 @@ def _taught(path: str, only_correct: bool, labels: set[str]) -> Iterator[Rollout
     for _, rollout in read_graded(path) if only_correct else read_rollouts(path):
         if only_correct or rollout.sampler.get("engine") == GOLD_ENGINE:
             labels.add(rollout.problem_sha256)
-        if only_correct and (rollout.reward is None or rollout.reward < stats.SOLVED):
+        if only_correct and not rollout.label:
             dropped += 1
         else:
             kept += 1

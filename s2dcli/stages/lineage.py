@@ -5,7 +5,7 @@
     s2d lineage runs/eval-opd --json | jq .labels.distinct
 
 PATH is a checkpoint or run folder, the output folder of `s2d eval`, or a file that s2d wrote. The tree
-names each stage, what it rests on, the settings that differ from the defaults, and what it has cost;
+names each stage, its parents and inputs, the options that were given, and what it has cost;
 it is read from one manifest alone, so that it survives the folders it speaks of. Below it stand the labels
 that were spent, each problem counted once. Evaluation problems that were learnt from are warned of
 (contamination), and labels that a stage learns from although its ancestors had them (replay).
@@ -22,14 +22,13 @@ import typer
 from s2dcli import console
 from s2dcli.files import jsonl
 from s2dcli.files.ledger import distinct_labels, manifest_of, spent, unknown_parents, warnings
-from s2dcli.files.manifest import NEVER_COMPARED, UNKNOWN, flag
+from s2dcli.files.manifest import UNKNOWN, flag
 from s2dcli.files.records import take
 
 UNITS = {"updates": "updates", "problems": "problems", "rollouts": "rollouts", "tokens": "tokens", "seconds": "s"}
 
 
 def lineage(
-    context: typer.Context,
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="Checkpoint, run or eval folder, or a file that s2d wrote.", show_default=False)
     ],
@@ -48,8 +47,7 @@ def lineage(
         spending = {"distinct": len(distinct_labels(manifest)), "by_stage": by_stage}
         jsonl.print_result({"path": path, **manifest, "labels": spending, "warnings": cautions, "unknown": unknown_parents(manifest)})
     else:
-        defaults = _defaults(context)
-        lines = [_headline(path, manifest), *_branches(manifest, manifest["ancestors"], defaults, set()), ""]
+        lines = [_headline(path, manifest), *_branches(manifest, manifest["ancestors"], set()), ""]
         lines += [f"{number:8} labels  {title}" for title, number in labels]
         lines.append(f"{len(distinct_labels(manifest)):8} distinct labels in all")
         out = console.claim_stdout()
@@ -61,23 +59,17 @@ def lineage(
         console.warn(f"unknown ancestry: {', '.join(unknown)} sampled what was learnt from, and what that has cost is not known")
 
 
-def _defaults(context: typer.Context) -> dict[str, dict[str, Any]]:
-    """Return the defaults of every command's options, as a manifest would hold them."""
-    commands = context.find_root().command.commands
-    return {name: {option.name: option.default for option in command.params} for name, command in commands.items()}
-
-
 def _headline(name: str, record: dict[str, Any]) -> str:
     counts = [f"{record['counts'][count]:,.0f} {unit}" for count, unit in UNITS.items() if record["counts"].get(count)]
     labels = [f"{len(record['labels'])} labels"] if record["labels"] else []
     return f"{name}: {', '.join([record['command'] or 'not made by s2d', *counts, *labels])}"
 
 
-def _branches(record: dict[str, Any], ancestors: dict[str, Any], defaults: dict[str, Any], shown: set[str]) -> Iterator[str]:
+def _branches(record: dict[str, Any], ancestors: dict[str, Any], shown: set[str]) -> Iterator[str]:
     """Yield the lines below a headline: the settings, and a branch for each thing that it rests on."""
     items = [(f"{parent['role']} {_where(parent)}", parent) for parent in record["parents"]]
     items += [(f"input {item['path']}", item) for item in record["inputs"]]
-    if settings := _settings(record, defaults.get(record["command"], {})):
+    if settings := _settings(record):
         yield f"{'│' if items else ' '}  {settings}"
     for number, (name, item) in enumerate(items, 1):
         corner, stem = ("└─ ", "   ") if number == len(items) else ("├─ ", "│  ")
@@ -90,7 +82,7 @@ def _branches(record: dict[str, Any], ancestors: dict[str, Any], defaults: dict[
         else:
             shown.add(item["record"])
             yield corner + _headline(name, made_by)
-            yield from (stem + line for line in _branches(made_by, ancestors, defaults, shown))
+            yield from (stem + line for line in _branches(made_by, ancestors, shown))
 
 
 def _where(parent: dict[str, Any]) -> str:
@@ -98,11 +90,11 @@ def _where(parent: dict[str, Any]) -> str:
     return f"{parent['name'] or '(no name)'}{step}"
 
 
-def _settings(record: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """Return the options that differ from the defaults, but for those that name files and models."""
+def _settings(record: dict[str, Any]) -> str:
+    """Return the options that were given, but for those that name files and models."""
     named = {item.get("path", item.get("name")) for item in (*record["inputs"], *record["parents"])}
     return " ".join(
         flag(name) if value is True else f"{flag(name)} {value if isinstance(value, str) else json.dumps(value)}"
         for name, value in record["options"].items()
-        if value != defaults.get(name) and name not in NEVER_COMPARED and (not isinstance(value, str) or value not in named)
+        if name in record["given"] and (not isinstance(value, str) or value not in named)
     )

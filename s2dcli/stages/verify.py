@@ -160,6 +160,8 @@ def _report(tally: Counter[str], errors: Counter[str], rows: Rows, num_mute: int
         console.info(f"  {number:6} {error}")
     if num_mute:
         console.warn(f"{num_mute} rows have no field 'completion'{unlike}: that counts as no answer")
+    if tally["unlabelled"]:
+        console.warn(f"{tally['unlabelled']} of {total} rows have a reward but no label: it says neither right (1) nor wrong (0)")
     if tally["null"]:
         console.warn(f"{tally['null']} of {total} rows have a null reward; their verify_error says why")
     if not total and not rows.num_bad:
@@ -217,7 +219,8 @@ def verify(
             nonlocal num_mute, unlike
             where, raw, record = rows.under_way.popleft()
             advance()
-            tally["null" if verdict["reward"] is None else "right" if verdict["label"] else "wrong"] += 1
+            label = {True: "right", False: "wrong", None: "unlabelled"}[verdict["label"]]
+            tally["null" if verdict["reward"] is None else label] += 1
             if verdict["verify_error"]:
                 errors[": ".join(verdict["verify_error"].split(": ")[:depth])] += 1
             if "completion" not in record:

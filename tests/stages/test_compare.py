@@ -1,7 +1,13 @@
 """`s2d compare` through the command line."""
 
+import contextlib
+import json
+import os
+import pty
+import tempfile
+
 import pytest
-from conftest import read_jsonl, write_jsonl
+from conftest import read_jsonl, start, wait, write_jsonl
 
 from s2dcli import stats
 
@@ -19,7 +25,7 @@ def pair(s2d, toy, few, tmp_path_factory):
 def scores(folder):
     found = {}
     for row in read_jsonl(folder / "rollouts.jsonl"):
-        found.setdefault(row["problem_sha256"], []).append(row["reward"])
+        found.setdefault(row["problem_sha256"], []).append(float(row["label"] is True))
     return found
 
 
@@ -65,3 +71,109 @@ def test_settings_lists_options_inputs_and_labels(s2d, pair, toy, few, tmp_path)
     assert found.keys() == {"-k", "input 1"}
     assert found["-k"] == {"a": "4", "b": "2"}
     assert found["input 1"]["b"].startswith(str(other))
+
+
+def changed(folder, path, **fields):
+    """Copy an evaluation's rows with other fields; those of `sampler` are merged."""
+    sampler = fields.pop("sampler", {})
+    rows = [{**row, **fields, "sampler": {**row["sampler"], **sampler}} for row in read_jsonl(folder / "rollouts.jsonl")]
+    return write_jsonl(path, rows)
+
+
+def test_labels_are_compared_and_not_rewards(s2d, pair, tmp_path):
+    found = s2d("compare", *pair, "--json").result
+    assert 0 < found["b"] < 1
+    other = changed(pair[1], tmp_path / "other.jsonl", reward=-7.5)
+    assert s2d("compare", pair[0], other, "--json").result == found
+    rows = [{name: value for name, value in row.items() if name != "label"} for row in read_jsonl(pair[1] / "rollouts.jsonl")]
+    assert s2d("compare", pair[0], write_jsonl(tmp_path / "foreign.jsonl", rows), "--json").result == found
+
+
+def test_unequal_samples_are_refused(s2d, pair, tmp_path):
+    rows = read_jsonl(pair[1] / "rollouts.jsonl")
+    for name, kept in (("three", [row for row in rows if row["sample_index"] < 3]), ("half", rows[:-2])):
+        result = s2d("compare", pair[0], write_jsonl(tmp_path / f"{name}.jsonl", kept))
+        assert (result.code, result.out) == (1, b"")
+        assert f"has {kept[-1]['sample_index'] + 1} samples in B, but problem" in result.err
+
+
+def test_other_sampling_is_warned_of(s2d, pair, tmp_path):
+    assert s2d("compare", *pair, "--json").err == ""
+    greedy = changed(pair[1], tmp_path / "greedy.jsonl", sampler={"temperature": 0.0, "top_p": 0.5, "max_tokens": 32})
+    (warning,) = s2d("compare", pair[0], greedy, "--json").err.splitlines()
+    assert warning == (
+        f"warning: {pair[0]} and {greedy} were sampled in different ways, the difference is not the models' alone: "
+        "temperature 1 and 0, max_tokens 16 and 32"
+    )
+    narrow = changed(pair[1], tmp_path / "narrow.jsonl", sampler={"top_p": 0.5})
+    assert s2d("compare", narrow, pair[0], "--json").err.endswith("alone: top_p 0.5 and 1\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"reward": "1.0"}, "field 'reward' is text"),
+        ({"label": 1}, "field 'label' is integer, boolean or null was expected"),
+        ({"sampler": {"temperature": "hot"}}, "field 'temperature' is text, number or integer was expected"),
+        ({"problem_sha256": 7}, "field 'problem_sha256' is integer, text was expected"),
+    ],
+)
+def test_rows_with_wrong_types_are_one_line(s2d, pair, tmp_path, fields, message):
+    bad = changed(pair[1], tmp_path / "bad.jsonl", **fields)
+    result = s2d("compare", pair[0], bad)
+    assert (result.code, result.out) == (1, b"")
+    assert result.err.startswith(f"error: {bad}:1: {message}")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("versions", None), ("commit", 3), ("counts", {"tokens": "many"}), ("given", None), ("step", "x"), ("measured", [[]])],
+)
+def test_manifests_without_fields_are_one_line(s2d, pair, tmp_path, field, value):
+    manifest = json.loads((pair[0] / "s2d.json").read_text())
+    target = manifest["parents"][0] if field == "step" else manifest
+    target[field] = value
+    if value is None:
+        del target[field]
+    (tmp_path / "s2d.json").write_text(json.dumps(manifest))
+    (tmp_path / "results.json").write_bytes((pair[0] / "results.json").read_bytes())
+    for command in (["compare", "--settings", pair[1], tmp_path], ["lineage", tmp_path], ["report", tmp_path]):
+        result = s2d(*command)
+        assert (result.code, result.out) == (1, b"")
+        assert result.err.startswith(f"error: {tmp_path / 's2d.json'}: not a manifest of this version of s2d: ")
+        assert repr(field) in result.err
+        assert result.err.count("\n") == 1
+
+
+def on_terminal(arguments):
+    """Run a command whose standard output is a terminal. Returns what it wrote there."""
+    ours, theirs = pty.openpty()
+    with open(os.devnull, "rb") as nothing, tempfile.TemporaryFile() as err:
+        assert wait(start([str(argument) for argument in arguments], nothing.fileno(), theirs, err.fileno())) == 0
+    os.close(theirs)
+    found = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while chunk := os.read(ours, 1 << 16):
+            found += chunk
+    os.close(ours)
+    return found.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_gets_words(s2d, pair, tmp_path):
+    found = s2d("compare", *pair, "--json").result
+    shown = on_terminal(["compare", *pair])
+    assert f"A                 {100 * found['a']:6.1f} %       {pair[0]}\n" in shown
+    assert f"difference B - A  {100 * found['difference']:+6.1f} points  over the 8 problems of both\n" in shown
+    assert f"95 % interval     {100 * found['low']:+6.1f} to {100 * found['high']:+.1f} points\n" in shown
+    assert shown.endswith("\n\nThese problems cannot tell A and B apart: the interval includes zero.\n")
+    always = changed(pair[1], tmp_path / "always.jsonl", label=True)
+    rows = [{**row, "label": number == 0} for number, row in enumerate(read_jsonl(pair[0] / "rollouts.jsonl"))]
+    never = write_jsonl(tmp_path / "never.jsonl", rows)
+    better = on_terminal(["compare", always, never])
+    chance = 100 * s2d("compare", always, never, "--json").result["p"]
+    assert chance < 0.01
+    assert better.endswith(f"A is better: between equals a difference this large would come by chance in {chance:.2g} % of comparisons.\n")
+    same = on_terminal(["compare", pair[0], pair[0]])
+    assert same.endswith("The same score on every problem: there is no spread to judge chance by.\n")
+    assert s2d("compare", *pair).out.startswith(b"|")

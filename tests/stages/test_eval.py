@@ -49,7 +49,7 @@ def test_greedy_takes_one_sample(s2d, toy, few):
 def test_null_rewards_count_as_wrong_and_are_told(s2d, measured, tmp_path):
     rows = read_jsonl(measured[0] / "rollouts.jsonl")
     right = next(i for i, row in enumerate(rows) if row["reward"] == 1.0)
-    rows[right]["reward"] = None
+    rows[right] |= {"reward": None, "label": None}
     result = s2d("eval", "--rollouts", write_jsonl(tmp_path / "nulls.jsonl", rows))
     assert result.result["ungraded"] == 1
     assert result.result["avg_at_k"] == pytest.approx(measured[1]["avg_at_k"] - 1 / 800)
@@ -165,3 +165,97 @@ def test_graded_rollouts_name_who_sampled_them(s2d, toy, undisturbed, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(rows)
     again = ["eval", "--rollouts", tmp_path / "rows.jsonl", "-o", tmp_path / "again", "--resume"]
     assert s2d(*again).result == s2d(*again).result == undisturbed[1]
+
+
+REWARDS = """
+def always(completion, answer, record):
+    return -7.5
+
+def shaped(completion, answer, record):
+    return 2.0 if answer in completion else -7.5
+
+def verdict(completion, answer, record):
+    if record["sample_index"] == 3:
+        raise KeyError("no verdict")
+    return answer in completion
+"""
+
+
+@pytest.fixture(scope="module")
+def rolled(s2d, toy, few):
+    """The teacher's rollouts of eight problems, some of them right."""
+    return s2d("rollout", "-m", toy / "teacher", few, "-n", 4, "--max-tokens", 16).out
+
+
+def judged(s2d, rolled, folder, *rewards):
+    """Return (what verify makes of the rollouts, what eval makes of that)."""
+    (folder / "mine.py").write_text(REWARDS)
+    graded = s2d("verify", *(word for reward in rewards for word in ("--reward", reward)), stdin=rolled, cwd=folder)
+    assert graded.code == 0, graded.err
+    return graded, s2d("eval", "--rollouts", "-", stdin=graded.out)
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [("math", "exact"), ("math", "python:mine:shaped"), ("math=0.5",), ("python:mine:always", "math=0"), ("math=-2", "exact=7.5")],
+)
+def test_avg_at_k_is_the_share_of_right_answers_whatever_the_rewards(s2d, rolled, tmp_path, rewards):
+    _, plain = judged(s2d, rolled, tmp_path, "math")
+    graded, found = judged(s2d, rolled, tmp_path, *rewards)
+    rows = graded.rows
+    right = sum(row["label"] for row in rows) / len(rows)
+    assert 0 < right < 1
+    assert found.result["avg_at_k"] == plain.result["avg_at_k"] == pytest.approx(right)
+    assert (found.result["se"], found.result["pass_at_k"]) == (plain.result["se"], plain.result["pass_at_k"])
+    assert plain.result["mean_reward"] == plain.result["avg_at_k"]
+    reward = sum(row["reward"] for row in rows) / len(rows)
+    assert found.result["mean_reward"] == pytest.approx(reward)
+    assert f"avg@4 {right:.1%}" in found.err
+    assert f"mean reward {reward:.4g}" in found.err
+    assert "mean reward" not in plain.err
+
+
+@pytest.mark.parametrize("reward", ["always", "shaped"])
+def test_rewards_without_a_notion_of_right_have_a_mean_and_no_avg_at_k(s2d, rolled, tmp_path, reward):
+    verified, found = judged(s2d, rolled, tmp_path, f"python:mine:{reward}")
+    rows = verified.rows
+    assert "32 rows graded: 0 right, 0 wrong, 0 without a verdict" in verified.err
+    assert "32 rows have a reward but no label" in verified.err
+    assert {row["label"] for row in rows} == {None}
+    assert [found.result[name] for name in ("problems", "k", "avg_at_k", "se", "pass_at_k", "ungraded")] == [8, 4, None, None, None, 0]
+    mean = sum(row["reward"] for row in rows) / len(rows)
+    assert found.result["mean_reward"] == pytest.approx(mean)
+    warning, line = found.err.splitlines()
+    assert "the rewards have no notion of right" in warning
+    assert "--reward math=0" in warning
+    assert line.startswith(f"mean reward {mean:.4g} ± ")
+    graded = write_jsonl(tmp_path / "graded.jsonl", rows)
+    refused = s2d("compare", graded, graded)
+    assert (refused.code, refused.out) == (1, b"")
+    assert "graded.jsonl: cannot be compared: the rewards have no notion of right" in refused.err
+
+
+def test_a_function_of_zero_and_one_says_what_is_right_where_it_does_not_fail(s2d, rolled, tmp_path):
+    graded, found = judged(s2d, rolled, tmp_path, "python:mine:verdict")
+    rows = graded.rows
+    assert [row["label"] for row in rows] == [None if row["sample_index"] == 3 else row["reward"] == 1.0 for row in rows]
+    assert found.result["avg_at_k"] == pytest.approx(sum(row["label"] is True for row in rows) / 32)
+    assert found.result["ungraded"] == 8
+    assert "warning: 8 answers could not be graded as right or wrong and count as wrong" in found.err
+
+
+def test_problems_without_an_answer_cannot_be_measured(s2d, toy, few, rolled, tmp_path):
+    problems = read_jsonl(few)
+    unlabelled = write_jsonl(tmp_path / "unlabelled.jsonl", [*problems[:3], *({**problem, "answer": ""} for problem in problems[3:])])
+    message = f"5 of 8 problems have no answer to grade against, the first is {problems[3]['id']!r}; "
+    sampled = s2d("eval", "-m", toy / "teacher", unlabelled, "-k", 1, "--max-tokens", 8, "-o", tmp_path / "eval")
+    assert (sampled.code, sampled.out) == (1, b"")
+    assert message in sampled.err
+    assert not (tmp_path / "eval").exists()
+    answers = {problem["id"]: problem["answer"] for problem in read_jsonl(unlabelled)}
+    rows = [{**json.loads(line), "answer": answers[json.loads(line)["problem_id"]]} for line in rolled.splitlines()]
+    graded = s2d("verify", write_jsonl(tmp_path / "rolled.jsonl", rows)).out
+    read = s2d("eval", "--rollouts", "-", stdin=graded)
+    assert (read.code, read.out) == (1, b"")
+    assert message in read.err
+    assert "--reward python:MODULE:FUNCTION" in read.err

@@ -57,6 +57,14 @@ def test_hard_labels_are_cross_entropy_and_not_called_kl(s2d, toy, graded, tmp_p
     assert "kl" not in row
 
 
+def test_only_correct_goes_by_the_label_and_not_by_the_reward(s2d, toy, graded, tmp_path):
+    rows = [{**row, "reward": 7.5} for row in read_jsonl(graded)[:64]]
+    right = sum(row["label"] for row in rows)
+    assert 0 < right < 64
+    result = warm(s2d, toy, write_jsonl(tmp_path / "r.jsonl", rows), tmp_path / "run", "--hard-labels", "--only-correct", "--steps", 1)
+    assert f"--only-correct keeps {right} of 64 rollouts" in result.err
+
+
 def test_only_correct_keeps_the_right_rows_and_spends_the_labels_of_all(s2d, toy, graded, tmp_path):
     rows = read_jsonl(graded)
     right = [row for row in rows if row["reward"] == 1.0]

@@ -42,6 +42,23 @@ def test_the_tree_tells_stages_settings_costs_and_labels(s2d, pipeline, toy):
     assert "       8 distinct labels in all" in tree
 
 
+def test_the_tree_shows_what_was_given_and_not_what_a_preset_implied(s2d, toy, few, tmp_path):
+    given = ["--loss", "dapo", "--clip-high", 0.28, "--steps", 1, "-n", 2, "--problems-per-step", 2, "--max-tokens", 8, "--lr", 1e-6]
+    trained = s2d("grpo", "-m", toy / "teacher", few, "-o", tmp_path / "rl", *given)
+    assert trained.code == 0, trained.err
+    settings = s2d("lineage", tmp_path / "rl").out.decode().splitlines()[1]
+    assert settings.startswith("│  ")
+    assert sorted(settings[3:].split(" --")) == sorted(
+        ["-n 2", "max-tokens 8", "loss dapo", "clip-high 0.28", "steps 1", "problems-per-step 2", "lr 1e-06"]
+    )
+    evaluated = s2d("eval", "-m", tmp_path / "rl", few, "-k", 1, "--max-tokens", 8, "-o", tmp_path / "eval")
+    assert evaluated.code == 0, evaluated.err
+    assert settings in s2d("lineage", tmp_path / "eval").out.decode()  # in a record as in the manifest itself
+    found = s2d("lineage", tmp_path / "rl", "--json").result
+    assert found["options"]["aggregate"] == "token"  # what was used is recorded all the same
+    assert "aggregate" not in found["given"]
+
+
 def test_json_is_for_machines(s2d, pipeline):
     found = s2d("lineage", pipeline / "sft", "--json").result
     assert found["command"] == "fkl-warmup"
@@ -113,6 +130,7 @@ def test_text_in_manifests_cannot_drive_the_terminal(s2d, pipeline, tmp_path):
     shutil.copytree(pipeline / "sft", tmp_path / "sft")
     path = tmp_path / "sft" / "step-000002" / "s2d.json"
     manifest = json.loads(path.read_text())
+    manifest["given"].append("dtype")
     manifest["options"]["dtype"] = "\x1b]0;owned\x07\u202e"
     manifest["parents"][0]["name"] = "\x1b[2J"
     path.write_text(json.dumps(manifest))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import read_jsonl, write_jsonl
 
 SHORT = ["--steps", 3, "--problems-per-step", 4, "-n", 4, "--max-tokens", 16, "--lr", "1e-3"]
 
@@ -132,3 +132,13 @@ def test_offload_is_refused_without_a_gpu(s2d, toy, few, tmp_path):
     result = s2d("opd", *arguments, "--offload")
     assert result.code == 2
     assert "this run is on the CPU" in result.err
+
+
+def test_eval_problems_without_answers_are_refused_before_training(s2d, toy, few, tmp_path):
+    unlabelled = write_jsonl(tmp_path / "unlabelled.jsonl", [{**problem, "answer": ""} for problem in read_jsonl(few)])
+    models = ["--teacher", toy / "teacher", "--student", toy / "student"]
+    result = s2d("opd", *models, unlabelled, "-o", tmp_path / "run", "--eval-problems", unlabelled)
+    assert (result.code, result.out) == (1, b"")
+    assert "8 of 8 problems have no answer to grade against" in result.err
+    assert "--eval-problems must be labelled" in result.err
+    assert not (tmp_path / "run").exists()

@@ -157,6 +157,43 @@ def test_folder_without_results_and_nan_are_refused(report, tmp_path, result):
     assert "field 'se' is not a finite number" in done.err
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": "20"}, "field 'top_k' is text, integer was expected"),
+        ({"top_k": [20]}, "field 'top_k' is list, integer was expected"),
+        ({"ungraded": "none"}, "field 'ungraded' is text, integer was expected"),
+        ({"k": 0}, "field 'k' is 0, at least 1 was expected"),
+        ({"problems": -3}, "field 'problems' is -3, at least 1 was expected"),
+        ({"se": None}, "field 'se' is null, number or integer was expected"),
+        ({"truncated": True}, "field 'truncated' is boolean, number or integer was expected"),
+        ({"mean_reward": {}}, "field 'mean_reward' is object, number or integer was expected"),
+        ({"name": None}, "field 'name' is null, text was expected"),
+        ({"avg_at_k": 10**400}, "field 'avg_at_k' is not a finite number"),
+    ],
+)
+def test_wrong_types_are_one_line_with_file_and_field(report, result, changes, message):
+    done = report(result("a", **changes))
+    assert (done.code, done.out, done.err) == (1, "", f"error: a/results.json: {message}\n")
+
+
+def test_rewards_without_a_notion_of_right_are_shown_beside_the_rates(report, result):
+    plain = result("a", mean_reward=0.593, mean_reward_se=0.018)
+    shaped = result("b", name="shaped", avg_at_k=None, se=None, pass_at_k=None, mean_reward=-7.5, mean_reward_se=0.25)
+    done = report(plain, shaped)
+    assert done.out.splitlines()[3].split("|")[2].strip() == "-"
+    assert "warning: b/results.json: the rewards have no notion of right" in done.err
+    table = report(plain, shaped, "--columns", "all").out.splitlines()[:4]
+    head, _, first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    assert head[-1] == "test mean reward (T=1)"
+    assert first[1:] == ["59.3 ± 1.8", "90.0", "1.2", "0.593 ± 0.018"]
+    assert second[1:] == ["-", "-", "1.2", "-7.5 ± 0.25"]
+    assert report(plain, shaped, "--columns", "all", "--format", "csv").out.splitlines()[2] == "shaped,,,,1.2000,-7.5"
+    cells = json.loads(report(plain, shaped, "--format", "json").out)["rows"][1]["cells"]["test avg@4 (T=1)"]
+    assert (cells["avg_at_k"], cells["mean_reward"]) == (None, -7.5)
+    assert "mean reward" not in report(plain, "--columns", "all").out
+
+
 @pytest.mark.parametrize("form", ["markdown", "csv", "json"])
 def test_control_characters_never_reach_the_terminal(report, result, form):
     name = result("a", name="evil\x1b[2J|\r\nname\x9b", dataset="te\x07st\t")
