@@ -244,6 +244,16 @@ class EngineOptions:
         int | None, _engine("Tokens of prompt and completion that vLLM has to take.", min=1, show_default="what fits")
     ] = None
     max_in_flight: Annotated[int | None, _engine("Requests under way at each server.", min=1, show_default="256")] = None
+    server_timeout: Annotated[
+        int | None,
+        _engine(
+            "Seconds without an answer from any server after which the command fails.",
+            min=1,
+            max=604800,
+            metavar="SECONDS",
+            show_default="900",
+        ),
+    ] = None
     parity_rows: Annotated[
         int | None,
         _engine(
