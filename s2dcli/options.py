@@ -243,6 +243,16 @@ class EngineOptions:
         int | None, _engine("Maximum length of prompt and completion in vLLM, in tokens.", min=1, show_default="what fits")
     ] = None
     max_in_flight: Annotated[int | None, _engine("Concurrent requests per server.", min=1, show_default="256")] = None
+    server_timeout: Annotated[
+        int | None,
+        _engine(
+            "Fail after this many seconds without an answer from any server.",
+            min=1,
+            max=604800,
+            metavar="SECONDS",
+            show_default="900",
+        ),
+    ] = None
     parity_rows: Annotated[
         int | None,
         _engine(

@@ -17,7 +17,7 @@ from typing import Any
 from s2dcli import console
 from s2dcli.engines.base import Engine, Request, Sample, SamplingParams
 from s2dcli.engines.opening import open_engine
-from s2dcli.engines.weights import Follower, ParityGate, Score, Trained
+from s2dcli.engines.weights import ParityGate, Score, WeightSource, WeightSync
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files.output import Kept
 from s2dcli.files.records import Problem, Rollout, row_seed
@@ -154,7 +154,7 @@ class Sampler:
         self.identity = identity
         self.batch_tokens = batch_tokens
         self.gate = gate
-        self._follower: Follower | None = None
+        self._sync: WeightSync | None = None
 
     def __enter__(self) -> Sampler:
         return self
@@ -162,10 +162,10 @@ class Sampler:
     def __exit__(self, *error: object) -> None:
         self.engine.close()
 
-    def follow(self, source: Trained) -> None:
+    def follow(self, source: WeightSource) -> None:
         """From now on sample from a model in training, whatever its weights are then; each change is proved by the parity gate."""
         if self.gate:
-            self._follower = Follower(self.engine, self.gate, source)
+            self._sync = WeightSync(self.engine, self.gate, source)
 
     def prove(self, tasks: Sequence[Task], score: Score) -> None:
         """Compare a hosted engine with a model that scores its tokens. Raises EngineError if they differ."""
@@ -182,15 +182,15 @@ class Sampler:
             batches = [[task for batch in batches for task in batch]]
         if self.gate:
             self._require_room(batches[0])
-        if self._follower:
-            self._follower.begin([task.prompt_ids for task in batches[0]], self.params)
+        if self._sync:
+            self._sync.begin([task.prompt_ids for task in batches[0]], self.params)
         for batch in batches:
             rows = len(batch) * num_samples
             if done < rows:
                 yield from self.sample_batch(batch, num_samples, skip=max(0, done))
             done -= rows
-        if self._follower:
-            self._follower.end(self.params)
+        if self._sync:
+            self._sync.end(self.params)
 
     def sample_batch(self, batch: Sequence[Task], num_samples: int, skip: int = 0) -> Iterator[list[Rollout]]:
         """Yield the groups of one batch, in order, each as soon as it and its predecessors are done.

@@ -3,11 +3,11 @@
     generate(requests, params) -> (index of the request, sample) as samples finish, in any order
     close()
 
-An engine with weights of its own (vLLM, a server) also takes new ones, and frees its memory between uses:
+An engine with weights of its own (vLLM, a server) also loads new ones, and frees its memory between uses:
 
-    load_weights(folder); sleep(); wake()
+    wake(); load_weights(folder); generate(...); sleep()
 
-Text never reaches an engine, and an engine never sees a problem: `sampling.py` does that part.
+Engines see neither text nor problems: `assembly/sampling.py` encodes, decodes and builds the records.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-STOP = "stop"  # the model ended its answer
-LENGTH = "length"  # the limit ended it
+STOP = "stop"  # the last id is an EOS
+LENGTH = "length"  # max_tokens ids without an EOS
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to sample: the prompt's ids and the seed of its own noise."""
+    """One completion to sample: the prompt's ids and the seed of its random numbers."""
 
     prompt_ids: list[int]
     seed: int
@@ -41,9 +41,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Ids (EOS included if generated), log-probs in nats under the sampling distribution, and why it ended.
+    """A completion: its ids, with the EOS if it was generated, one log-prob for each, and STOP or LENGTH.
 
-    Greedy samples carry the log-probs at temperature 1.
+    Log-probs are nats under the distribution that the ids were drawn from; of greedy samples under that of temperature 1.
     """
 
     completion_ids: list[int]
@@ -52,25 +52,35 @@ class Sample:
 
 
 class Engine(Protocol):
-    """`whole_batches`: a row's log-probs depend, in the sixth decimal, on the planned batch that it is sampled in.
+    """Samples completions with one set of weights at a time.
 
-    Engines without it are given all requests at once, which they take as they have room.
+    `name` is recorded with every sample. `whole_batches`: a row's log-probs depend, in the sixth decimal, on the
+    planned batch that it is sampled in, so batches are given one by one and repeated whole. Other engines are given
+    all requests at once and take them one by one as they have room.
     """
 
     name: str
     whole_batches: bool
 
-    def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]: ...
+    def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
+        """Yield (index, sample) exactly once for each request, in any order; the index counts the requests from 0.
 
-    def close(self) -> None: ...
+        What a request gets depends on its prompt, its seed, `params` and the weights only. Ids that no token has are
+        never sampled. A caller may stop early by closing the iterator: what is under way is given up. One call
+        at a time. Raises EngineError, or UsageError for parameters that the engine would sample otherwise.
+        """
+
+    def close(self) -> None:
+        """Release what the engine holds. It is not used after that."""
 
 
 class HostedEngine(Engine, Protocol):
     """An engine that holds weights of its own.
 
-    `max_length`: tokens of prompt and completion that it can take. `local`: it runs for this process alone, with a
-    checkpoint's weights from its start, and sees this machine's memory disk. `interruptions`: how often
-    a connection broke, behind which an engine may have started again with other weights.
+    `max_length`: largest number of tokens of prompt and completion together; the caller checks it. `local`: it serves
+    this process alone, starts with the checkpoint's weights, and sees this machine's memory disk; another may hold any
+    weights. `interruptions`: number of broken connections so far; behind each an engine may have
+    restarted with other weights, so a caller that sees the number change checks the weights again.
     """
 
     max_length: int
@@ -78,8 +88,13 @@ class HostedEngine(Engine, Protocol):
     interruptions: int
 
     def load_weights(self, folder: Path) -> None:
-        """Replace the weights by those in a folder of safetensors, and forget what was computed with the old ones."""
+        """Replace the weights by those in a folder of safetensors, and drop every cache of the old ones.
 
-    def sleep(self) -> None: ...
+        The engine is awake and generates nothing meanwhile; the folder may be removed after the call. Raises EngineError.
+        """
 
-    def wake(self) -> None: ...
+    def sleep(self) -> None:
+        """Free the GPU for a trainer on it until `wake`. Weights are kept, caches need not be."""
+
+    def wake(self) -> None:
+        """Make ready for `load_weights` and `generate`; no effect if awake."""

@@ -1,16 +1,19 @@
-"""Which engine samples: what `--engine` means, and making it ready with a checkpoint's weights."""
+"""Which engine samples: checking `--engine` and its options, and opening the engine with a checkpoint's weights."""
 
 from __future__ import annotations
 
 import importlib.util
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from s2dcli import console
 from s2dcli.engines.base import Engine, HostedEngine
+from s2dcli.engines.vllm import INSTALL_HINT
 from s2dcli.engines.weights import PARITY_ROWS, ParityGate
 from s2dcli.errors import UsageError, nearest
+from s2dcli.files.manifest import without_credentials
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, eos_ids, load, model_config, pick_device, pick_dtype
-from s2dcli.models.prompts import PromptEncoder, vocabulary_size
+from s2dcli.models.prompts import PromptEncoder, unused_ids, vocabulary_size
 from s2dcli.options import EngineOptions, ModelOptions
 
 if TYPE_CHECKING:
@@ -23,9 +26,20 @@ KINDS_OF = {
     "tensor_parallel_size": {VLLM},
     "max_model_len": {VLLM},
     "max_in_flight": {SERVER},
+    "server_timeout": {SERVER},
     "parity_rows": {VLLM, SERVER},
     "parity_tolerance": {VLLM, SERVER},
 }
+
+
+def check_engine(sampling: EngineOptions, *, training: bool = False) -> None:
+    """Check `--engine` and the options that only some engines have. Imports nothing heavy: to be called before anything else.
+
+    `training`: the engine is to follow the weights of a model in training. Raises UsageError.
+    """
+    _refuse_ignored(sampling, _kinds(sampling.engine))
+    if training and sampling.parity_rows == 0:
+        raise UsageError("--parity-rows 0: a trainer does not sample from weights without proof", hint="1 or more")
 
 
 def open_engine(
@@ -41,6 +55,7 @@ def open_engine(
     `training` is that checkpoint's model when it is trained here: the transformers engine samples from it.
     Raises EngineError, ModelError or UsageError.
     """
+    check_engine(sampling, training=training is not None)
     kind = _kind(sampling, loading.device)
     gate = None
     if kind == TRANSFORMERS:
@@ -48,8 +63,6 @@ def open_engine(
         engine = _transformers(loaded, sampling)
     else:
         dtype = training.compute_dtype if training else pick_dtype(loading.dtype, pick_device(loading.device))
-        if training and sampling.parity_rows == 0:
-            raise UsageError("--parity-rows 0: a trainer does not sample from weights without proof", hint="1 or more")
         gate = ParityGate(dtype, sampling.parity_rows or PARITY_ROWS, sampling.parity_tolerance)
         if kind == VLLM:
             engine = _vllm(checkpoint, encoder, sampling, loading, dtype, beside_trainer=training is not None)
@@ -60,23 +73,71 @@ def open_engine(
     return engine, gate
 
 
-def _kind(sampling: EngineOptions, device: str) -> str:
-    """Return which kind of engine is meant. Raises UsageError, also for an option that this kind would ignore."""
-    name = sampling.engine
+def _kinds(name: str) -> set[str]:
+    """Return the kinds of engine that `--engine` may mean: `auto` leaves a choice. Raises UsageError."""
+    vllm_installed = importlib.util.find_spec("vllm") is not None
     if name == AUTO:
-        on_gpu = pick_device(device).type == "cuda"
-        kind = VLLM if on_gpu and importlib.util.find_spec("vllm") else TRANSFORMERS
-    elif name.startswith(("http://", "https://")):
-        kind = SERVER
-    elif name in (TRANSFORMERS, VLLM):
-        kind = name
-    else:
-        known = [AUTO, TRANSFORMERS, VLLM]
-        raise UsageError(f"no such engine: {name!r}{nearest(name, known)}", hint=f"--engine {', '.join(known)} or http://HOST:PORT,...")
-    for option, kinds in KINDS_OF.items():
-        if getattr(sampling, option) is not None and kind not in kinds:
-            raise UsageError(f"the {kind} engine has no --{option.replace('_', '-')}", hint="leave it out")
-    return kind
+        return {TRANSFORMERS, VLLM} if vllm_installed else {TRANSFORMERS}
+    if name == VLLM and not vllm_installed:
+        raise UsageError("--engine vllm needs vLLM, which is not installed", hint=INSTALL_HINT)
+    if name in (TRANSFORMERS, VLLM):
+        return {name}
+    if any(mark in name for mark in (":", "/", "@", ",")):
+        server_urls(name)
+        return {SERVER}
+    known = [AUTO, TRANSFORMERS, VLLM]
+    raise UsageError(f"no such engine: {name!r}{nearest(name, known)}", hint=f"--engine {', '.join(known)} or http://HOST:PORT,...")
+
+
+def _kind(sampling: EngineOptions, device: str) -> str:
+    """Return the kind of engine that samples on a device. Raises UsageError, also for an option that this kind would ignore."""
+    kinds = _kinds(sampling.engine)
+    if len(kinds) > 1:
+        kinds = {VLLM if pick_device(device).type == "cuda" else TRANSFORMERS}
+        _refuse_ignored(sampling, kinds)
+    return kinds.pop()
+
+
+def _refuse_ignored(sampling: EngineOptions, kinds: set[str]) -> None:
+    for option, owners in KINDS_OF.items():
+        if getattr(sampling, option) is not None and not kinds & owners:
+            raise UsageError(f"the {' or '.join(sorted(kinds))} engine has no --{option.replace('_', '-')}", hint="leave it out")
+
+
+def server_urls(text: str) -> list[str]:
+    """Return the URLs of `--engine URL,...`. Raises UsageError, which shows no password, for the first that is malformed."""
+    shown = without_credentials(text)
+    shown = repr(shown) if "@" not in shown else "the URL"  # what is left of a password that was not escaped
+    for number, url in enumerate(urls := text.split(","), 1):
+        wrong = _wrong_with(url)
+        if wrong:
+            which = f" {number}" if len(urls) > 1 else ""
+            raise UsageError(
+                f"--engine {shown}: URL{which} {wrong}", hint="--engine http://HOST:PORT or http://HOST1:PORT,http://HOST2:PORT"
+            )
+    return urls
+
+
+def _wrong_with(url: str) -> str:
+    """Return what is wrong with the URL of a server, "" if nothing is."""
+    if not url:
+        return "is empty"
+    if any(character.isspace() or not character.isprintable() for character in url):
+        return "holds a space"
+    if not url.startswith(("http://", "https://")):
+        return "must begin with http:// or https://"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return "has an invalid host or port"
+    if "@" in parts.path + parts.query + parts.fragment:
+        return "has an @ behind the host; in a password, write / as %2F, ? as %3F, # as %23"
+    if not host:
+        return "names no host"
+    if port == 0 or (port is None and parts.scheme == "http"):
+        return "names no port; vllm serve listens on 8000 by default"
+    return "ends in a query or fragment" if parts.query or parts.fragment else ""
 
 
 def _transformers(loaded: LoadedModel, sampling: EngineOptions) -> Engine:
@@ -109,6 +170,7 @@ def _vllm(
         checkpoint.folder,
         eos_ids=eos_ids(encoder.tokenizer, checkpoint, loading.trust_remote_code),
         vocabulary=vocabulary_size(encoder.tokenizer),
+        unused=unused_ids(encoder.tokenizer),
         dtype=dtype,
         gpu_memory_utilization=sampling.gpu_memory_utilization,
         tensor_parallel_size=sampling.tensor_parallel_size or 1,
@@ -119,14 +181,16 @@ def _vllm(
 
 
 def _server(checkpoint: Checkpoint, encoder: PromptEncoder, sampling: EngineOptions, loading: ModelOptions) -> HostedEngine:
-    from s2dcli.engines.server import IN_FLIGHT, ServerEngine
+    from s2dcli.engines.server import IN_FLIGHT, TIMEOUT_SECONDS, ServerEngine
 
     config = model_config(checkpoint, loading.trust_remote_code)
     return ServerEngine(
-        sampling.engine.split(","),
+        server_urls(sampling.engine),
         names=[checkpoint.name, str(checkpoint.folder), str(checkpoint.folder.resolve())],
         eos_ids=eos_ids(encoder.tokenizer, checkpoint, loading.trust_remote_code),
         vocabulary=vocabulary_size(encoder.tokenizer),
+        unused=unused_ids(encoder.tokenizer),
         model_vocabulary=config.get_text_config().vocab_size,
         in_flight=sampling.max_in_flight or IN_FLIGHT,
+        timeout=sampling.server_timeout or TIMEOUT_SECONDS,
     )

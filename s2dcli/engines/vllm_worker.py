@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.sample.logits_processor import BatchUpdate
 
-# Key of `additional_config`: how many ids the tokenizer knows.
+# Keys of `additional_config`: how many ids the tokenizer has, and which of these no token has.
 VOCABULARY = "s2d_vocabulary"
+UNUSED = "s2d_unused"
 
 
 class WorkerExtension:
@@ -36,14 +37,15 @@ class WorkerExtension:
 
 
 class VocabularyMask(LogitsProcessor):
-    """Gives probability 0 to ids that the tokenizer does not know: models are padded to rounder widths."""
+    """Gives probability 0 to ids that no token has: beyond the tokenizer, where models are padded, and below its highest id."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.vocabulary: int = vllm_config.additional_config[VOCABULARY]
+        self.unused_U = torch.tensor(vllm_config.additional_config[UNUSED], dtype=torch.long, device=device)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         logits[:, self.vocabulary :] = -torch.inf
-        return logits
+        return logits.index_fill_(1, self.unused_U, -torch.inf)
 
     def is_argmax_invariant(self) -> bool:
         return False  # so that it is applied before greedy sampling too

@@ -1,19 +1,22 @@
-"""New weights for engines that hold their own, and the proof that they sample from them.
+"""Transferring the weights of a model in training to an engine that holds its own, and checking that it samples from them.
 
-A model in training hands its weights over as a folder of safetensors, in memory if there is room:
-that works for every engine and any size. (vLLM's in-memory transfers, ipc and nccl, save the copy, and
-tie the trainer to vLLM's processes, their GPUs and a version; the folder costs one write and one read
-at memory speed, a small share of a step.)
+The weights are transferred as a folder of safetensors, in memory if there is room: that works for
+every engine and any size. (vLLM's in-memory transfers, ipc and nccl, save the copy, but tie the trainer
+to vLLM's processes, their GPUs and a version; the folder costs one write and one read at memory speed, a
+small share of a step.)
 
-Then some tokens are sampled and scored by the model in training. The prompts are the last ones that the
-engine has seen, so that states of old weights in its prefix cache would be used.
+Then the engine samples some tokens, and the model in training scores them. The prompts are the last
+ones that the engine has seen: a prefix cache of the old weights would be used for them, and so be noticed.
 """
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +26,7 @@ import numpy as np
 from s2dcli import console
 from s2dcli.engines.base import HostedEngine, Request, SamplingParams
 from s2dcli.errors import EngineError
+from s2dcli.files.atomic import disk_errors, temporary
 from s2dcli.models.rows import Row
 from s2dcli.stats import mean
 
@@ -35,28 +39,36 @@ PARITY_TOKENS = 16  # of each row
 # differently: in float32 they were seen 1e-6 to 1e-5 apart; bfloat16 has 3 digits, which is some hundredths of a nat.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 MEMORY_DISK = Path("/dev/shm")
+PREFIX = "s2d-weights-"  # of folders there
 ROOM_FACTOR = 1.5  # of the weights' size that must be free there
 
 # (rows, temperature) -> each row with the log-probs [T] of its completion's tokens, in any order
 Score = Callable[[Sequence[Row], float], Iterator[tuple[Row, np.ndarray]]]
 
 
-class Trained(Protocol):
-    """A model in training: `updates` counts what was made of it, 0 is what its checkpoint holds."""
+class WeightSource(Protocol):
+    """A model in training.
+
+    `updates`: optimizer updates since its checkpoint. It must change whenever the weights do, as it alone says that
+    a transfer is due; at 0 the weights are the checkpoint's. `out`: the run folder, held by this process.
+    """
 
     updates: int
     out: Path
 
-    def weights_bytes(self, dtype: torch.dtype) -> int: ...
+    def weights_bytes(self, dtype: torch.dtype) -> int:
+        """Return the size of the weights in `dtype`."""
 
-    def write_weights(self, folder: Path, dtype: torch.dtype) -> None: ...
+    def write_weights(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write the current weights as safetensors with their config.json. Raises OSError."""
 
-    def score(self, rows: Sequence[Row], temperature: float) -> Iterator[tuple[Row, np.ndarray]]: ...
+    def score(self, rows: Sequence[Row], temperature: float) -> Iterator[tuple[Row, np.ndarray]]:
+        """Yield rows with the log-probs (nats) of their completions' tokens under the current weights."""
 
 
 @dataclass
 class ParityGate:
-    """Compares an engine's log-probs with those of the model that it should sample from."""
+    """Compares an engine's log-probs with those of the model that it should sample from, which computes in `dtype`."""
 
     dtype: torch.dtype
     rows: int = PARITY_ROWS
@@ -86,51 +98,109 @@ class ParityGate:
         return gap
 
 
-class Follower:
-    """Keeps an engine on the weights of a model in training, and lets it sleep while the model learns."""
+class WeightSync:
+    """Keeps an engine on the weights of a model in training, and asleep while it is not used.
 
-    def __init__(self, engine: HostedEngine, gate: ParityGate, source: Trained) -> None:
+    Everything that the engine samples must be between `begin` and `end`.
+    """
+
+    def __init__(self, engine: HostedEngine, gate: ParityGate, source: WeightSource) -> None:
         self.engine, self.gate, self.source = engine, gate, source
-        self.updates: int | None = None  # of the weights that were proved last
+        self.updates: int | None = None  # of the weights that were checked last
         self.interruptions = 0  # of the engine, up to then
-        self.prompts: list[list[int]] = []  # that the engine has seen last
+        self.prompts: list[list[int]] = []  # the last ones that the engine has seen
 
     def begin(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
-        """Wake the engine, give it the model's weights if they have changed, and prove them. Raises EngineError."""
+        """Wake the engine; if the model's weights have changed, transfer and check them. Raises EngineError or DataError."""
         self.engine.wake()
         if self.updates != self.source.updates:
             if self.source.updates or not self.engine.local:
-                self._hand_over()
+                self.transfer()
             self.gate.check(self.engine, self.source.score, self.prompts or prompts, params)
             self.updates = self.source.updates
         self.interruptions = self.engine.interruptions
         self.prompts = list(prompts[-self.gate.rows :])
 
     def end(self, params: SamplingParams) -> None:
-        """Let the engine sleep; if it was interrupted, prove first that it had the right weights to the end. Raises EngineError."""
+        """Let the engine sleep; if it was interrupted, check first that it still has these weights. Raises EngineError."""
         if self.engine.interruptions != self.interruptions:
             self.gate.check(self.engine, self.source.score, self.prompts, params)
         self.engine.sleep()
 
-    def _hand_over(self) -> None:
-        folder = _place(self.source.out, self.source.weights_bytes(self.gate.dtype), self.engine.local)
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            folder.mkdir()
-            self.source.write_weights(folder, self.gate.dtype)
+    def transfer(self) -> None:
+        """Have the engine load the model's current weights. Raises EngineError, or DataError if they cannot be written."""
+        size = self.source.weights_bytes(self.gate.dtype)
+        with disk_errors("transfer the weights", self.source.out), _transfer_folder(self.source.out, size, self.engine.local) as folder:
+            with disk_errors("write the weights", folder):
+                self.source.write_weights(folder, self.gate.dtype)
             self.engine.load_weights(folder)
-        except OSError as error:
-            raise EngineError(f"cannot hand over the weights: {error.strerror or error}", where=str(folder)) from None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _place(out: Path, size: int, local: bool) -> Path:
-    """Where the weights of a run are handed over: always the same folder, so that one left by a kill is not left for long."""
+@contextmanager
+def _transfer_folder(out: Path, size: int, local: bool) -> Iterator[Path]:
+    """Make an empty folder, in memory if the engine sees it there and it has room, else in the run folder; remove it at the end.
+
+    A kill leaves it behind: the next transfer removes one in memory, the next command in the run folder one there.
+    Raises OSError.
+    """
+    remove_abandoned()
+    if local and _free_memory() >= ROOM_FACTOR * size:
+        with _private_folder() as folder:
+            yield folder
+        return
+    folder = temporary(out.resolve() / "weights")
     try:
-        room = local and shutil.disk_usage(MEMORY_DISK).free >= ROOM_FACTOR * size
-    except OSError:
-        room = False
-    if room:
-        return MEMORY_DISK / f"s2d-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}"
-    return out.resolve() / ".weights"
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_memory() -> int:
+    try:
+        return shutil.disk_usage(MEMORY_DISK).free
+    except OSError:  # no such disk here
+        return 0
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """Make a folder on the memory disk, with a random name, for this user alone, and locked until it is removed. Raises OSError."""
+    lock = None
+    while lock is None:  # another process may take a folder that is not locked yet for an abandoned one
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=MEMORY_DISK))
+        lock = _lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_abandoned() -> None:
+    """Remove the folders on the memory disk that killed processes of this user have left: those that are locked by nobody.
+
+    Names and contents are not trusted: links and what others own stay.
+    """
+    for folder in MEMORY_DISK.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            lock = _lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor that is returned is closed; None if it is in use, removed, or another user's.
+
+    The kernel gives up the lock of a process however it ends. Raises OSError, also for what is not a folder.
+    """
+    with ExitStack() as closing:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        closing.callback(os.close, descriptor)
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_uid == os.geteuid() and os.path.samestat(os.fstat(descriptor), os.lstat(folder)):
+                closing.pop_all()
+                return descriptor
+    return None

@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
@@ -38,6 +39,7 @@ UNKNOWN = "unknown"
 RECORDED = ("command", "options", "given", "versions", "commit", "seeds", "inputs", "parents", "counts", "labels", "output_sha256")
 HOW_STARTED = {"overwrite", "resume", "dry_run"}  # options that say nothing about the work
 NEVER_COMPARED = {"out", *HOW_STARTED}  # nor does where its output goes
+_CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@")  # `user:password@` of a URL
 # Options whose flag is not their parameter's name
 _FLAGS = {"num_samples": "-n", "k": "-k"}
 
@@ -188,11 +190,16 @@ def _versions() -> dict[str, str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, str | Path):
+        return without_credentials(str(value))
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def without_credentials(text: str) -> str:
+    """Return a text without the user names and passwords of the URLs in it: for whatever is recorded or shown."""
+    return _CREDENTIALS.sub("", text)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ MAY_CHANGE = frozenset(
         "tensor_parallel_size",
         "max_model_len",
         "max_in_flight",
+        "server_timeout",
         "parity_rows",
         "parity_tolerance",
         "gradient_checkpointing",

@@ -56,6 +56,12 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def unused_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids in range(vocabulary_size) that no token has: they have probability 0, like those beyond it."""
+    used = set(tokenizer.get_vocab().values())
+    return [index for index in range(vocabulary_size(tokenizer)) if index not in used]
+
+
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the mapping from tokens to ids: equal iff ids mean the same."""
     return sha256_text(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))))

@@ -20,14 +20,15 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 # Longer than a block of vLLM's cache on a CPU (128 positions), so that their states are kept and found again.
 PROMPTS = [[5 + (i * step) % 30 for i in range(150)] for step in (1, 7, 11)]
 EOS = (2, 17)
+UNUSED = (0, 1, 5, 6, 7, 11, 12, 19)
 AT_1 = SamplingParams(1.0, 1.0, 0, 12)
 
 
 @contextmanager
-def engine_of(folder, vocabulary=VOCABULARY):
+def engine_of(folder, vocabulary=VOCABULARY, unused=()):
     from s2dcli.engines.vllm import VllmEngine
 
-    engine = VllmEngine(folder, eos_ids=EOS, vocabulary=vocabulary, dtype=torch.float32, gpu_memory_utilization=0.02)
+    engine = VllmEngine(folder, eos_ids=EOS, vocabulary=vocabulary, unused=unused, dtype=torch.float32, gpu_memory_utilization=0.02)
     yield engine
     engine.close()
 
@@ -46,10 +47,10 @@ def models(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(models):
-    """What other engines sample: of the second model, and of the first over 20 ids. A process holds one engine at a time."""
+    """What other engines sample: of the second model, and of the first over 12 of 20 ids. A process holds one engine at a time."""
     with engine_of(models[1][1]) as engine:
         second = sample(engine)[1]
-    with engine_of(models[0][1], vocabulary=20) as engine:
+    with engine_of(models[0][1], vocabulary=20, unused=UNUSED) as engine:
         narrow = [sample(engine, SamplingParams(temperature, 1.0, 0, 12), rows=16)[1] for temperature in (1.0, 0.0)]
     return SimpleNamespace(second=second, narrow=narrow)
 
@@ -213,9 +214,16 @@ def test_temperatures_that_vllm_would_raise_are_refused(engine):
         next(engine.generate([Request([5], 0)], SamplingParams(0.001, 1.0, 0, 1)))
 
 
-def test_ids_beyond_the_tokenizer_are_never_sampled(others):
+def test_ids_that_no_token_has_are_never_sampled(others, models):
+    """Neither beyond the tokenizer nor below its highest id, and the log-probs are those of the ids that are left."""
+    allowed = [index for index in range(20) if index not in UNUSED]
     for samples in others.narrow:
-        assert max(max(result.completion_ids) for result in samples) < 20
+        assert {index for result in samples for index in result.completion_ids} <= set(allowed)
+    with torch.no_grad():
+        first_V = models[0][0](torch.tensor([PROMPTS[0]])).logits[0, -1]
+    drawn = others.narrow[0][0]
+    expected = first_V[drawn.completion_ids[0]] - first_V[allowed].logsumexp(0)
+    assert drawn.logprobs[0] == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_weights_that_are_not_there_are_one_line(fresh, tmp_path):
