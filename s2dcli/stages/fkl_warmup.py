@@ -25,7 +25,7 @@ from s2dcli import console, options, stats
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import refuse_folder, refuse_inside
-from s2dcli.files.records import read_problems, read_rollouts, take
+from s2dcli.files.records import read_graded, read_problems, read_rollouts
 from s2dcli.grade.pool import Grader
 
 GOLD_ENGINE = "gold"  # `sampler.engine` of worked solutions written by `s2d prepare --solutions`
@@ -156,17 +156,13 @@ def _read_rows(path: str, only_correct: bool) -> tuple[list[dict], set[str]]:
     records: list[dict] = []
     labels: set[str] = set()
     dropped = 0
-    for where, row, record in read_rollouts(path):
-        if only_correct:
-            if "reward" not in record:
-                raise DataError("no field 'reward' for --only-correct", where=where, hint=f"grade first: s2d verify {path} -o graded.jsonl")
-            reward = take(record, "reward", (float, int, type(None)), where)
+    for _, row in read_graded(path) if only_correct else read_rollouts(path):
         if only_correct or row.sampler.get("engine") == GOLD_ENGINE:
             labels.add(row.problem_sha256)
-        if only_correct and (reward is None or reward < stats.SOLVED):
+        if only_correct and (row.reward is None or row.reward < stats.SOLVED):
             dropped += 1
         else:
-            records.append(record)
+            records.append(row.to_record())
     if only_correct:
         console.info(f"--only-correct keeps {len(records)} of {len(records) + dropped} rollouts")
     if not records:

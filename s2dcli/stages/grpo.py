@@ -29,7 +29,7 @@ from s2dcli import console, options, stats
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import refuse_folder, refuse_inside
-from s2dcli.files.records import Problem, read_problems, read_rollouts, take
+from s2dcli.files.records import Problem, read_graded, read_problems
 from s2dcli.grade.pool import MATH, Grader
 
 if TYPE_CHECKING:
@@ -390,10 +390,7 @@ def _require_labels(problems: list[Problem]) -> list[Problem]:
 def _read_groups(path: str, temperature: float) -> list[list[dict]]:
     """Read graded rollouts as groups. Refuses rows whose log-probs are not those they were sampled with."""
     groups: dict[str, list[dict]] = {}
-    for where, row, record in read_rollouts(path):
-        if "reward" not in record:
-            raise DataError("no field 'reward'", where=where, hint=f"grade first: s2d verify {path} -o graded.jsonl")
-        take(record, "reward", (float, int, type(None)), where)
+    for where, row in read_graded(path):
         drawn = (row.sampler.get("temperature"), row.sampler.get("top_p"), row.sampler.get("top_k"))
         if drawn != (temperature, 1.0, 0):
             raise DataError(
@@ -403,7 +400,7 @@ def _read_groups(path: str, temperature: float) -> list[list[dict]]:
                 where=where,
                 hint="sample with --top-p 1 --top-k 0 and train with the same --temperature",
             )
-        groups.setdefault(row.group_id, []).append(record)
+        groups.setdefault(row.group_id, []).append(row.to_record())
     if not groups:
         raise DataError("holds no rollouts", where=jsonl.input_name(path))
     return list(groups.values())
