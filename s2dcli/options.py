@@ -354,3 +354,34 @@ def flatten(arguments: Mapping[str, Any]) -> dict[str, Any]:
         elif name != "context":
             flat[name] = value
     return flat
+
+
+# Options that say how a command is started, nothing about its work.
+HOW_STARTED = frozenset({"overwrite", "resume", "dry_run"})
+# Options of trainers that may change on resume. Most say what is kept or how fast things go. The first ten
+# change the shapes or the place of a computation: its results then agree to rounding only.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "tokens_per_batch",
+        "sample_tokens",
+        "gpu_memory_utilization",
+        "tensor_parallel_size",
+        "max_model_len",
+        "max_in_flight",
+        "gradient_checkpointing",
+        "attention",
+        "device",
+        "offload",
+        "parity_rows",
+        "parity_tolerance",
+        "trust_remote_code",
+        "workers",
+        "timeout",
+        "memory_limit",
+        "save_every",
+        "keep_last",
+        "keep_states",
+        "keep_rollouts",
+        "eval_every",
+    }
+)
