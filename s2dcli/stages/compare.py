@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,11 +23,11 @@ import typer
 from s2dcli import console, stats
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
+from s2dcli.files.eval_folder import graded_path
 from s2dcli.files.ledger import distinct_labels, manifest_of
 from s2dcli.files.manifest import NEVER_COMPARED, flag
 from s2dcli.files.records import take, take_reward
 
-GRADED = "rollouts.jsonl"  # in the output folder of s2d eval
 NONE = "-"
 HASH_DIGITS = 12  # of a sha256 that are shown
 
@@ -68,7 +67,7 @@ def compare(
 
 def _scores(path: str) -> dict[str, list[float]]:
     """Return the rewards of each problem, by problem_sha256. Raises DataError if they are not there or k varies."""
-    file = str(Path(path) / GRADED) if Path(path).is_dir() else path
+    file = graded_path(path)
     scores: dict[str, list[float]] = {}
     for where, record in jsonl.read(file, "graded rollouts"):
         reward = take_reward(record, where)

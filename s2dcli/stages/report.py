@@ -22,7 +22,6 @@ import io
 import math
 from collections.abc import Iterator
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
@@ -30,6 +29,7 @@ import typer
 from s2dcli import console
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
+from s2dcli.files.eval_folder import results_path
 from s2dcli.files.ledger import warnings
 from s2dcli.files.manifest import MANIFEST, read_manifest
 from s2dcli.files.records import take
@@ -105,11 +105,7 @@ def _records(run: str) -> Iterator[tuple[str, dict]]:
     if jsonl.is_stream(run):
         yield from jsonl.read(run, "the results of s2d eval")
         return
-    path = Path(run)
-    if path.is_dir():
-        path = path / "results.json"
-        if not path.exists():
-            raise DataError("no results.json in this folder", where=run, hint="s2d eval ... -o FOLDER writes one")
+    path = results_path(run)
     with jsonl.open_input(path, "eval results") as stream:
         yield str(path), jsonl.parse_line(stream.read(), str(path))
     manifest = path.with_name(MANIFEST)
@@ -133,11 +129,11 @@ def _result(where: str, record: dict) -> Result:
         k=take(record, "k", int, where),
         temperature=temperature,
         top_p=number("top_p") if temperature > 0 else 1.0,  # greedy decoding has no nucleus
-        top_k=record.get("top_k", 0) if temperature > 0 else 0,
+        top_k=take({"top_k": 0, **record}, "top_k", int, where) if temperature > 0 else 0,
         max_tokens=take(record, "max_tokens", int, where),
         problems=take(record, "problems", int, where),
     )
-    ungraded = record.get("ungraded", 0)
+    ungraded = take({"ungraded": 0, **record}, "ungraded", int, where)
     if ungraded:
         console.warn(f"{where}: {ungraded} answers could not be graded and count as wrong")
     return Result(

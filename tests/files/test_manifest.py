@@ -18,7 +18,9 @@ class Model:
 
 
 def manifest(problems, model, **options):
-    return describe("rollout", {"model": model.name, "problems": str(problems), **options}, inputs=[str(problems)], parents=[model])
+    return describe(
+        "rollout", {"model": model.name, "problems": str(problems), **options}, inputs=[str(problems)], parents=[("model", model)]
+    )
 
 
 @pytest.fixture
