@@ -24,8 +24,8 @@ import typer
 from s2dcli import console, options, stats
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder, refuse_inside
 from s2dcli.files.records import read_graded, read_problems, read_rollouts
+from s2dcli.files.run_folder import RunFolder
 from s2dcli.grade.pool import Grader
 
 GOLD_ENGINE = "gold"  # `sampler.engine` of worked solutions written by `s2d prepare --solutions`
@@ -65,7 +65,8 @@ def fkl_warmup(
 ) -> None:
     """Warm a student up on cached teacher rollouts by forward KL, or train it on their tokens (SFT)."""
     settings = options.flatten(locals())
-    refuse_folder(out, running.overwrite, running.resume)
+    inputs = [student, *([teacher] if teacher else []), rollouts]
+    RunFolder.check(out, "fkl-warmup", inputs, overwrite=running.overwrite, resume=running.resume)
     if not running.eval_problems:
         options.refuse_given(context, {"engine": "--engine"}, "says who samples, and without --eval-problems nothing is sampled")
     if (teacher is None) != hard_labels:
@@ -91,7 +92,6 @@ def fkl_warmup(
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     guide = resolve(teacher) if teacher else None
     inputs = [path for path in (rollouts, running.eval_problems, *loading.files) if path]
-    refuse_inside(out, [parent.folder, *([guide.folder] if guide else []), *inputs])
     if guide:
         require_same_tokenizer(load_tokenizer(guide.folder, loading.trust_remote_code), tokenizer)
     require_made_with(tokenizer, records)
@@ -107,7 +107,7 @@ def fkl_warmup(
         )
         return
 
-    parents = [parent, *([guide] if guide else [])]
+    parents = [("student", parent), *([("teacher", guide)] if guide else [])]
     with (
         open_run("fkl-warmup", settings, steps=order.steps, inputs=inputs, parents=parents, rollouts=records) as folder,
         Grader() if eval_tasks else nullcontext() as grader,

@@ -28,8 +28,8 @@ import typer
 from s2dcli import console, options, stats
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder, refuse_inside
 from s2dcli.files.records import Problem, read_graded, read_problems
+from s2dcli.files.run_folder import RunFolder
 from s2dcli.grade.pool import MATH, Grader
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def grpo(
     """Train a model by sparse-reward RL (GRPO) on labelled problems."""
     settings = options.flatten(locals())
     settings |= {name: value for name, value in PRESETS[objective.loss].items() if settings[name] is None}
-    refuse_folder(out, running.overwrite, running.resume)
+    RunFolder.check(out, "grpo", [model, rollouts or problems], overwrite=running.overwrite, resume=running.resume)
     _refuse_contradictions(context, settings)
     stored = [] if rollouts is None else _read_groups(rollouts, temperature)
     if stored:  # the limit that the rollouts were sampled under
@@ -175,7 +175,6 @@ def grpo(
 
     parent = resolve(model)
     inputs = [path for path in (rollouts or problems, running.eval_problems, *loading.files) if path]
-    refuse_inside(out, [parent.folder, *inputs])
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     encoder = PromptEncoder(tokenizer, loading.chat_template, parse_template_kwargs(loading.chat_template_kwargs))
     rows = [record for group in stored for record in group]
@@ -190,7 +189,7 @@ def grpo(
         return
 
     with (
-        open_run("grpo", settings, steps=order.steps, inputs=inputs, parents=[parent], problems=todo, rollouts=rows) as folder,
+        open_run("grpo", settings, steps=order.steps, inputs=inputs, parents=[("model", parent)], problems=todo, rollouts=rows) as folder,
         Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader,
         ExitStack() as stack,
     ):

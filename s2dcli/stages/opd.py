@@ -24,8 +24,8 @@ import typer
 
 from s2dcli import options, stats
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder, refuse_inside
 from s2dcli.files.records import Rollout, read_problems
+from s2dcli.files.run_folder import RunFolder
 from s2dcli.grade.pool import Grader
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def opd(
     settings = options.flatten(locals())
     if estimator is not Estimator.top_k:
         options.refuse_given(context, {"top_k": "--top-k"}, "goes with --estimator top-k")
-    refuse_folder(out, running.overwrite, running.resume)
+    RunFolder.check(out, "opd", [teacher, student, problems], overwrite=running.overwrite, resume=running.resume)
     todo = read_problems(problems)
     held_out = read_problems(running.eval_problems) if running.eval_problems else []
 
@@ -90,7 +90,6 @@ def opd(
 
     parent, guide = resolve(student), resolve(teacher)
     inputs = [path for path in (problems, running.eval_problems, *loading.files) if path]
-    refuse_inside(out, [parent.folder, guide.folder, *inputs])
     tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
     require_same_tokenizer(load_tokenizer(guide.folder, loading.trust_remote_code), tokenizer)
     encoder = PromptEncoder(tokenizer, loading.chat_template, parse_template_kwargs(loading.chat_template_kwargs))
@@ -102,8 +101,9 @@ def opd(
         jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=[guide]))
         return
 
+    parents = [("student", parent), ("teacher", guide)]
     with (
-        open_run("opd", settings, steps=order.steps, inputs=inputs, parents=[parent, guide], problems=todo) as folder,
+        open_run("opd", settings, steps=order.steps, inputs=inputs, parents=parents, problems=todo) as folder,
         Grader() if eval_tasks else nullcontext() as grader,
         ExitStack() as stack,
     ):

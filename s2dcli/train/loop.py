@@ -22,16 +22,15 @@ import torch
 
 from s2dcli import console
 from s2dcli.errors import S2DError
-from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, save_weights, write_checkpoint, write_training_state
-from s2dcli.files.manifest import HOW_STARTED, describe
+from s2dcli.files.manifest import describe
 from s2dcli.files.records import Problem
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.models.batching import MicroBatch, Row, micro_batches
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, saved_dtype
 from s2dcli.models.forward import can_pack, can_share_prompts
 from s2dcli.models.policy import Loss, Policy, score
-from s2dcli.options import Schedule, parse_cadence
+from s2dcli.options import HOW_STARTED, MAY_CHANGE_ON_RESUME, Schedule, parse_cadence
 from s2dcli.train.optimizer import MasterOptimizer
 
 
@@ -88,19 +87,18 @@ def open_run(
     *,
     steps: int,
     inputs: Sequence[str],
-    parents: Sequence[Checkpoint],
+    parents: Sequence[tuple[str, Checkpoint]],
     problems: Sequence[Problem] = (),
     rollouts: Sequence[dict[str, Any]] = (),
 ) -> RunFolder:
     """Describe a run by its resolved options and what it reads, and return its folder, to be entered.
 
-    `problems`, which the folder keeps, or `rollouts` are what was read from the first of `inputs`.
+    `problems`, which the folder keeps, or `rollouts` are what was read from the first of `inputs`; `parents` are
+    (role, checkpoint).
     """
     given = [problem.to_record() for problem in problems]
-    manifest = describe(stage, settings, inputs=inputs, parents=parents, rollouts=rollouts)
-    manifest["options"] = {name: value for name, value in manifest["options"].items() if name not in HOW_STARTED}
-    if jsonl.is_stream(inputs[0]):  # so that a resume is given the same
-        manifest["inputs"][0]["sha256"] = jsonl.sha256([*given, *rollouts])
+    told = {name: value for name, value in settings.items() if name not in HOW_STARTED}
+    manifest = describe(stage, told, inputs=inputs, parents=parents, rollouts=rollouts, streamed=[*given, *rollouts])
     return RunFolder(
         settings["out"],
         manifest,
@@ -108,6 +106,8 @@ def open_run(
         problems=given,
         keep_last=settings["keep_last"],
         keep_states=settings["keep_states"],
+        may_change=MAY_CHANGE_ON_RESUME,
+        may_extend=settings["schedule"] is Schedule.constant,
         overwrite=settings["overwrite"],
         resume=settings["resume"],
     )
