@@ -170,8 +170,10 @@ def _whose(sampler: Mapping[str, Any]) -> dict[str, Any]:
 def _found(sampler: Mapping[str, Any], ancestors: dict[str, Any]) -> str:
     """Look where a sampler says that it lay: what is there counts only if the weights are the same."""
     path = Path(str(sampler["name"]))
+    if not os.path.isdir(path):
+        return UNKNOWN
     for folder in (path, *(step for step in path.glob("step-*") if step.name.removeprefix("step-").lstrip("0") == str(sampler["step"]))):
-        if os.path.isdir(folder) and files_sha256(folder.glob("*.safetensors")) == sampler["weights_sha256"]:
+        if folder.is_dir() and files_sha256(folder.glob("*.safetensors")) == sampler["weights_sha256"]:
             return record_of(folder / MANIFEST, ancestors)
     return UNKNOWN
 
