@@ -13,7 +13,7 @@ from typing import Any
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
 from s2dcli.files.atomic import disk_errors
-from s2dcli.files.manifest import MANIFEST, read_json, write_json
+from s2dcli.files.manifest import MANIFEST, read_json, require_complete, sidecar, write_json
 from s2dcli.files.output import CompleteLine, complete_lines, resumable, truncate_after
 from s2dcli.files.output_folder import OutputFolder
 
@@ -22,9 +22,10 @@ GRADED = "rollouts.jsonl"
 
 
 def results_path(run: str) -> Path:
-    """Return the results.json that a folder or file stands for. Raises DataError if a folder has none."""
+    """Return the results.json that a folder or file stands for. Raises DataError if a folder has none or is not complete."""
     path = Path(run)
     if path.is_dir():
+        require_complete(run, path / MANIFEST)
         path = path / RESULTS
         if not path.exists():
             raise DataError(f"no {RESULTS} in this folder", where=run, hint="s2d eval ... -o FOLDER writes one")
@@ -32,8 +33,10 @@ def results_path(run: str) -> Path:
 
 
 def graded_path(run: str) -> str:
-    """Return the graded rollouts that a folder or file stands for."""
-    return str(Path(run) / GRADED) if Path(run).is_dir() else run
+    """Return the graded rollouts that a folder or file stands for. Raises DataError if these are not complete."""
+    is_folder = Path(run).is_dir()
+    require_complete(run, Path(run) / MANIFEST if is_folder else sidecar(run))
+    return str(Path(run) / GRADED) if is_folder else run
 
 
 class EvalFolder(OutputFolder):

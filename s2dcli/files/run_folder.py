@@ -26,6 +26,7 @@ from s2dcli.files.checkpoint import LATEST, TRAINING_STATE, step_name, step_of
 from s2dcli.files.manifest import MANIFEST, read_json, read_manifest, write_json
 from s2dcli.files.output import complete_lines, resumable, truncate_after
 from s2dcli.files.output_folder import OutputFolder
+from s2dcli.files.records import take
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
@@ -76,7 +77,7 @@ class RunFolder(OutputFolder):
     def written(cls, out: Path) -> set[Path]:
         found = super().written(out)
         for manifest in out.glob(f"step-*/{MANIFEST}"):
-            found.update(manifest.parent / name for name in read_json(manifest).get("files", ()))
+            found.update(manifest.parent / str(name) for name in take(read_json(manifest), "files", list, str(manifest)))
         return found
 
     def _open(self) -> None:
@@ -196,7 +197,7 @@ class RunFolder(OutputFolder):
         if not self.step or not path.exists():
             path.unlink(missing_ok=True)
             return {}
-        kept = list(takewhile(lambda line: line.record["step"] <= self.step, complete_lines(path)))
+        kept = list(takewhile(lambda line: take(line.record, "step", int, line.where) <= self.step, complete_lines(path)))
         truncate_after(path, len(kept))
         return kept[-1].record if kept else {}
 
