@@ -52,7 +52,8 @@ def refuse_inputs(out: str | Path, inputs: Iterable[str | Path]) -> None:
         if os.path.samefile(out, name):
             raise UsageError("input and output are the same", where=str(out), hint="choose another -o")
         if source.is_relative_to(place):
-            raise UsageError(f"the output folder holds the input {name}", where=str(out), hint="choose another -o")
+            problem = f"the output folder holds the input {name}, which --overwrite would delete"
+            raise UsageError(problem, where=str(out), hint="choose another -o")
         if place.is_file() and place.is_relative_to(source) and not sidecar(out).is_file():
             raise UsageError(f"is a file of the input {name}", where=str(out), hint="choose another -o")
 
