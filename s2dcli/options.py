@@ -384,6 +384,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "gpu_memory_utilization",
         "max_model_len",
         "max_in_flight",
+        "server_timeout",
         "parity_rows",
         "parity_tolerance",
         "trust_remote_code",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
@@ -21,6 +23,10 @@ class StoredRollouts:
     rows: list[TrainingRow]
     first: list[Rollout]
     samplers: list[dict]
+    digest: Any  # of the records, for what was piped in
+
+    def sha256(self) -> str:
+        return self.digest.hexdigest()
 
     def max_tokens(self, path: str) -> int:
         """Return the length limit that all rollouts were sampled under. Raises DataError if they differ."""
@@ -39,13 +45,14 @@ class StoredRollouts:
 
 def store(rollouts: Iterable[Rollout], *, keep_records: bool = False) -> StoredRollouts:
     """Hold rollouts as training rows: 8 bytes for a completion token. With `keep_records` their whole records too, to be written again."""
-    stored, maker, samplers = StoredRollouts([], [], []), RowMaker(), {}
+    stored, maker, samplers = StoredRollouts([], [], [], hashlib.sha256()), RowMaker(), {}
     for rollout in rollouts:
         reward = rollout.reward if isinstance(rollout, Graded) else None
         stored.rows.append(maker.row(rollout, reward, rollout.to_record() if keep_records else None))
         if len(stored.first) < ROWS_TO_CHECK:
             stored.first.append(rollout)
         samplers[jsonl.dumps(rollout.sampler)] = rollout.sampler
+        stored.digest.update(jsonl.dumps(rollout.to_record()))
     stored.samplers.extend(samplers.values())
     return stored
 

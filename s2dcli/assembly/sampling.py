@@ -19,7 +19,7 @@ from s2dcli.engines.base import Engine, Request, Sample, SamplingParams
 from s2dcli.engines.opening import open_engine
 from s2dcli.engines.weights import ParityGate, Score, WeightSource, WeightSync
 from s2dcli.errors import DataError, UsageError
-from s2dcli.files.output import Kept
+from s2dcli.files.output import CompleteLine
 from s2dcli.files.records import Problem, Rollout, row_seed
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel
 from s2dcli.models.prompts import PromptEncoder
@@ -82,7 +82,7 @@ def shard_of(batches: list[list[Task]], index: int, count: int) -> list[list[Tas
     return batches[len(batches) * (index - 1) // count : len(batches) * index // count]
 
 
-def count_done(kept: Iterable[Kept], batches: Sequence[Sequence[Task]], num_samples: int, *, whole_batches: bool) -> int:
+def count_done(kept: Iterable[CompleteLine], batches: Sequence[Sequence[Task]], num_samples: int, *, whole_batches: bool) -> int:
     """Return how many rows of an unfinished file a resumed run keeps.
 
     With `whole_batches` those of a batch that is not all there are sampled again: log-probs depend, in
@@ -99,7 +99,7 @@ def count_done(kept: Iterable[Kept], batches: Sequence[Sequence[Task]], num_samp
             task.prompt_ids,
         ):
             due = f"sample {index} of group {task.group_id!r}" if task else "the end"
-            raise DataError(f"cannot be resumed: {due} was expected here", where=where, hint="--overwrite begins anew")
+            raise DataError(f"cannot be resumed: {due} was expected here", where=where, hint="--overwrite restarts")
         count += 1
     if not whole_batches:
         return count

@@ -24,15 +24,24 @@ from s2dcli.assembly.rollouts import StoredRollouts
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
 from s2dcli.engines.base import SamplingParams
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_inside
-from s2dcli.files.manifest import HOW_STARTED, describe
+from s2dcli.files.manifest import describe
 from s2dcli.files.records import Problem, Rollout, require_labels
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.grade.pool import MATH, Grader
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, resolve
 from s2dcli.models.policy import Policy
 from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
-from s2dcli.options import EngineOptions, GradingOptions, ModelOptions, RunOptions, SampledRunOptions, TrainingOptions
+from s2dcli.options import (
+    HOW_STARTED,
+    MAY_CHANGE_ON_RESUME,
+    EngineOptions,
+    GradingOptions,
+    ModelOptions,
+    RunOptions,
+    SampledRunOptions,
+    Schedule,
+    TrainingOptions,
+)
 from s2dcli.train.loop import Step, TrainingRun
 from s2dcli.train.rows import Group, RowMaker, TrainingRow
 
@@ -66,7 +75,6 @@ class TrainingSetup:
         self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in checkpoints.items()}
         self.parent, *others = self.parents.values()
         self.inputs = [*inputs, *([running.eval_problems] if running.eval_problems else []), *loading.files]
-        refuse_inside(out, [*(parent.folder for parent in self.parents.values()), *self.inputs])
         self.tokenizer = load_tokenizer(self.parent.folder, loading.trust_remote_code)
         for other in others:
             require_same_tokenizer(load_tokenizer(other.folder, loading.trust_remote_code), self.tokenizer)
@@ -112,10 +120,10 @@ class TrainingSetup:
             return None
         given = [problem.to_record() for problem in problems]
         samplers = [{"sampler": sampler} for sampler in stored.samplers] if stored else []
-        manifest = describe(self.stage, self.options, inputs=self.inputs, parents=list(self.parents.values()), rollouts=samplers)
-        manifest["options"] = {name: value for name, value in manifest["options"].items() if name not in HOW_STARTED}
-        if jsonl.is_stream(self.inputs[0]):  # so that a resume is given the same
-            manifest["inputs"][0]["sha256"] = jsonl.sha256(given)
+        told = {name: value for name, value in self.options.items() if name not in HOW_STARTED}
+        manifest = describe(self.stage, told, inputs=self.inputs, parents=[*self.parents.items()], rollouts=samplers, streamed=given)
+        if stored and jsonl.is_stream(self.inputs[0]):
+            manifest["inputs"][0]["sha256"] = stored.sha256()
         folder = RunFolder(
             self.out,
             manifest,
@@ -123,6 +131,8 @@ class TrainingSetup:
             problems=given,
             keep_last=self.running.keep_last,
             keep_states=self.running.keep_states,
+            may_change=MAY_CHANGE_ON_RESUME,
+            may_extend=self.training.schedule is Schedule.constant,
             overwrite=self.running.overwrite,
             resume=self.running.resume,
         )

@@ -1,6 +1,6 @@
 """Files and folders that are whole or not there.
 
-What is written gets a temporary name first, `.NAME.PID`, is synced, and then gets its own; what is
+What is written gets a temporary name first, `.s2d-PID-NAME.tmp`, is synced, and then gets its own; what is
 removed loses its name first. So whatever ends the process, a name never stands for half of something.
 """
 
@@ -16,13 +16,13 @@ from typing import BinaryIO
 
 from s2dcli.errors import DataError
 
-_TEMPORARY = re.compile(r"\..+\.\d+")
+_TEMPORARY = re.compile(r"\.s2d-\d+-(.+)\.tmp")
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors words what the operating system said
 
 
 def temporary(path: Path) -> Path:
     """Return the name that `path` has while it is written or removed."""
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    return path.with_name(f".s2d-{os.getpid()}-{path.name}.tmp")
 
 
 def is_temporary(path: Path) -> bool:
@@ -91,14 +91,18 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove what processes that were killed have left in a folder, if there is one, under temporary names (of `name`). Raises OSError."""
-    drafts = [path for path in folder.iterdir() if is_temporary(path) and path.name.startswith(f".{name}")] if folder.is_dir() else []
-    for path in drafts:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what killed processes have left in a folder, if there is one, under the temporary names of `names`; all if none is given.
+
+    Raises OSError.
+    """
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and (not names or match[1] in names):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def sync(path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Output folders, and what is in a checkpoint's.
+"""What is in the folder of a checkpoint.
 
 step-000100/  config, *.safetensors, tokenizer, s2d.json: an ordinary checkpoint
               adapter/         if one was trained
-              training_state/  masters and moments of the optimizer, for going on; safetensors, no pickle
+              training_state/  masters and moments of the optimizer, to resume with; safetensors, no pickle
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from s2dcli.errors import ModelError, UsageError
-from s2dcli.files.atomic import disk_errors, is_temporary, remove
-from s2dcli.files.lock import LOCK
+from s2dcli.errors import ModelError
+from s2dcli.files.atomic import disk_errors
 from s2dcli.files.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -52,40 +51,6 @@ def latest_step(folder: Path) -> Path:
     if not re.fullmatch(r"step-\d+", step) or not (folder / step).is_dir():  # only a step: no path leads out of the folder
         raise ModelError(f"{LATEST!r} names {step!r}, which is no step in there", where=str(folder))
     return folder / step
-
-
-def refuse_folder(out: Path, overwrite: bool, resume: bool = False) -> None:
-    """Raise UsageError unless `out` is new or empty, or s2d made it and may replace it or go on with it."""
-    if overwrite and resume:
-        raise UsageError("--overwrite begins anew and --resume goes on", hint="give one of them")
-    if out.exists() and not out.is_dir():
-        raise UsageError("exists and is not a folder", where=str(out), hint="choose another -o")
-    if out.is_dir() and _contents(out):
-        if not overwrite and not resume:
-            raise UsageError("output exists", where=str(out), hint="--resume goes on, --overwrite replaces it, or choose another -o")
-        if not (out / MANIFEST).is_file():
-            what = "--resume cannot go on with it" if resume else "--overwrite leaves it alone"
-            raise UsageError(f"was not made by s2d (no {MANIFEST}), so {what}", where=str(out))
-
-
-def refuse_inside(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Raise UsageError if replacing `out` would delete something that is read from."""
-    for path in map(str, inputs):
-        if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
-            raise UsageError(
-                f"the output folder holds the input {path}, which --overwrite would delete", where=str(out), hint="choose another -o"
-            )
-
-
-def empty_folder(out: Path) -> None:
-    """Remove all that s2d has made in a folder, last what shows that it was s2d. Raises OSError."""
-    for path in sorted(_contents(out), key=lambda path: (path.name == MANIFEST, path.name != LATEST)):
-        remove(path)
-
-
-def _contents(out: Path) -> list[Path]:
-    """What is in a folder, but for its lock and what a process that was killed left half written."""
-    return [path for path in out.iterdir() if path.name != LOCK and not is_temporary(path)]
 
 
 def write_checkpoint(

@@ -1,4 +1,4 @@
-"""Reading manifests: what a checkpoint rests on, which labels that has cost, and what should give pause.
+"""Reading manifests: the ancestors of a checkpoint, which labels they have cost, and what should give pause.
 
 A label is spent when a stage learns from a problem's answer: as a reward, by filtering with it, or as a
 supervised target. Evaluating spends nothing, but figures on problems that were learnt from mean little.
@@ -40,7 +40,7 @@ def title(record: Record) -> str:
 
 
 def behind(record: Record, ancestors: Mapping[str, Record]) -> dict[str, Record]:
-    """Return the records that one rests on, each once, nearest first, by name."""
+    """Return the ancestors of a record, each once, nearest first, by name."""
     found: dict[str, Record] = {}
     waiting = [record]
     while waiting:

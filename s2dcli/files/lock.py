@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from s2dcli.errors import UsageError
 from s2dcli.files.atomic import disk_errors
 
 LOCK = ".lock"
+LARGEST = 4096  # bytes of a lock file
+OTHER = " by another process"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # answers of file systems that keep none
 
 
@@ -31,7 +34,8 @@ def locked(output: Path) -> Iterator[None]:
 
     The kernel keeps the lock and gives it up with the process, however that ends, so a lock file that
     was left behind means nothing and a pid that was given out again does not matter; what the file says
-    of its owner is for people. Children do not inherit it. Raises UsageError that names the owner, and
+    of its owner is for people. Children do not inherit it. A link or a file with other contents under the
+    lock's name is never written to. Raises UsageError that names the owner or what is in the way, and
     DataError if the file cannot be made.
     """
     path = lock_of(output)
@@ -49,21 +53,42 @@ def locked(output: Path) -> Iterator[None]:
 
 def _take(path: Path, output: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise
+            raise _in_the_way(path, output) from None
+        if not _is_ours(descriptor):
+            os.close(descriptor)
+            raise _in_the_way(path, output)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 console.warn(f"{output}: this file system keeps no locks, so nothing keeps a second process from writing there")
                 return descriptor
-            holder = os.pread(descriptor, 4096, 0)
+            holder = os.pread(descriptor, LARGEST, 0)
             os.close(descriptor)
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise UsageError(f"is in use{_said_by(holder)}", where=str(output), hint="wait for it to end, or choose another -o") from None
-        if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        if os.path.lexists(path) and os.path.samestat(os.fstat(descriptor), os.lstat(path)):
             return descriptor
         os.close(descriptor)  # its owner has just removed it: there is a newer one, or none
+
+
+def _is_ours(descriptor: int) -> bool:
+    """Whether a lock file is new, or one that a process of s2d has left."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_size > LARGEST:
+        return False
+    content = os.pread(descriptor, LARGEST, 0)
+    return not content or _said_by(content) != OTHER
+
+
+def _in_the_way(path: Path, output: Path) -> UsageError:
+    return UsageError(f"{path.name}, the name of its lock, is taken by what s2d did not write", where=str(output), hint=f"move {path} away")
 
 
 def _said_by(holder: bytes) -> str:
@@ -71,4 +96,4 @@ def _said_by(holder: bytes) -> str:
         owner = json.loads(holder)
         return f" by process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (ValueError, KeyError, TypeError):
-        return " by another process"
+        return OTHER

@@ -3,7 +3,7 @@
     s2d.json       in a folder
     FILE.s2d.json  beside a single file; pipes have none, there `sampler` names the checkpoint's hash
 
-A manifest holds the manifests of all that it rests on, as *records*, so that they outlive the folders
+A manifest holds the manifests of all its ancestors, as *records*, so that they outlive the folders
 and files they were written for: `ancestors` maps the sha256 of each record to the record, and `record`
 of each input and parent names one of them, "" where s2d did not make it and UNKNOWN where its manifest
 was not found. `labels` are the problem_sha256 of all problems whose answers the stage learnt from.
@@ -27,18 +27,18 @@ from typer.main import get_current_context
 
 from s2dcli import __version__, console
 from s2dcli.errors import DataError, UsageError
+from s2dcli.files import jsonl
 from s2dcli.files.atomic import whole_file
+from s2dcli.options import HOW_STARTED
 
 MANIFEST = "s2d.json"
 SCHEMA = "s2d.manifest/1"
 RECORDED_VERSIONS = ("torch", "transformers", "vllm", "math-verify")
-ROLES = ("model", "student", "teacher", "tokenizer")  # options that name a checkpoint
 SAMPLER = "sampler"  # role of a checkpoint that sampled the rollouts
 UNKNOWN = "unknown"
 # What a manifest's record keeps of it
 RECORDED = ("command", "options", "given", "versions", "commit", "seeds", "inputs", "parents", "counts", "labels", "output_sha256")
-HOW_STARTED = {"overwrite", "resume", "dry_run"}  # options that say nothing about the work
-NEVER_COMPARED = {"out", *HOW_STARTED}  # nor does where its output goes
+NEVER_COMPARED = {"out", *HOW_STARTED}  # options that say nothing about the work
 _CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@")  # `user:password@` of a URL
 # Options whose flag is not their parameter's name
 _FLAGS = {"num_samples": "-n", "k": "-k"}
@@ -62,17 +62,27 @@ def sidecar(path: str | Path) -> Path:
     return Path(f"{path}.{MANIFEST}")
 
 
+def folder_sha256(folder: Path) -> str:
+    """Hash over names and contents of the files in a folder, hidden ones left out."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    visible = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    return sha256_json([(name, file_sha256(folder / name)) for name in visible])
+
+
 def describe(
     command: str,
     options: Mapping[str, Any],
     *,
     inputs: Sequence[str] = (),
-    parents: Sequence[Any] = (),
+    parents: Iterable[tuple[str, Any]] = (),
     rollouts: Iterable[Mapping[str, Any]] = (),
+    streamed: Iterable[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Build a manifest. `inputs` are files, pipes have no hash; `parents` are checkpoints, in the order of their options.
+    """Build a manifest. `inputs` are files, folders or pipes; `parents` are (role, checkpoint), e.g. ("teacher", CHECKPOINT).
 
-    `rollouts` are the rows that are learnt from or measured: who sampled them is a parent too.
+    `rollouts` are the rows that are learnt from or measured: who sampled them is a parent too. `streamed` are the
+    records that were read from a pipe, whose hash is the input's then, so that a resume can be held to the same.
+    Raises DataError if an input is not complete.
     """
     ancestors: dict[str, Any] = {}
     manifest = {
@@ -84,15 +94,8 @@ def describe(
         "versions": {"s2d": __version__, "python": platform.python_version(), **_versions()},
         "commit": _commit(),
         "seeds": {name: value for name, value in options.items() if name == "seed"},
-        "inputs": [_input(str(path), ancestors) for path in inputs],
-        "parents": [],
-        "counts": {},
-        "labels": [],
-        "ancestors": ancestors,
-    }
-    roles = [role for role in ROLES for parent in parents if options.get(role) == parent.name]
-    for role, parent in zip(dict.fromkeys(roles), parents, strict=True):
-        manifest["parents"].append(
+        "inputs": [_input(str(path), ancestors, streamed) for path in inputs],
+        "parents": [
             {
                 "role": role,
                 "name": parent.name,
@@ -102,7 +105,12 @@ def describe(
                 "setup_sha256": parent.setup_sha256,
                 "record": record_of(parent.folder / MANIFEST, ancestors),
             }
-        )
+            for role, parent in parents
+        ],
+        "counts": {},
+        "labels": [],
+        "ancestors": ancestors,
+    }
     name_samplers(manifest, rollouts)
     return manifest
 
@@ -114,15 +122,30 @@ def _is_given(option: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _input(path: str, ancestors: dict[str, Any]) -> dict[str, str]:
-    """Name an input by its hash, and by the record of what made it if its sidecar is about this content."""
-    sha256 = file_sha256(path) if os.path.isfile(path) else ""
-    about = sha256 and sidecar(path).is_file() and read_manifest(sidecar(path)).get("output_sha256") == sha256
+def _input(path: str, ancestors: dict[str, Any], streamed: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Name an input by its hash, and by the record of what made it: a folder's manifest, or a file's if it is about this content."""
+    if os.path.isdir(path):
+        require_complete(path, Path(path) / MANIFEST)
+        return {"path": path, "sha256": folder_sha256(Path(path)), "record": record_of(Path(path) / MANIFEST, ancestors)}
+    if not os.path.isfile(path):
+        sha256 = jsonl.sha256(streamed) if jsonl.is_stream(path) and streamed else ""
+        return {"path": path, "sha256": sha256, "record": ""}
+    require_complete(path, sidecar(path))
+    sha256 = file_sha256(path)
+    about = sidecar(path).is_file() and read_manifest(sidecar(path)).get("output_sha256") == sha256
     return {"path": path, "sha256": sha256, "record": record_of(sidecar(path), ancestors) if about else ""}
 
 
+def require_complete(path: str, manifest_path: Path) -> None:
+    """Raise DataError if an input is an output of s2d that was not finished."""
+    if manifest_path.is_file() and not (manifest := read_manifest(manifest_path))["complete"]:
+        how = "--resume" if "resume" in manifest["options"] else "--overwrite"
+        hint = f"s2d {manifest['command']} ... -o {path} {how} completes it"
+        raise DataError("is not complete: the command that writes it was stopped or still runs", where=path, hint=hint)
+
+
 def record_of(path: Path, ancestors: dict[str, Any]) -> str:
-    """Add the record of a manifest, and those that it rests on, to `ancestors`. Returns its name, "" if there is no manifest."""
+    """Add the record of a manifest, and those of its ancestors, to `ancestors`. Returns its name, "" if there is no manifest."""
     if not path.is_file():
         return ""
     manifest = read_manifest(path)
@@ -159,6 +182,8 @@ def _whose(sampler: Mapping[str, Any]) -> dict[str, Any]:
 def _found(sampler: Mapping[str, Any], ancestors: dict[str, Any]) -> str:
     """Look where a sampler says that it lay: what is there counts only if the weights are the same."""
     path = Path(str(sampler["name"]))
+    if not os.path.isdir(path):
+        return UNKNOWN
     for folder in (path, *(step for step in path.glob("step-*") if step.name.removeprefix("step-").lstrip("0") == str(sampler["step"]))):
         if folder.is_dir() and files_sha256(folder.glob("*.safetensors")) == sampler["weights_sha256"]:
             return record_of(folder / MANIFEST, ancestors)
@@ -222,10 +247,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest. Raises DataError if it is none or cannot be read."""
+    """Read a manifest. Raises DataError if it is none, lacks a field, or cannot be read."""
     content = read_json(path)
     if content.get("schema") != SCHEMA:
         raise DataError(f"not a manifest of s2d ({SCHEMA})", where=str(path))
+    _take(content, "complete", bool, path)
     _take_all({"measured": [], **content}, "measured", list, str, path)
     for name, record in {"": content, **_take(content, "ancestors", dict, path)}.items():
         if name and sha256_json(record) != name:
@@ -321,12 +347,12 @@ def refuse_differences(where: Path, old: Mapping[str, Any], new: Mapping[str, An
         raise UsageError(
             f"cannot be resumed, {len(found)} thing{'s' * (len(found) > 1)} differ{'s' * (len(found) == 1)}: {'; '.join(found)}",
             where=str(where),
-            hint=f"give what it was begun with{_exceptions(may_change)}, or --overwrite to begin anew",
+            hint=f"repeat the options that it was started with{_exceptions(may_change)}, or --overwrite to restart",
         )
     for package, was in old["versions"].items():
         now = new["versions"].get(package, "")
         if was != now:
-            console.warn(f"{where} was begun with {package} {was or '(none)'} and goes on with {now or '(none)'}")
+            console.warn(f"{where} was started with {package} {was or '(none)'} and is resumed with {now or '(none)'}")
 
 
 def _exceptions(may_change: Collection[str]) -> str:

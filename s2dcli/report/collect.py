@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from s2dcli import console, stats
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
+from s2dcli.files.eval_folder import results_path
 from s2dcli.files.ledger import warnings
 from s2dcli.files.manifest import MANIFEST, read_manifest
 from s2dcli.files.records import take
@@ -51,11 +51,7 @@ def read_results(run: str) -> Iterator[Result]:
     if jsonl.is_stream(run):
         yield from (_result(where, record) for where, record in jsonl.read(run, "the results of s2d eval"))
         return
-    path = Path(run)
-    if path.is_dir():
-        path = path / "results.json"
-        if not path.exists():
-            raise DataError("no results.json in this folder", where=run, hint="s2d eval ... -o FOLDER writes one")
+    path = results_path(run)
     with jsonl.open_input(path, "eval results") as stream:
         yield _result(str(path), jsonl.parse_line(stream.read(), str(path)))
     manifest = path.with_name(MANIFEST)

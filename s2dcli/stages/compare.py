@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,11 +27,11 @@ import typer
 from s2dcli import console, stats
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
+from s2dcli.files.eval_folder import graded_path
 from s2dcli.files.ledger import distinct_labels, manifest_of
 from s2dcli.files.manifest import NEVER_COMPARED, flag
 from s2dcli.files.records import take, take_reward
 
-GRADED = "rollouts.jsonl"  # in the output folder of s2d eval
 DECODING = ("temperature", "top_p", "top_k", "max_tokens")  # of `sampler`; both sides should have it in common
 NUCLEUS = ("top_p", "top_k")  # without effect in greedy decoding
 NONE = "-"
@@ -84,7 +83,7 @@ def _paired(a: str, b: str) -> stats.Figures:
 
 def _read(path: str) -> tuple[dict[str, list[float]], dict[str, set[float]]]:
     """Return the scores of each problem, by problem_sha256, and the values of DECODING that the rows were sampled with."""
-    file = str(Path(path) / GRADED) if Path(path).is_dir() else path
+    file = graded_path(path)
     scores = stats.Scores()
     decoding: dict[str, set[float]] = {}
     for where, record in jsonl.read(file, "graded rollouts"):

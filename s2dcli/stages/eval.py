@@ -5,38 +5,33 @@
 
 avg@k is the mean over problems of the share of right answers among k samples (paper, Evaluation);
 ± is the standard error over problems, for this one checkpoint. Answers that could not be graded
-count as wrong and are reported. `--resume` goes on with a folder that was not finished.
+count as wrong and are reported. `--resume` resumes an unfinished folder.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import chain
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from s2dcli import console, options, stats
-from s2dcli.errors import DataError, S2DError, UsageError
+from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.atomic import disk_errors, remove_leftovers
-from s2dcli.files.checkpoint import empty_folder, refuse_folder, refuse_inside
+from s2dcli.files.eval_folder import EvalFolder
 from s2dcli.files.ledger import warnings
-from s2dcli.files.lock import locked
-from s2dcli.files.manifest import MANIFEST, describe, name_samplers, read_json, write_json
-from s2dcli.files.output import begun, cut_after, kept_lines
+from s2dcli.files.manifest import describe, name_samplers
 from s2dcli.files.records import read_graded, read_problems, require_labels
 from s2dcli.grade.pool import MATH, Grader
 from s2dcli.grade.rewards import parse_all
 
-RESULTS = "results.json"
-GRADED = "rollouts.jsonl"
 DEFAULT_K = 16  # the paper's avg@16
 # On --resume: cutting batches otherwise changes log-probs in the sixth decimal only
 MAY_CHANGE = {"device", "sample_tokens", "workers", "name"}
+# What tells samplers apart
+SAMPLER_KEYS = ("model", "revision", "checkpoint", "step", "temperature", "top_p", "top_k", "max_tokens", "template")
 # What would be ignored when the rollouts are there already
 MODEL_ONLY = {
     "k": "-k",
@@ -84,144 +79,100 @@ def evaluate(
     settings = options.flatten(locals())
     if (model is None) == (rollouts is None):
         raise UsageError("choose what to measure", hint="--model CKPT, or --rollouts GRADED for completions that exist already")
-    if rollouts is not None and problems != jsonl.STDIN:
-        raise UsageError("PROBLEMS go with --model; graded rollouts bring their own")
     if rollouts is not None:
+        if problems != jsonl.STDIN:
+            raise UsageError("PROBLEMS go with --model; graded rollouts bring their own")
         options.refuse_given(context, MODEL_ONLY, "goes with --model; graded rollouts are measured as they are")
     if temperature == 0 and (k or 1) > 1:
         raise UsageError(f"-k {k} at --temperature 0: greedy samples are all equal", hint="leave -k out, or sample at --temperature 1")
-    if resume and out is None:
-        raise UsageError("--resume goes on with a folder", hint="-o DIR names it")
+    if (resume or overwrite) and out is None:
+        raise UsageError("--resume and --overwrite need a folder", hint="-o DIR names it")
+    source = rollouts or problems
     if out:
-        refuse_folder(out, overwrite, resume)
-        refuse_inside(out, [rollouts or problems])
+        EvalFolder.check(out, "eval", [source, *([model] if model else [])], overwrite=overwrite, resume=resume)
 
     from s2dcli.models.checkpoints import resolve
 
-    todo = read_problems(problems) if model else []
+    started = time.monotonic()
+    problems = read_problems(problems) if model else []
     if any(reward.built_in for reward in parse_all(grading.reward or [MATH])):
-        require_labels(todo, "measure on labelled problems, or use a reward that needs no answer: --reward python:MODULE:FUNCTION")
+        require_labels(problems, "measure on labelled problems, or use a reward that needs no answer: --reward python:MODULE:FUNCTION")
     checkpoint = resolve(model) if model else None
-    if out and checkpoint:
-        refuse_inside(out, [checkpoint.folder])
-    parents = [checkpoint] if checkpoint else []
-    manifest = describe("eval", settings, inputs=[rollouts or problems, *loading.files], parents=parents)
-    if model and jsonl.is_stream(problems):  # so that a resume is given the same
-        manifest["inputs"][0]["sha256"] = jsonl.sha256(problem.to_record() for problem in todo)
-    old = begun(out, out / MANIFEST, manifest, MAY_CHANGE) if resume else None
-    if old and old["complete"]:
-        console.info(f"{out} is complete already")
-        jsonl.print_result(read_json(out / RESULTS))
-        return
-    if rollouts is not None:  # read anew from the start: that takes seconds
-        _measure((row.to_record() for _, row in read_graded(rollouts)), out, name, manifest)
-        return
+    parents, streamed = [("model", checkpoint)] if checkpoint else [], [problem.to_record() for problem in problems]
+    manifest = describe("eval", settings, inputs=[source, *loading.files], parents=parents, streamed=streamed)
+    summary, seen, measured, done = stats.Summary(), {}, set(), 0
+    with ExitStack() as stack:
+        folder = EvalFolder(out, manifest, may_change=MAY_CHANGE, overwrite=overwrite, resume=resume) if out else None
+        if folder and stack.enter_context(folder).finished:
+            console.info(f"{out} is complete already")
+            jsonl.print_result(folder.result())
+            return
+        if checkpoint:
+            from s2dcli.assembly.loading import load_scorer
+            from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan
+            from s2dcli.engines.base import SamplingParams
+            from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
 
-    samples = k or (1 if temperature == 0 else DEFAULT_K)
-    with Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader:
-        from s2dcli.assembly.loading import load_scorer
-        from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan
-        from s2dcli.engines.base import SamplingParams
-        from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
-
-        template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
-        encoder = PromptEncoder(load_tokenizer(checkpoint.folder, loading.trust_remote_code), loading.chat_template, template_kwargs)
-        params = SamplingParams(temperature, top_p, top_k, max_tokens)
-        tasks = make_tasks(todo, encoder)
-        batches = plan(tasks, samples, max_tokens, sampling.sample_tokens)
-        with (
-            open_sampler(checkpoint, encoder, params, sampling, loading, seed=seed) as sampler,
-            console.progress("evaluating", len(tasks) * samples, "rollouts") as advance,
-        ):
-            done = count_done(kept_lines(out / GRADED), batches, samples, whole_batches=sampler.engine.whole_batches) if old else 0
+            k = k or (1 if temperature == 0 else DEFAULT_K)
+            grader = stack.enter_context(Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit))
+            template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
+            encoder = PromptEncoder(load_tokenizer(checkpoint.folder, loading.trust_remote_code), loading.chat_template, template_kwargs)
+            params = SamplingParams(temperature, top_p, top_k, max_tokens)
+            tasks = make_tasks(problems, encoder)
+            batches = plan(tasks, k, max_tokens, sampling.sample_tokens)
+            sampler = stack.enter_context(open_sampler(checkpoint, encoder, params, sampling, loading, seed=seed))
+            if folder:
+                done = count_done(folder.lines(), batches, k, whole_batches=sampler.engine.whole_batches)
             if sampling.parity_rows:
                 sampler.prove(tasks, load_scorer(checkpoint, loading))
+            groups = ([row.to_record() for row in group] for group in sampler.sample_batches(batches, k, done))
+            graded = (record for group in groups for record in grader.graded(group))
+        else:
+            graded = (row.to_record() for _, row in read_graded(rollouts))
+        writer = stack.enter_context(folder.open_rollouts(done)) if folder else None
+        advance = stack.enter_context(console.progress("evaluating", len(problems) * k if checkpoint else None, "rollouts"))
 
-            def graded() -> Iterator[dict]:
-                advance(done)
-                for group in sampler.sample_batches(batches, samples, done):
-                    yield from grader.graded([row.to_record() for row in group])
-                    advance(len(group))
+        def count(record: dict[str, Any]) -> None:
+            _note_sampler(seen, record)
+            measured.add(record["problem_sha256"])
+            summary.add(record)
+            advance()
 
-            _measure(graded(), out, name, manifest, done)
-
-
-def _measure(graded: Iterable[dict], out: Path | None, name: str | None, manifest: dict[str, Any], done: int = 0) -> None:
-    """Sum up graded rollouts as they come, print the result, and with `out` write it and them there.
-
-    The first `done` of them are in `out` already.
-    """
-    started = time.monotonic()
-    seen: dict[str, Any] = {}
-    measured: set[str] = set()
-    with ExitStack() as stack:
-        writer = stack.enter_context(_open_folder(out, manifest, done)) if out else None
-        if writer and done:
-            graded = chain((line.record for line in kept_lines(out / GRADED, done)), graded)
-
-        def noted() -> Iterator[dict]:
-            for number, record in enumerate(graded):
-                _note(seen, record)
-                measured.add(record["problem_sha256"])
-                if writer and number >= done:
-                    writer.write(record)
-                    writer.flush()
-                yield record
-
+        for line in folder.lines(done) if folder else ():
+            count(line.record)
+        for record in graded:
+            count(record)
+            if writer:
+                writer.write(record)
+                writer.flush()
+                folder.keep = bool(checkpoint)  # graded rollouts that are there already are read from the start
         try:
-            figures = stats.summarize(noted())
+            figures = summary.figures()
         except ValueError as error:
-            if isinstance(error, S2DError):
-                raise
-            raise DataError(f"cannot be evaluated: {error}", where=jsonl.input_name(manifest["inputs"][0]["path"])) from None
+            raise DataError(f"cannot be evaluated: {error}", where=jsonl.input_name(source)) from None
         results = {"name": name or seen["model"], **seen, **figures}
-        if not manifest["parents"]:
+        if not checkpoint:
             name_samplers(manifest, [{"sampler": seen}])
-        if out:
-            rollouts = figures["problems"] * figures["k"]
-            tokens = round(figures["mean_tokens"] * rollouts)
-            counts = {"problems": figures["problems"], "rollouts": rollouts, "tokens": tokens, "seconds": time.monotonic() - started}
-            with disk_errors("write the results", out):
-                writer.sync()
-                write_json(out / RESULTS, results)
-                write_json(out / MANIFEST, {**manifest, "complete": True, "counts": counts, "measured": sorted(measured)})
+        if folder:
+            writer.sync()
+            rows = figures["problems"] * figures["k"]
+            seconds = time.monotonic() - started
+            counts = {"problems": figures["problems"], "rollouts": rows, "tokens": round(figures["mean_tokens"] * rows), "seconds": seconds}
+            folder.finish(results, counts=counts, measured=sorted(measured))
     for caution in (*stats.cautions(figures), *warnings(manifest, measured)):
         console.warn(caution)
     console.info(stats.in_words(figures))
     jsonl.print_result(results)
 
 
-@contextmanager
-def _open_folder(out: Path, manifest: dict[str, Any], done: int) -> Iterator[jsonl.Writer]:
-    """Open the graded rollouts of an output folder, which is new or emptied unless `done` of them are there already."""
-    with disk_errors("make the folder", out):
-        out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        with disk_errors("write", out):
-            remove_leftovers(out)
-            if done:
-                cut_after(out / GRADED, done)
-            else:
-                empty_folder(out)  # what may not be replaced was refused before
-                write_json(out / MANIFEST, {**manifest, "complete": False})
-        with jsonl.open_output(out / GRADED, append=True) as writer:
-            yield writer
-
-
-def _note(seen: dict[str, Any], record: dict) -> None:
-    """Note whose completions these are; one result must not mix models or ways of sampling."""
+def _note_sampler(seen: dict[str, Any], record: dict[str, Any]) -> None:
+    """Note who sampled these completions, and how; one result must not mix models or ways of sampling."""
     sampler, source = record["sampler"], record["source"]
-    whose = {
-        key: sampler.get(key, "")
-        for key in ("model", "revision", "checkpoint", "step", "temperature", "top_p", "top_k", "max_tokens", "template")
-    }
+    for key in SAMPLER_KEYS:
+        value = sampler.get(key, "")
+        if seen.setdefault(key, value) != value:
+            mixed = f"rollouts of different samplers in one evaluation: {key} {seen[key]!r} and {value!r}"
+            raise DataError(mixed, hint="evaluate them one by one")
     dataset = "/".join(str(part) for part in (source.get("dataset"), source.get("split")) if part)
-    if not seen:
-        seen.update(whose, dataset=dataset)
-    for key, value in whose.items():
-        if seen[key] != value:
-            raise DataError(
-                f"rollouts of different samplers in one evaluation: {key} {seen[key]!r} and {value!r}", hint="evaluate them one by one"
-            )
-    if dataset != seen["dataset"]:
+    if seen.setdefault("dataset", dataset) != dataset:
         seen["dataset"] = "mixed"

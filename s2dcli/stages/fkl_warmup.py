@@ -24,8 +24,8 @@ import typer
 from s2dcli import console, options
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder
 from s2dcli.files.records import Rollout, read_graded, read_problems, read_rollouts
+from s2dcli.files.run_folder import RunFolder
 
 GOLD_ENGINE = "gold"  # `sampler.engine` of worked solutions written by `s2d prepare --solutions`
 
@@ -52,7 +52,9 @@ def fkl_warmup(
 ) -> None:
     """Warm up a student on stored teacher rollouts by forward KL, or train it on their tokens (SFT)."""
     given = options.flatten(locals())
-    refuse_folder(out, running.overwrite, running.resume)
+    RunFolder.check(
+        out, "fkl-warmup", [student, *([teacher] if teacher else []), rollouts], overwrite=running.overwrite, resume=running.resume
+    )
     if not running.eval_problems:
         options.refuse_given(context, {"engine": "--engine", "max_tokens": "--max-tokens"}, "samples evaluations only; add --eval-problems")
     if (teacher is None) != hard_labels:

@@ -29,8 +29,8 @@ import typer
 from s2dcli import console, options, stats
 from s2dcli.errors import UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder
 from s2dcli.files.records import read_problems, require_labels
+from s2dcli.files.run_folder import RunFolder
 from s2dcli.options import Correction
 from s2dcli.train.presets import KlIn, ObjectiveOptions
 
@@ -71,7 +71,7 @@ def grpo(
     """Train a model by sparse-reward RL (GRPO) on labelled problems."""
     given = options.flatten(locals())
     _refuse_contradictions(context, given)
-    refuse_folder(out, running.overwrite, running.resume)
+    RunFolder.check(out, "grpo", [model, rollouts or problems], overwrite=running.overwrite, resume=running.resume)
 
     from s2dcli.assembly.rollouts import draw, read_on_policy, store
 

@@ -24,8 +24,8 @@ from typing import Annotated
 import typer
 
 from s2dcli import options
-from s2dcli.files.checkpoint import refuse_folder
 from s2dcli.files.records import read_problems
+from s2dcli.files.run_folder import RunFolder
 
 
 class Estimator(StrEnum):
@@ -60,7 +60,7 @@ def opd(
     given = options.flatten(locals())
     if estimator is not Estimator.top_k:
         options.refuse_given(context, {"top_k": "--top-k"}, "requires --estimator top-k")
-    refuse_folder(out, running.overwrite, running.resume)
+    RunFolder.check(out, "opd", [teacher, student, problems], overwrite=running.overwrite, resume=running.resume)
     items = read_problems(problems)
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
 

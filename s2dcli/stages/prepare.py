@@ -33,7 +33,7 @@ from s2dcli.datasets import columns, sources
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
-from s2dcli.files.output import open_recorded
+from s2dcli.files.output import check_output, open_recorded
 from s2dcli.files.records import Message, Problem, Rollout, problem_sha256, row_seed, sha256_text, text_of
 
 PLACE = "{problem}"
@@ -88,8 +88,9 @@ def prepare(
     names = source or [jsonl.STDIN]
     parts = _parse_split(split) if split else []
     template = _check_template(template)
-    problem_files = _outputs(out, parts, overwrite)
-    solution_files = _outputs(solutions, parts, overwrite) if solutions else []
+    inputs = [*names, *(exclude or [])]
+    problem_files = _outputs(out, parts, inputs, overwrite)
+    solution_files = _outputs(solutions, parts, inputs, overwrite) if solutions else []
     _check_options(names, problem_files, solution_files, tokenizer, subset, source_split)
 
     encode = _solution_encoder(tokenizer, chat_template, chat_template_kwargs, trust_remote_code, seed) if tokenizer else None
@@ -110,7 +111,7 @@ def prepare(
     problems = _with_ids(found.problems)
     divided = _divide(problems, parts, seed) if parts else [problems]
 
-    manifest = describe("prepare", settings, inputs=[*names, *(exclude or [])])
+    manifest = describe("prepare", settings, inputs=inputs)
     for path, part in zip(problem_files, divided, strict=True):
         with open_recorded(path, manifest, overwrite=overwrite) as writer:
             for problem in part:
@@ -171,7 +172,7 @@ def _check_template(template: str) -> str:
     return template
 
 
-def _outputs(out: str, parts: list[Part], overwrite: bool) -> list[str]:
+def _outputs(out: str, parts: list[Part], inputs: list[str], overwrite: bool) -> list[str]:
     """Return the files to write, one for each part. Raises UsageError if one exists or a folder is needed."""
     if parts and jsonl.is_stream(out):
         raise UsageError("--split writes one file for each part", hint="-o FOLDER says where")
@@ -179,8 +180,7 @@ def _outputs(out: str, parts: list[Part], overwrite: bool) -> list[str]:
         raise UsageError("is a file, but --split needs a folder", where=out)
     files = [str(Path(out) / f"{part.name}.jsonl") for part in parts] or [out]
     for file in files:
-        if not jsonl.is_stream(file):
-            jsonl.refuse_existing(file, overwrite)
+        check_output(file, inputs, command="prepare", overwrite=overwrite)
     return files
 
 

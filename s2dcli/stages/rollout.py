@@ -6,7 +6,7 @@ depend on its neighbours, and shards put together are the whole:
     s2d rollout -m CKPT problems.jsonl -n 16 | s2d verify | s2d eval --rollouts -
     s2d rollout -m CKPT problems.jsonl --shard 2/8 -o part-2.jsonl
 
-After an interruption the same command with --resume goes on with the file: it has the bytes of an
+After an interruption the same command with --resume completes the file: it has the bytes of an
 undisturbed run in the end, since planned batches that are not all there are sampled again.
 """
 
@@ -22,9 +22,8 @@ import typer
 
 from s2dcli import console, options
 from s2dcli.errors import UsageError
-from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe, sidecar
-from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded
+from s2dcli.files.output import check_output, complete_lines, is_finished, open_recorded, resumable
 from s2dcli.files.records import read_problems
 
 # On --resume: how batches are cut and where they run changes log-probs in the sixth decimal only, but the cut
@@ -56,8 +55,8 @@ def rollout(
     """Sample n completions for each problem."""
     settings = options.flatten(locals())
     shard_index, shard_count = _parse_shard(shard)
-    check_output(out, overwrite=overwrite, resume=resume)
-    todo = read_problems(problems)
+    check_output(out, [problems], command="rollout", overwrite=overwrite, resume=resume)
+    source, problems = problems, read_problems(problems)
 
     from s2dcli.assembly.loading import load_scorer
     from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan, shard_of
@@ -68,41 +67,39 @@ def rollout(
     started = time.monotonic()
     checkpoint = resolve(model)
     template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
-    manifest = describe("rollout", settings, inputs=[problems, *loading.files], parents=[checkpoint])
-    if jsonl.is_stream(problems):  # so that a resume is given the same
-        manifest["inputs"][0]["sha256"] = jsonl.sha256(problem.to_record() for problem in todo)
-    old = begun(Path(out), sidecar(out), manifest, MAY_CHANGE if shard_count == 1 else MAY_CHANGE_IN_SHARDS) if resume else None
+    streamed = [problem.to_record() for problem in problems]
+    manifest = describe("rollout", settings, inputs=[source, *loading.files], parents=[("model", checkpoint)], streamed=streamed)
+    may_change = MAY_CHANGE if shard_count == 1 else MAY_CHANGE_IN_SHARDS
+    old = resumable(Path(out), sidecar(out), manifest, may_change) if resume else None
     if is_finished(out, old):
         return
     encoder = PromptEncoder(load_tokenizer(checkpoint.folder, loading.trust_remote_code), loading.chat_template, template_kwargs)
     params = SamplingParams(temperature, top_p, top_k, max_tokens)
-    tasks = make_tasks(todo, encoder, max_prompt_tokens)
+    tasks = make_tasks(problems, encoder, max_prompt_tokens)
     batches = shard_of(plan(tasks, num_samples, max_tokens, sampling.sample_tokens), shard_index, shard_count)
     num_problems = sum(map(len, batches))
-    rollouts = tokens = truncated = 0
+    tokens = truncated = 0
     with ExitStack() as stack:
         sampler = stack.enter_context(open_sampler(checkpoint, encoder, params, sampling, loading, seed=seed))
         if sampling.parity_rows:
             sampler.prove(tasks, load_scorer(checkpoint, loading))
-        done = count_done(kept_lines(out), batches, num_samples, whole_batches=sampler.engine.whole_batches) if old else 0
+        done = count_done(complete_lines(out), batches, num_samples, whole_batches=sampler.engine.whole_batches) if old else 0
         writer = stack.enter_context(open_recorded(out, manifest, overwrite=overwrite, kept=done if old else None))
         advance = stack.enter_context(console.progress("sampling", num_problems * num_samples, "rollouts"))
 
-        def count(record: dict) -> None:
-            nonlocal rollouts, tokens, truncated
-            rollouts += 1
-            tokens += len(record["completion_ids"])
-            truncated += record["finish_reason"] == LENGTH
-            advance()
-
-        for line in kept_lines(out, done):
-            count(line.record)
+        for line in complete_lines(out, done):
+            tokens += len(line.record["completion_ids"])
+            truncated += line.record["finish_reason"] == LENGTH
+        rollouts = done
+        advance(done)
         for group in sampler.sample_batches(batches, num_samples, done):
             for row in group:
-                record = row.to_record()
-                writer.write(record)
-                count(record)
+                writer.write(row.to_record())
+                tokens += len(row.completion_ids)
+                truncated += row.truncated
             writer.flush()
+            rollouts += len(group)
+            advance(len(group))
         seconds = time.monotonic() - started
         manifest["counts"] = {"problems": num_problems, "rollouts": rollouts, "tokens": tokens, "seconds": seconds}
     before = f" ({done} were there)" if done else ""

@@ -14,12 +14,11 @@ missing or not understood, or that our own machinery failed. See `grade/` for wh
     s2d rollout --model CKPT problems.jsonl | s2d verify --workers 4 | s2d eval --rollouts -
 
 `--diff OLD.jsonl` grades an already graded file again (or ROLLOUTS, matched by group_id and
-sample_index) and says which verdicts changed. `--resume` goes on with a file that was not finished.
+sample_index) and says which verdicts changed. `--resume` resumes an unfinished file.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, deque
 from contextlib import ExitStack
@@ -30,10 +29,10 @@ from typing import Annotated, Any
 import typer
 
 from s2dcli import console
-from s2dcli.errors import DataError, UsageError, nearest
+from s2dcli.errors import DataError, nearest
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe, sidecar
-from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded
+from s2dcli.files.output import check_output, complete_lines, is_finished, open_recorded, resumable
 from s2dcli.files.records import take_reward
 from s2dcli.options import GradingOptions, OutFile, Overwrite, Resume, Rollouts, flatten
 
@@ -148,10 +147,6 @@ def _name(verdict: dict) -> str:
     return label if reward in ("1", "0", "null") else f"{label} ({reward})"
 
 
-def _same_file(one: str, other: str) -> bool:
-    return all(not jsonl.is_stream(path) and os.path.exists(path) for path in (one, other)) and os.path.samefile(one, other)
-
-
 def _report(tally: Counter[str], errors: Counter[str], rows: Rows, num_mute: int, unlike: str) -> None:
     """Say on standard error how many rows were right, wrong and not graded, and why."""
     total = tally.total()
@@ -191,15 +186,13 @@ def verify(
 
     started = time.monotonic()
     source = diff if diff is not None and jsonl.is_stream(rollouts) else rollouts
-    if _same_file(source, out):
-        raise UsageError("input and output are the same file", where=out, hint="choose another -o")
-    check_output(out, overwrite=overwrite, resume=resume)
+    check_output(out, [source, *([diff] if diff else [])], command="verify", overwrite=overwrite, resume=resume)
     manifest = describe("verify", settings, inputs=[source])
-    old = begun(Path(out), sidecar(out), manifest, MAY_CHANGE) if resume else None
+    old = resumable(Path(out), sidecar(out), manifest, MAY_CHANGE) if resume else None
     if not jsonl.is_stream(source) and is_finished(out, old):
         _refuse_invalid(old["counts"]["invalid"], source, skip_invalid)
         return
-    done = sum(1 for _ in kept_lines(out)) if old else 0
+    done = sum(1 for _ in complete_lines(out)) if old else 0
     tally: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     num_mute, unlike = 0, ""
@@ -230,9 +223,9 @@ def verify(
                 changes.look(where, record, verdict)
             return jsonl.with_fields(raw, record, verdict)
 
-        for line in kept_lines(out, done):
+        for line in complete_lines(out, done):
             if not line.record.keys() >= {*VERDICT} or next(rows, None) is None or take({f: line.record[f] for f in VERDICT}) != line.raw:
-                raise DataError(f"cannot be resumed: this row was not made from {source}", where=line.where, hint="--overwrite begins anew")
+                raise DataError(f"cannot be resumed: this row was not made from {source}", where=line.where, hint="--overwrite restarts")
         for verdict in grader.grade(rows):
             writer.write_line(take(verdict))
             writer.flush()

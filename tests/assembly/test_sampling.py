@@ -5,7 +5,7 @@ import pytest
 from s2dcli.assembly.sampling import Sampler, Task, count_done, plan, shard_of, tasks_of_step
 from s2dcli.engines.base import Request, Sample, SamplingParams
 from s2dcli.errors import DataError
-from s2dcli.files.output import Kept
+from s2dcli.files.output import CompleteLine
 from s2dcli.files.records import Problem, row_seed
 
 
@@ -90,7 +90,7 @@ def test_rows_that_are_there_are_not_asked_again():
 
 def kept(todo, count):
     rows = [{"group_id": task.group_id, "sample_index": i, "prompt_ids": task.prompt_ids} for task in todo for i in range(2)]
-    return [Kept(f"file:{number}", b"", row) for number, row in enumerate(rows[:count], 1)]
+    return [CompleteLine(f"file:{number}", b"", row) for number, row in enumerate(rows[:count], 1)]
 
 
 def test_whole_batches_are_kept_or_whole_rows():

@@ -1,12 +1,12 @@
-"""What is in a checkpoint, and which folders are written to."""
+"""What is in a checkpoint."""
 
 import pytest
 import torch
 from tiny import tiny
 
-from s2dcli.errors import DataError, UsageError
+from s2dcli.errors import DataError
 from s2dcli.files import checkpoint
-from s2dcli.files.checkpoint import empty_folder, read_training_state, refuse_folder, write_checkpoint, write_training_state
+from s2dcli.files.checkpoint import read_training_state, write_checkpoint, write_training_state
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2", "gemma2"])
@@ -19,22 +19,6 @@ def test_saved_models_load_with_the_same_logits(family, toy, tmp_path):
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
-
-
-def test_only_folders_of_s2d_are_replaced(tmp_path):
-    mine = tmp_path / "run"
-    refuse_folder(mine, overwrite=False)
-    mine.mkdir()
-    refuse_folder(mine, overwrite=False)  # empty
-    (mine / "notes.txt").write_text("x")
-    with pytest.raises(UsageError, match="--overwrite replaces it"):
-        refuse_folder(mine, overwrite=False)
-    with pytest.raises(UsageError, match="was not made by s2d"):
-        refuse_folder(mine, overwrite=True)
-    (mine / "s2d.json").write_text("{}")
-    refuse_folder(mine, overwrite=True)
-    empty_folder(mine)
-    assert list(mine.iterdir()) == []
 
 
 @pytest.mark.parametrize("limit", [1, 300, 1 << 30])

@@ -25,7 +25,7 @@ class Folder:
 
     def made_by(self, command, labels, **options):
         """Write the manifest of the stage that made it; options that are folders become its parents."""
-        parents = [value for value in options.values() if isinstance(value, Folder)]
+        parents = [(name, value) for name, value in options.items() if isinstance(value, Folder)]
         names = {name: value.name if isinstance(value, Folder) else value for name, value in options.items()}
         manifest = describe(command, {**names, "out": self.name}, parents=parents)
         write_json(self.folder / MANIFEST, {**manifest, "complete": True, "labels": labels})
@@ -64,7 +64,7 @@ def test_learning_again_from_an_ancestors_labels_is_replay(family):
 
 
 def test_evaluating_on_what_was_learnt_from_is_contamination(family):
-    manifest = {**describe("eval", {"model": family["bridged"].name}, parents=[family["bridged"]]), "measured": ["t0", "x", "y"]}
+    manifest = {**describe("eval", {"model": family["bridged"].name}, parents=[("model", family["bridged"])]), "measured": ["t0", "x", "y"]}
     (caution,) = warnings(manifest)
     assert caution == f"contamination: 1 of 3 evaluated problems were learnt from, by grpo {family['teacher'].name}"
     assert not [*warnings({**manifest, "measured": ["x", "y"]})]
@@ -77,7 +77,7 @@ def sampler(folder, **fields):
 
 def test_who_sampled_the_rollouts_is_a_parent_too(family):
     rows = [sampler(family["teacher"]), sampler(family["teacher"]), sampler(family["base"])]
-    manifest = describe("fkl-warmup", {"student": family["base"].name}, parents=[family["base"]], rollouts=rows)
+    manifest = describe("fkl-warmup", {"student": family["base"].name}, parents=[("student", family["base"])], rollouts=rows)
     assert [(parent["role"], parent["name"]) for parent in manifest["parents"]] == [
         ("student", family["base"].name),
         ("sampler", family["teacher"].name),
@@ -102,7 +102,7 @@ def test_a_sampler_is_found_in_its_run_folder_by_step_and_only_with_the_same_wei
 def test_an_input_leads_to_what_made_it_unless_it_was_changed_since(tmp_path, family):
     rollouts = tmp_path / "rollouts.jsonl"
     rollouts.write_text("{}\n")
-    made = describe("rollout", {"model": family["teacher"].name}, parents=[family["teacher"]])
+    made = describe("rollout", {"model": family["teacher"].name}, parents=[("model", family["teacher"])])
     write_json(sidecar(rollouts), {**made, "complete": True, "output_sha256": file_sha256(rollouts)})
     manifest = describe("fkl-warmup", {}, inputs=[str(rollouts)], rollouts=[sampler(family["teacher"])])
     assert [record["command"] for record in behind(manifest, manifest["ancestors"]).values()] == ["grpo", "rollout"]

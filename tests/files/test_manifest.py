@@ -1,11 +1,13 @@
 """Manifests: what makes two runs different work."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from s2dcli.errors import UsageError
-from s2dcli.files.manifest import describe, differences, refuse_differences
+from s2dcli.errors import DataError, UsageError
+from s2dcli.files import jsonl
+from s2dcli.files.manifest import MANIFEST, UNKNOWN, describe, differences, refuse_differences, write_json
 
 
 class Model:
@@ -18,7 +20,9 @@ class Model:
 
 
 def manifest(problems, model, **options):
-    return describe("rollout", {"model": model.name, "problems": str(problems), **options}, inputs=[str(problems)], parents=[model])
+    return describe(
+        "rollout", {"model": model.name, "problems": str(problems), **options}, inputs=[str(problems)], parents=[("model", model)]
+    )
 
 
 @pytest.fixture
@@ -60,3 +64,51 @@ def test_a_changed_tokenizer_is_a_difference(problems):
 def test_another_command_is_the_only_difference_told(problems):
     old = manifest(problems, Model("a"))
     assert differences(old, {**old, "command": "eval"}) == ["the command was rollout, is eval"]
+
+
+def test_roles_are_given_so_that_a_role_may_have_several_models():
+    one, other = Model("teacher"), Model("teacher", weights="v")
+    found = describe("opd", {"teacher": "teacher,teacher"}, parents=[("student", one), ("teacher", one), ("teacher", other)])["parents"]
+    assert [(parent["role"], parent["name"], parent["weights_sha256"]) for parent in found] == [
+        ("student", "teacher", "w"),
+        ("teacher", "teacher", "w"),
+        ("teacher", "teacher", "v"),
+    ]
+
+
+def test_an_input_folder_has_a_hash_and_a_lineage(problems, tmp_path):
+    folder = tmp_path / "cache"
+    (folder / "part").mkdir(parents=True)
+    (folder / "part" / "a").write_text("1")
+    (folder / "b").write_text("2")
+
+    def given() -> dict:
+        return describe("fkl-warmup", {}, inputs=[str(folder)])
+
+    before = given()["inputs"][0]
+    assert (len(before["sha256"]), before["record"]) == (64, "")
+    (folder / ".lock").write_text("hidden files do not count")
+    assert given()["inputs"][0] == before
+    (folder / "b").rename(folder / "c")
+    renamed = given()["inputs"][0]["sha256"]
+    assert renamed != before["sha256"]
+    made = describe("score", {"model": "m"}, inputs=[str(problems)])
+    write_json(folder / MANIFEST, {**made, "complete": True})
+    found = given()
+    assert found["inputs"][0]["sha256"] not in (renamed, before["sha256"])
+    assert found["ancestors"][found["inputs"][0]["record"]]["command"] == "score"
+    write_json(folder / MANIFEST, made)
+    with pytest.raises(DataError, match=r"cache: is not complete: .* s2d score \.\.\. -o .*cache --overwrite completes it"):
+        given()
+
+
+def test_what_comes_through_a_pipe_is_known_by_its_records():
+    rows = [{"id": "a"}, {"id": "b"}]
+    (item,) = describe("rollout", {}, inputs=["-"], streamed=iter(rows))["inputs"]
+    assert item == {"path": "-", "sha256": hashlib.sha256(b"".join(map(jsonl.dumps, rows))).hexdigest(), "record": ""}
+    assert describe("verify", {}, inputs=["-"])["inputs"][0]["sha256"] == ""
+
+
+def test_a_sampler_with_an_endless_name_is_unknown():
+    whose = {"sampler": {"model": "m" * 5000, "revision": "", "step": 0, "checkpoint": "c"}}
+    assert describe("fkl-warmup", {}, rollouts=[whose])["parents"][0]["record"] == UNKNOWN

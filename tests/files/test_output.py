@@ -10,7 +10,7 @@ import pytest
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe, file_sha256, sidecar
-from s2dcli.files.output import begun, check_output, cut_after, is_finished, kept_lines, open_recorded
+from s2dcli.files.output import check_output, complete_lines, is_finished, open_recorded, resumable, truncate_after
 
 ROWS = [{"number": number, "text": "\n" * number} for number in range(5)]
 
@@ -36,7 +36,8 @@ def test_the_manifest_is_there_before_the_first_row_and_complete_after_the_last(
     assert after["output_sha256"] == file_sha256(path)
     assert is_finished(path, after)
     path.write_bytes(path.read_bytes()[:-1])
-    assert not is_finished(path, after)
+    with pytest.raises(UsageError, match=r"was changed after it was finished \(another sha256\); --overwrite restarts"):
+        resumable(path, sidecar(path), manifest)
 
 
 def test_a_failure_leaves_an_unfinished_manifest_and_whole_rows(tmp_path):
@@ -51,7 +52,7 @@ def test_a_failure_leaves_an_unfinished_manifest_and_whole_rows(tmp_path):
     with pytest.raises(SystemExit):
         stopped()
     assert json.loads(sidecar(path).read_text())["complete"] is False
-    assert [line.record for line in kept_lines(path)] == ROWS
+    assert [line.record for line in complete_lines(path)] == ROWS
 
 
 def test_pipes_and_devices_have_no_manifest(tmp_path):
@@ -62,7 +63,7 @@ def test_pipes_and_devices_have_no_manifest(tmp_path):
     assert json.loads(os.read(reader, 1000)) == ROWS[0]
     os.close(reader)
     assert os.listdir(tmp_path) == ["pipe"]
-    with pytest.raises(UsageError, match="--resume goes on with a file"):
+    with pytest.raises(UsageError, match="--resume needs a file"):
         check_output("-", overwrite=False, resume=True)
 
 
@@ -70,9 +71,9 @@ def test_pipes_and_devices_have_no_manifest(tmp_path):
 def test_what_is_kept_are_the_whole_lines_before_the_first_that_is_none(tmp_path, torn):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"".join(map(jsonl.dumps, ROWS[:3])) + torn)
-    assert [line.record for line in kept_lines(path)] == ROWS[:3]
-    assert [line.record for line in kept_lines(path, 2)] == ROWS[:2]
-    cut_after(path, 3)
+    assert [line.record for line in complete_lines(path)] == ROWS[:3]
+    assert [line.record for line in complete_lines(path, 2)] == ROWS[:2]
+    truncate_after(path, 3)
     assert path.read_bytes() == b"".join(map(jsonl.dumps, ROWS[:3]))
 
 
@@ -88,17 +89,19 @@ def test_going_on_after_the_kept_lines_gives_the_bytes_of_an_undisturbed_file(tm
 
 
 def test_what_a_killed_command_left_of_its_manifest_is_removed(tmp_path):
-    for name in (".rows.jsonl.s2d.json.123", ".rows.jsonl2.s2d.json.123", ".rows.jsonl.123"):
+    ours = (".s2d-123-rows.jsonl.s2d.json.tmp", ".s2d-123-rows.jsonl.tmp")
+    left = {".s2d-123-rows.jsonl2.s2d.json.tmp", ".rows.jsonl.s2d.json.123", ".rows.jsonl.123", ".keep.1"}  # of others
+    for name in (*ours, *left):
         (tmp_path / name).touch()
     write(tmp_path / "rows.jsonl", ROWS)
-    left = {".rows.jsonl2.s2d.json.123", ".rows.jsonl.123"}  # of others
     assert set(os.listdir(tmp_path)) == {"rows.jsonl", "rows.jsonl.s2d.json", *left}
 
 
 def test_a_second_writer_is_kept_out(tmp_path):
     path = tmp_path / "rows.jsonl"
     with open_recorded(path, describe("rollout", {})):
-        code = f"from s2dcli.files.output import open_recorded\nwith open_recorded({str(path)!r}, {{}}, kept=0): pass"
+        code = "from s2dcli.files.output import open_recorded\nfrom s2dcli.files.manifest import describe\n"
+        code += f"with open_recorded({str(path)!r}, describe('rollout', {{}}), kept=0): pass"
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert f"{path}: is in use by process {os.getpid()}" in second.stderr
 
@@ -106,18 +109,18 @@ def test_a_second_writer_is_kept_out(tmp_path):
 def test_what_cannot_be_resumed_says_why(tmp_path):
     path = tmp_path / "rows.jsonl"
     manifest = describe("rollout", {"top_p": 1.0})
-    assert begun(path, sidecar(path), manifest) is None
+    assert resumable(path, sidecar(path), manifest) is None
     path.write_text("{}\n")
     with pytest.raises(UsageError, match=r"without rows.jsonl.s2d.json it is not known what made it; --overwrite"):
-        begun(path, sidecar(path), manifest)
+        resumable(path, sidecar(path), manifest)
     path.unlink()
     write(path, ROWS, top_p=0.5)
     with pytest.raises(UsageError, match=r"--top-p was 0.5, is 1.0"):
-        begun(path, sidecar(path), manifest)
+        resumable(path, sidecar(path), manifest)
     sidecar(path).write_text("{}")
     with pytest.raises(DataError, match="not a manifest of s2d"):
-        begun(path, sidecar(path), manifest)
-    with pytest.raises(UsageError, match="leave one of them out"):
+        resumable(path, sidecar(path), manifest)
+    with pytest.raises(UsageError, match="give one of them"):
         check_output(path, overwrite=True, resume=True)
 
 

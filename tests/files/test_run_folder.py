@@ -13,11 +13,12 @@ from conftest import read_jsonl, write_jsonl
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files.manifest import describe
 from s2dcli.files.run_folder import RunFolder
+from s2dcli.options import MAY_CHANGE_ON_RESUME
 
 
 def folder(out: Path, steps: int = 9, schedule: str = "constant", **more) -> RunFolder:
     manifest = describe("grpo", {"steps": steps, "schedule": schedule, "lr": more.pop("lr", 1e-6), "workers": more.pop("workers", 1)})
-    return RunFolder(out, manifest, steps=steps, **more)
+    return RunFolder(out, manifest, steps=steps, may_change=MAY_CHANGE_ON_RESUME, may_extend=schedule == "constant", **more)
 
 
 def advance(run: RunFolder, upto: int, save: bool = True) -> None:
@@ -50,9 +51,9 @@ def test_a_run_goes_on_after_its_last_whole_step(tmp_path):
         run.add_eval({"step": 6})
     with open(out / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 7, "los')
-    (out / ".step-000005.123").mkdir()
-    (out / "step-000004" / ".training_state.123").mkdir()
-    (out / "rollouts" / ".step-000007.jsonl.123").touch()
+    (out / ".s2d-123-step-000005.tmp").mkdir()
+    (out / "step-000004" / ".s2d-123-training_state.tmp").mkdir()
+    (out / "rollouts" / ".s2d-123-step-000007.jsonl.tmp").touch()
     with folder(out, resume=True) as run:
         assert (run.step, run.counts, run.labels) == (4, {"steps": 4}, {"label 0", "label 1", "label 2", "label 3"})
         assert run.last_row == {"step": 4, "loss": 4 / 3}
@@ -82,7 +83,7 @@ def test_without_a_whole_step_a_run_begins_anew(tmp_path):
         if out.name == "begun":
             with folder(out, problems=[{"id": "old"}]) as run:
                 advance(run, 2, save=False)
-            (out / ".step-000002.99").mkdir()
+            (out / ".s2d-99-step-000002.tmp").mkdir()
         with folder(out, problems=[{"id": "a"}], resume=True) as run:
             assert (run.step, run.labels, run.last_row) == (0, set(), {})
             assert {path.name for path in out.iterdir()} <= {"s2d.json", "problems.jsonl", "rollouts", ".lock"}
@@ -112,7 +113,7 @@ def test_checkpoints_without_any_training_state_cannot_be_resumed(tmp_path):
     with folder(tmp_path) as run:
         advance(run, 1)
     (tmp_path / "step-000001" / "training_state").rmdir()
-    with pytest.raises(DataError, match="no training_state to go on from; --overwrite begins anew"), folder(tmp_path, resume=True):
+    with pytest.raises(DataError, match="no training_state to resume from; --overwrite restarts"), folder(tmp_path, resume=True):
         pass
 
 
@@ -152,13 +153,17 @@ def test_more_steps_are_possible_only_where_none_so_far_depends_on_their_number(
 def test_overwriting_begins_anew_and_leaves_other_folders_alone(tmp_path):
     with folder(tmp_path / "run") as run:
         advance(run, 2)
-    with pytest.raises(UsageError, match="output exists; --resume goes on, --overwrite replaces it"), folder(tmp_path / "run"):
+    with pytest.raises(UsageError, match="output exists; --resume resumes it, --overwrite replaces it"), folder(tmp_path / "run"):
         pass
     with pytest.raises(UsageError, match="give one of them"), folder(tmp_path / "run", overwrite=True, resume=True):
         pass
     with folder(tmp_path / "run", overwrite=True) as run:
-        assert {path.name for path in (tmp_path / "run").iterdir()} == {"s2d.json", ".lock"}
+        assert {path.name for path in (tmp_path / "run" / ".s2d-new").iterdir()} == {"s2d.json"}
         assert run.step == 0
+        assert (tmp_path / "run" / "latest").read_text() == "step-000002\n"
+        advance(run, 1)
+        names = {"s2d.json", ".lock", "latest", "metrics.jsonl", "rollouts", "step-000001"}
+        assert {path.name for path in (tmp_path / "run").iterdir()} == names
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
     for how in ("overwrite", "resume"):

@@ -113,7 +113,7 @@ def test_a_killed_run_that_goes_on_equals_an_undisturbed_one(s2d, command, undis
     kill_at_step(command[name], tmp_path, 2)
     result = s2d(*command[name], *OUT, "--resume", cwd=tmp_path)
     assert result.code == 0, result.err
-    assert "run: goes on after step" in result.err
+    assert "run: resumes after step" in result.err
     expected, folder = undisturbed(name)
     assert differing(folder, tmp_path / "run") == []
     timeless = [{key: value for key, value in row.items() if "second" not in key} for row in (result.result, expected)]

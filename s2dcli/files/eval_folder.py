@@ -1,0 +1,82 @@
+"""The folder of an evaluation: results.json, and the graded rollouts that it sums up.
+
+out/ s2d.json results.json rollouts.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from s2dcli.errors import DataError
+from s2dcli.files import jsonl
+from s2dcli.files.atomic import disk_errors
+from s2dcli.files.manifest import MANIFEST, read_json, require_complete, sidecar, write_json
+from s2dcli.files.output import CompleteLine, complete_lines, resumable, truncate_after
+from s2dcli.files.output_folder import OutputFolder
+
+RESULTS = "results.json"
+GRADED = "rollouts.jsonl"
+
+
+def results_path(run: str) -> Path:
+    """Return the results.json that a folder or file stands for. Raises DataError if a folder has none or is not complete."""
+    path = Path(run)
+    if path.is_dir():
+        require_complete(run, path / MANIFEST)
+        path = path / RESULTS
+        if not path.exists():
+            raise DataError(f"no {RESULTS} in this folder", where=run, hint="s2d eval ... -o FOLDER writes one")
+    return path
+
+
+def graded_path(run: str) -> str:
+    """Return the graded rollouts that a folder or file stands for. Raises DataError if these are not complete."""
+    is_folder = Path(run).is_dir()
+    require_complete(run, Path(run) / MANIFEST if is_folder else sidecar(run))
+    return str(Path(run) / GRADED) if is_folder else run
+
+
+class EvalFolder(OutputFolder):
+    """The folder of an evaluation in this process's hands; one that is overwritten stays until the new one is finished."""
+
+    FILES = (RESULTS, GRADED)
+    old: dict[str, Any] | None = None  # manifest of what is resumed
+
+    def _open(self) -> None:
+        if self.resume:
+            self.old = resumable(self.out, self.folder / MANIFEST, self.manifest, self.may_change)
+        if self.old is None:
+            self.write_manifest(complete=False)
+        self.keep = self.old is not None
+
+    @property
+    def finished(self) -> bool:
+        return self.old is not None and self.old["complete"]
+
+    def result(self) -> dict[str, Any]:
+        return read_json(self.folder / RESULTS)
+
+    def lines(self, count: int | None = None) -> Iterator[CompleteLine]:
+        """Yield the complete lines of the graded rollouts, `count` of them at most."""
+        return complete_lines(self.folder / GRADED, count)
+
+    @contextmanager
+    def open_rollouts(self, done: int = 0) -> Iterator[jsonl.Writer]:
+        """Open the graded rollouts, to continue after `done` of them."""
+        path = self.folder / GRADED
+        with disk_errors("write", path):
+            if path.exists():
+                truncate_after(path, done)
+        with jsonl.open_output(path, append=True) as writer:
+            yield writer
+            writer.sync()
+
+    def finish(self, results: dict[str, Any], **more: Any) -> None:
+        """Write the results and the manifest, with `more` in it."""
+        with disk_errors("write the results", self.out):
+            write_json(self.folder / RESULTS, results)
+            self.write_manifest(complete=True, **more)
+            self.replace()
