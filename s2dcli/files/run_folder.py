@@ -111,8 +111,13 @@ class RunFolder:
             self._held = held.pop_all()
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Unlock the folder; one in which nothing has come about before an error is not left behind."""
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            saved = f"step {self.step} of {self.steps} is saved" if self.step else "no step is saved"
+            begun = self.last_row.get("step", 0) + 1
+            lost = f"step {begun} is" if begun == self.step + 1 else f"steps {self.step + 1} to {begun} are"
+            error.add_note(f"{saved}, the work on {lost} discarded" if self.step < self.steps else saved)
         for file in self._files.values():
             with suppress(OSError):  # of a row that could not be written, which has been told
                 file.close()
