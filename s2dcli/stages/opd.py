@@ -1,6 +1,7 @@
 """On-policy distillation: the student samples, the frozen teacher scores every token, the student learns.
 
     s2d opd --teacher runs/teacher --student runs/warmup problems.jsonl -o runs/opd
+    s2d opd --teacher runs/teacher --student runs/warmup problems.jsonl --estimator top-k -n 4
 
 At every token that the student wrote, KL(student || teacher) is taken exactly, over the whole
 vocabulary (paper, Eq. 4 and stage 2b); --estimator takes it over the teacher's likeliest ids and a bucket
