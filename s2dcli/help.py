@@ -59,8 +59,8 @@ _MEANT = """
     --resume: resume-from-checkpoint resume-mode; metrics.jsonl: report-to logger logging-steps
 """
 _MEANT_COMMANDS = """
-    rollout: generate sample infer; verify: grade check; grpo: rl ppo train; fkl-warmup: warmup; fkl-warmup --hard-labels: sft; opd: distill distil gkd;
-    eval: evaluate test benchmark; prepare: data preprocess convert; compare: diff
+    rollout: generate sample infer; verify: grade check; grpo: rl ppo train; fkl-warmup: warmup; fkl-warmup --hard-labels: sft;
+    opd: distill distil gkd; eval: evaluate test benchmark; prepare: data preprocess convert; compare: diff
 """
 
 

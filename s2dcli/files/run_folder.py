@@ -116,8 +116,8 @@ class RunFolder:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             saved = f"step {self.step} of {self.steps} is saved" if self.step else "no step is saved"
             begun = self.last_row.get("step", 0) + 1
-            lost = f"step {begun} is" if begun == self.step + 1 else f"steps {self.step + 1} to {begun} are"
-            error.add_note(f"{saved}, the work on {lost} discarded" if self.step < self.steps else saved)
+            lost = f"step {begun}" if begun == self.step + 1 else f"steps {self.step + 1} to {begun}"
+            error.add_note(f"{saved}, the work on {lost} is discarded" if self.step < self.steps else saved)
         for file in self._files.values():
             with suppress(OSError):  # of a row that could not be written, which has been told
                 file.close()
