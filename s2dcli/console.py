@@ -237,6 +237,9 @@ def _grid(cells: list[tuple[str, str]], width: int) -> Table:
     return table
 
 
+BYTES = (" B", " kB", " MB", " GB")
+
+
 def loading(model: str, parameters: int, dtype: str, device: str) -> None:
     """Say before some slow seconds what is loaded."""
     info(f"loading {model} ({_short(parameters)} parameters, {dtype}, {device})")
@@ -277,7 +280,7 @@ def plan_table(plan: dict) -> list[tuple[str, str]]:
     """The plan of --dry-run; whether it fits is said where it tells the `available_bytes`."""
     parts = {name: value for name, value in plan.items() if name.endswith("_bytes") and value}
     total, available = parts.pop("total_bytes"), parts.pop("available_bytes", None)
-    memory = _short(total, ("B", "kB", "MB", "GB"))
+    memory = _short(total, BYTES)
     if available:
         memory = f"{'fits' if total <= available else 'does not fit'}: {total / 1e9:.3g} of {available / 1e9:.3g} GB"
     return [
@@ -285,7 +288,7 @@ def plan_table(plan: dict) -> list[tuple[str, str]]:
         ("tokens", f"at most {_short(plan['completion_tokens_at_most'])} are sampled"),
         ("parameters", f"{_short(plan['parameters'])}, of which {_short(plan['trained_parameters'])} are trained"),
         ("memory", memory),
-        *((f"  {name.removesuffix('_bytes')}", _short(value, ("B", "kB", "MB", "GB"))) for name, value in parts.items()),
+        *((f"  {name.removesuffix('_bytes')}", _short(value, BYTES)) for name, value in parts.items()),
         ("output", plan["out"]),
     ]
 

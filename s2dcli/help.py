@@ -155,8 +155,7 @@ def _page(usage: str, about: str, panels: list[tuple[str, list[tuple[str, str]]]
         if commands:
             yield from ("", style("Examples:", bold=True))
             for command in commands.splitlines():
-                broken = command.replace(" | ", " |\n    ") if len(command) + 2 > width else command  # a shell goes on after |
-                yield from ("  " + line for line in broken.splitlines())
+                yield from " \\\n".join(_wrap(command, width - 2, "  ", " " * 6)).splitlines()
 
     return "\n".join(lines()).replace(UNBROKEN, " ") + "\n"
 
