@@ -155,7 +155,8 @@ def _page(usage: str, about: str, panels: list[tuple[str, list[tuple[str, str]]]
         if commands:
             yield from ("", style("Examples:", bold=True))
             for command in commands.splitlines():
-                yield from " \\\n".join(_wrap(command, width - 2, "  ", " " * 6)).splitlines()
+                whole = re.sub(r" (?!--?\w|\|)", UNBROKEN, command)  # broken before an option or a pipe
+                yield from " \\\n".join(_wrap(whole, width - 2, "  ", " " * 6)).splitlines()
 
     return "\n".join(lines()).replace(UNBROKEN, " ") + "\n"
 
