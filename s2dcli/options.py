@@ -34,7 +34,7 @@ MODEL = "Model"
 
 
 class Dtype(StrEnum):
-    """Type of the forward computation; master weights and optimizer state are always float32."""
+    """Compute type of the forward pass; master weights and optimizer state are always float32."""
 
     auto = "auto"
     float32 = "float32"
@@ -42,7 +42,7 @@ class Dtype(StrEnum):
 
 
 class Weights(StrEnum):
-    """Type that the weights in training are kept in; their masters are float32 in any case."""
+    """Type of the trained weights in memory; their masters are float32 in any case."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -62,7 +62,7 @@ class Schedule(StrEnum):
 
 
 class Aggregate(StrEnum):
-    """What each completion token's loss is divided by; see train/losses.token_weights."""
+    """What each completion token's loss is divided by; see train/advantages.token_weights."""
 
     token = "token"
     sequence = "sequence"
@@ -70,14 +70,14 @@ class Aggregate(StrEnum):
 
 
 class Advantage(StrEnum):
-    """How rewards become advantages; see train/losses.group_advantages."""
+    """How rewards become advantages; see train/advantages.group_advantages."""
 
     group_std = "group-std"
     group_mean = "group-mean"
 
 
 class Importance(StrEnum):
-    """Whose probability ratio is clipped: each token's, or its sequence's (mean of the log-ratios)."""
+    """Level of the importance ratio: per token, or per sequence (the mean of its tokens' log-ratios)."""
 
     token = "token"
     sequence = "sequence"
@@ -99,7 +99,7 @@ class KlEstimator(StrEnum):
 
 
 class Truncated(StrEnum):
-    """What becomes of completions that hit the length limit."""
+    """Treatment of completions that hit the length limit."""
 
     keep = "keep"
     mask = "mask"
@@ -107,7 +107,7 @@ class Truncated(StrEnum):
 
 
 class Correction(StrEnum):
-    """What is done about the distance between the sampler's log-probs and the trainer's."""
+    """Importance correction for a sampler whose log-probs differ from the trainer's."""
 
     none = "none"
     truncate = "truncate"
@@ -142,60 +142,45 @@ def _panel(name: str) -> Callable[..., Any]:
 
 
 _model, _sampling, _engine, _grading = map(_panel, (MODEL, SAMPLING, ENGINE, GRADING))
-_training, _memory, _output = map(_panel, (TRAINING, MEMORY, OUTPUT))
+in_training, _memory, _output = map(_panel, (TRAINING, MEMORY, OUTPUT))
 
 # Inputs
 Problems = Annotated[str, typer.Argument(metavar="PROBLEMS", help="Problems, JSONL; - is standard input.", show_default=False)]
 Rollouts = Annotated[str, typer.Argument(metavar="ROLLOUTS", help="Rollouts, JSONL; - is standard input.", show_default=False)]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**53 - 1, help="Seed of every random number that is drawn.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**53 - 1, help="Random seed.")]
 
 # Outputs
 OutFile = Annotated[str, _output("Output file; - is standard output.", "--out", "-o", metavar="FILE")]
 RunDir = Annotated[Path, _output("Run folder.", "--out", "-o", metavar="DIR")]
 Overwrite = Annotated[bool, _output("Replace an existing output.", "--overwrite")]
-Resume = Annotated[bool, _output("Go on with an output that was not finished.", "--resume")]
+Resume = Annotated[bool, _output("Resume an unfinished output.", "--resume")]
 
 # Models and prompts
 Model = Annotated[str, typer.Option("--model", "-m", metavar="CKPT", help="Hub id, checkpoint folder or run folder.", show_default=False)]
 Teacher = Annotated[str, typer.Option("--teacher", metavar="CKPT", help="Frozen teacher.", show_default=False)]
 Student = Annotated[str, typer.Option("--student", metavar="CKPT", help="Student to train.", show_default=False)]
-ChatTemplate = Annotated[str | None, _model("For models without a chat template.", "--chat-template", metavar="plain|FILE")]
-ChatTemplateKwargs = Annotated[
-    str, _model('Passed to the chat template, e.g. {"enable_thinking": false}.', "--chat-template-kwargs", metavar="JSON")
+ChatTemplate = Annotated[
+    str | None, _model("Chat template for models without one: plain, or a Jinja file.", "--chat-template", metavar="plain|FILE")
 ]
-TrustRemoteCode = Annotated[bool, _model("Run code that the checkpoint brings.", "--trust-remote-code")]
+ChatTemplateKwargs = Annotated[
+    str, _model('Arguments of the chat template, e.g. {"enable_thinking": false}.', "--chat-template-kwargs", metavar="JSON")
+]
+TrustRemoteCode = Annotated[bool, _model("Run Python code that comes with the checkpoint.", "--trust-remote-code")]
 
 # Sampling
 NumSamples = Annotated[int, _sampling("Rollouts per problem.", "-n", metavar="N", min=1)]
 Temperature = Annotated[float, _sampling("Sampling temperature; 0 is greedy.", "--temperature", min=0.0)]
-TopP = Annotated[float, _sampling("Nucleus sampling.", "--top-p", min=0.0, max=1.0)]
-TopK = Annotated[int, _sampling("Sample among the k likeliest tokens; 0 is all.", "--top-k", min=0)]
-MaxTokens = Annotated[int, _sampling("Longest completion, in tokens.", "--max-tokens", min=1)]
-MaxPromptTokens = Annotated[int | None, _sampling("Problems with longer prompts are dropped and counted.", "--max-prompt-tokens", min=1)]
-
-# Engines
-Engine = Annotated[
-    str,
-    _engine(
-        "Who samples; auto takes vLLM if it is installed and there is a GPU. URL: of a running vllm serve.",
-        "--engine",
-        metavar="auto|transformers|vllm|URL,...",
-    ),
-]
+TopP = Annotated[float, _sampling("Nucleus sampling: smallest probability mass to keep.", "--top-p", min=0.0, max=1.0)]
+TopK = Annotated[int, _sampling("Sample from the k most likely tokens; 0 is all.", "--top-k", min=0)]
+MaxTokens = Annotated[int, _sampling("Maximum completion length in tokens.", "--max-tokens", min=1)]
+MaxPromptTokens = Annotated[int | None, _sampling("Drop problems with longer prompts; they are counted.", "--max-prompt-tokens", min=1)]
 
 # Training
-Steps = Annotated[int | None, _training("Steps to train; default: as --epochs says.", "--steps", min=1)]
-Epochs = Annotated[int, _training("Passes over the problems, if --steps is not given.", "--epochs", min=1)]
-ProblemsPerStep = Annotated[int, _training("Problems sampled for each step.", "--problems-per-step", min=1)]
-MiniBatchSize = Annotated[
-    int | None, _training("Rollouts per optimizer update.", "--mini-batch-size", min=1, show_default="all: one update per step")
-]
-Offload = Annotated[bool, _memory("Keep the frozen model in main memory while it is not asked (GPU).", "--offload")]
-TrainTemperature = Annotated[float, _sampling("Of sampling and of every probability in the loss.", "--temperature", min=1e-3)]
+Steps = Annotated[int | None, in_training("Training steps; default: from --epochs.", "--steps", min=1)]
+Offload = Annotated[bool, _memory("Offload the frozen model to the CPU while idle (GPU only).", "--offload")]
 AggregateOption = Annotated[
-    Aggregate, _training("What a token's loss is divided by: all tokens, its own sequence's, or the longest length.", "--aggregate")
+    Aggregate, in_training("Denominator of a token's loss: all tokens, its sequence's tokens, or --max-tokens.", "--aggregate")
 ]
-KeepRollouts = Annotated[bool, _output("Write each step's rollouts to the run folder.", "--keep-rollouts")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +190,10 @@ class ModelOptions:
     chat_template: ChatTemplate = None
     chat_template_kwargs: ChatTemplateKwargs = "{}"
     dtype: Annotated[Dtype, _model("Compute type; auto: float32 on CPU, bfloat16 on a GPU.")] = Dtype.auto
-    device: Annotated[str, _model("cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto"
+    device: Annotated[str, _model("cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")] = "auto"
     attention: Annotated[
         str | None,
-        _model("One of transformers' implementations: eager, sdpa, flash_attention_2, ...", metavar="NAME", show_default="the model's own"),
+        _model("Attention implementation of transformers: eager, sdpa, flash_attention_2, ...", metavar="NAME", show_default="the model's"),
     ] = None
     trust_remote_code: TrustRemoteCode = False
 
@@ -218,18 +203,24 @@ class ModelOptions:
 
     @property
     def files(self) -> list[str]:
-        """Files that are named here; what is in them counts as an input does."""
+        """Files that are named here; their content counts as an input."""
         return [] if self.chat_template in (None, "plain") else [self.chat_template]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Who turns prompts into completions."""
+    """Which engine samples, and what it may use."""
 
-    engine: Engine = "auto"
-    sample_tokens: Annotated[
-        int, _sampling("Cache positions that one sampling batch may fill (transformers engine).", min=1, metavar="TOKENS")
-    ] = SAMPLE_TOKENS
+    engine: Annotated[
+        str,
+        _engine(
+            "Sampling engine; auto: vLLM if installed and there is a GPU, else transformers. URL: a running vllm serve.",
+            metavar="auto|transformers|vllm|URL,...",
+        ),
+    ] = "auto"
+    sample_tokens: Annotated[int, _sampling("KV-cache positions per sampling batch (transformers engine).", min=1, metavar="TOKENS")] = (
+        SAMPLE_TOKENS
+    )
     gpu_memory_utilization: Annotated[
         float | None,
         _engine(
@@ -239,59 +230,91 @@ class EngineOptions:
             show_default="0.9; beside a trainer 0.4",
         ),
     ] = None
-    tensor_parallel_size: Annotated[int | None, _engine("GPUs that vLLM spreads the weights over.", min=1, show_default="1")] = None
+    tensor_parallel_size: Annotated[int | None, _engine("GPUs to shard vLLM's weights over.", min=1, show_default="1")] = None
     max_model_len: Annotated[
-        int | None, _engine("Tokens of prompt and completion that vLLM has to take.", min=1, show_default="what fits")
+        int | None, _engine("Maximum length of prompt and completion in vLLM, in tokens.", min=1, show_default="what fits")
     ] = None
-    max_in_flight: Annotated[int | None, _engine("Requests under way at each server.", min=1, show_default="256")] = None
+    max_in_flight: Annotated[int | None, _engine("Concurrent requests per server.", min=1, show_default="256")] = None
     parity_rows: Annotated[
         int | None,
         _engine(
-            "Samples of vLLM or a server that transformers scores again, to prove the weights.",
+            "Samples of vLLM or a server to re-score with transformers, as proof of its weights.",
             min=0,
             show_default="training: 8, after every update; else 0",
         ),
     ] = None
     parity_tolerance: Annotated[
-        float | None, _engine("Nats by which their log-probs may differ on average.", min=0.0, show_default="float32: 1e-3, bfloat16: 5e-2")
+        float | None,
+        _engine("Largest mean difference of their log-probs, in nats.", min=0.0, show_default="float32: 1e-3, bfloat16: 5e-2"),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradingOptions:
-    """What is rewarded, and what grading may take."""
+    """What is rewarded, and what grading may use."""
 
     reward: Annotated[
-        list[str] | None, _grading("math, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", metavar="REWARD", show_default="math")
+        list[str] | None,
+        _grading("Reward: math, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", metavar="REWARD", show_default="math"),
     ] = None
     workers: Annotated[int | None, _grading("Grading processes.", min=1, show_default="CPUs")] = None
-    timeout: Annotated[float, _grading("Seconds that one answer may take.", min=0.1)] = 5.0
-    memory_limit: Annotated[str, _grading("Memory that one grading process may use.", metavar="SIZE")] = "2GiB"
+    timeout: Annotated[float, _grading("Time limit per answer, in seconds.", min=0.1)] = 5.0
+    memory_limit: Annotated[str, _grading("Memory limit per grading process.", metavar="SIZE")] = "2GiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """How a trainer samples: at the temperature of its loss, from the whole vocabulary."""
+
+    num_samples: NumSamples = 8
+    max_tokens: MaxTokens = 1024
+    max_prompt_tokens: MaxPromptTokens = None
+    temperature: Annotated[float, _sampling("Temperature of sampling and of all probabilities in the loss.", min=1e-3)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How many problems a trainer takes, and how many at a time."""
+
+    steps: Steps = None
+    epochs: Annotated[int, in_training("Passes over the problems, unless --steps is given.", min=1)] = 1
+    problems_per_step: Annotated[int, in_training("Problems to sample per step.", min=1)] = 32
+    mini_batch_size: Annotated[
+        int | None, in_training("Rollouts per optimizer update.", min=1, show_default="all: one update per step")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """How every trainer turns a loss into updates."""
 
-    lr: Annotated[float, _training("Peak learning rate.", min=0.0)] = 1e-6
-    schedule: Annotated[Schedule, _training("Learning rate after the warm-up.")] = Schedule.constant
-    min_lr_ratio: Annotated[float, _training("Where linear and cosine end, as a share of --lr.", min=0.0, max=1.0)] = 0.0
-    warmup_steps: Annotated[int, _training("Steps of linear warm-up.", min=0)] = 0
-    weight_decay: Annotated[float, _training("AdamW's decoupled weight decay.", min=0.0)] = 0.0
-    adam_beta2: Annotated[float, _training("AdamW's second-moment decay.", min=0.0, max=0.99999)] = 0.999
-    grad_clip: Annotated[float, _training("Largest gradient norm; 0 is no limit.", min=0.0)] = 1.0
-    tokens_per_batch: Annotated[
-        int, _training("Positions of one micro-batch, padding included; changes memory, not the gradient.", min=1)
-    ] = 8192
+    lr: Annotated[float, in_training("Peak learning rate.", min=0.0)] = 1e-6
+    schedule: Annotated[Schedule, in_training("Learning-rate schedule after the warm-up.")] = Schedule.constant
+    min_lr_ratio: Annotated[
+        float, in_training("Final learning rate as a share of --lr (linear and cosine schedules).", min=0.0, max=1.0)
+    ] = 0.0
+    warmup_steps: Annotated[int, in_training("Steps of linear warm-up.", min=0)] = 0
+    weight_decay: Annotated[float, in_training("Decoupled weight decay (AdamW).", min=0.0)] = 0.0
+    adam_beta2: Annotated[float, in_training("Second-moment decay (AdamW).", min=0.0, max=0.99999)] = 0.999
+    grad_clip: Annotated[float, in_training("Maximum gradient norm; 0 is no limit.", min=0.0)] = 1.0
+    tokens_per_batch: Annotated[int, in_training("Tokens per micro-batch, padding included; affects memory, not the gradient.", min=1)] = (
+        8192
+    )
     weights: Annotated[
-        Weights, _memory("Of the model in training; bfloat16 computes in it too, and keeps float32 masters in the optimizer.")
+        Weights, _memory("Type of the trained weights; bfloat16 also computes in bfloat16, with float32 masters in the optimizer.")
     ] = Weights.float32
-    optimizer: Annotated[Optimizer, _memory("adamw-8bit keeps AdamW's moments in 8 bits (extra: 8bit).")] = Optimizer.adamw
+    optimizer: Annotated[Optimizer, _memory("Optimizer; adamw-8bit keeps AdamW's moments in 8 bits (pip install 's2d[8bit]').")] = (
+        Optimizer.adamw
+    )
     gradient_checkpointing: Annotated[
-        bool, _memory("Run the layers again in the backward pass, to keep less of them.", "--gradient-checkpointing")
+        bool, _memory("Recompute activations in the backward pass to save memory.", "--gradient-checkpointing")
     ] = False
-    lora_rank: Annotated[int | None, _memory("Train an adapter of this rank, not the weights (extra: lora).", min=1)] = None
-    lora_alpha: Annotated[float | None, _memory("The adapter's scale, times the rank.", min=0.0, show_default="twice the rank")] = None
+    lora_rank: Annotated[
+        int | None, _memory("Train a LoRA adapter of this rank instead of the weights (pip install 's2d[lora]').", min=1)
+    ] = None
+    lora_alpha: Annotated[
+        float | None, _memory("LoRA scale: updates are multiplied by alpha / rank.", min=0.0, show_default="twice the rank")
+    ] = None
     lora_targets: Annotated[
         str | None, _memory("Linear layers to adapt, e.g. q_proj,v_proj.", metavar="NAME,...", show_default="all but the head")
     ] = None
@@ -304,20 +327,58 @@ class RunOptions:
     save_every: Annotated[
         str,
         _output(
-            "Between checkpoints, e.g. 50 or 30m; the last step is always saved.",
+            "Interval between checkpoints: steps (50) or minutes (30m); the last step is always saved.",
             metavar="STEPS|MINUTESm",
             callback=_checked_cadence,
         ),
     ] = "50"
-    keep_last: Annotated[int | None, _output("Checkpoints that are kept.", min=1, show_default="all")] = None
-    keep_states: Annotated[int, _output("Checkpoints that keep the optimizer's state, for --resume.", min=1)] = 1
-    eval_problems: Annotated[str | None, _output("Problems to measure avg@k on while training.", metavar="FILE")] = None
-    eval_every: Annotated[int, _output("Steps between evaluations; also before the first and after the last.", min=1)] = 50
-    eval_samples: Annotated[int, _output("k of avg@k in evaluations while training.", min=1)] = 4
+    keep_last: Annotated[int | None, _output("Checkpoints to keep.", min=1, show_default="all")] = None
+    keep_states: Annotated[int, _output("Checkpoints that keep their optimizer state, needed by --resume.", min=1)] = 1
+    eval_problems: Annotated[str | None, _output("Problems for avg@k evaluations during training.", metavar="FILE")] = None
+    eval_every: Annotated[int, _output("Steps between evaluations; also before the first step and after the last.", min=1)] = 50
+    eval_samples: Annotated[int, _output("Samples per problem (k) in these evaluations.", min=1)] = 4
     dry_run: Annotated[bool, _output("Check inputs and print the plan; load no weights.", "--dry-run")] = False
     overwrite: Overwrite = False
     resume: Resume = False
     seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRunOptions(RunOptions):
+    """Those of a run that samples as it trains."""
+
+    keep_rollouts: Annotated[bool, _output("Write each step's rollouts to the run folder.", "--keep-rollouts")] = False
+
+
+# Options that describe how a command was started and say nothing about its result.
+HOW_STARTED = frozenset({"overwrite", "resume", "dry_run"})
+# Options whose value may differ when a training run is resumed. Most of them decide what is kept or how fast it
+# is; the first row changes shapes or places of computations, with results equal within rounding.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "tokens_per_batch",
+        "sample_tokens",
+        "tensor_parallel_size",
+        "gradient_checkpointing",
+        "attention",
+        "device",
+        "offload",
+        "gpu_memory_utilization",
+        "max_model_len",
+        "max_in_flight",
+        "parity_rows",
+        "parity_tolerance",
+        "trust_remote_code",
+        "workers",
+        "timeout",
+        "memory_limit",
+        "save_every",
+        "keep_last",
+        "keep_states",
+        "keep_rollouts",
+        "eval_every",
+    }
+)
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:

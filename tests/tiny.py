@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import torch
 
-from s2dcli.models.batching import Row
+from s2dcli.models.rows import Row
+from s2dcli.models.scoring import score
+from s2dcli.train.rows import TrainingRow
 
 VOCABULARY = 40
 
@@ -73,9 +76,21 @@ def small(family: str, seed: int = 0) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def ragged_rows(count: int = 8, seed: int = 0, group: int = 1) -> list[Row]:
+def training_row(prompt_ids, completion_ids, **numbers) -> TrainingRow:
+    """A row whose sampler's log-probs are 0 unless given; its token weight is 1."""
+    numbers = {"logprobs": np.zeros(len(completion_ids)), "weight": 1.0, **numbers}
+    return TrainingRow(prompt_ids, completion_ids, **numbers)
+
+
+def scores(policy, rows: list[Row], **settings) -> list[list[float]]:
+    """What `score` yields, in the order of the rows."""
+    found = dict(score(policy, rows, **settings))
+    return [found[row].tolist() for row in rows]
+
+
+def ragged_rows(count: int = 8, seed: int = 0, group: int = 1) -> list[TrainingRow]:
     """Rows of ragged lengths, `group` of them to a prompt."""
     draw = random.Random(seed)
     ids = lambda n: [draw.randrange(3, VOCABULARY) for _ in range(n)]  # noqa: E731
     prompts = [ids(draw.randint(1, 9)) for _ in range(count // group)]
-    return [Row(prompts[index // group], ids(draw.randint(1, 20))) for index in range(count)]
+    return [training_row(prompts[index // group], ids(draw.randint(1, 20))) for index in range(count)]

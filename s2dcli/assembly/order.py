@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-SPARE_STREAM = 1  # keeps the random numbers of spare items apart from those of the passes
+EXTRA_STREAM = 1  # keeps the random numbers of extra items apart from those of the passes
 
 
 class Order:
@@ -25,16 +25,16 @@ class Order:
         self.total = self.steps * per_step if steps else count * epochs
         self._shuffled: dict[int, np.ndarray] = {}  # the pass in use, by its number
 
-    def at(self, step: int) -> list[int]:
+    def batch(self, step: int) -> list[int]:
         """Return the items of a step (from 1)."""
         first = (step - 1) * self.per_step
         positions = range(first, min(first + self.per_step, self.total))
         return [int(self._pass(position // self.count)[position % self.count]) for position in positions]
 
-    def spares(self, step: int) -> Iterator[int]:
+    def extra(self, step: int) -> Iterator[int]:
         """Yield the items that a step does not hold, in an order of the step's own, each once."""
-        taken = set(self.at(step))
-        for item in np.random.default_rng([self.seed, step, SPARE_STREAM]).permutation(self.count):
+        taken = set(self.batch(step))
+        for item in np.random.default_rng([self.seed, step, EXTRA_STREAM]).permutation(self.count):
             if int(item) not in taken:
                 yield int(item)
 

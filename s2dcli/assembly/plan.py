@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
-from s2dcli import options
 from s2dcli.assembly.loading import adapter_of, compute_dtype
 from s2dcli.models.checkpoints import Checkpoint, empty_model, pick_device, pick_dtype
 from s2dcli.models.readers import CHUNK_BYTES, CHUNK_TENSORS
+from s2dcli.options import ModelOptions, Optimizer, TrainingOptions, Weights
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE
 
 if TYPE_CHECKING:
@@ -30,28 +30,21 @@ def num_parameters(checkpoint: Checkpoint) -> int:
     return total
 
 
-def dry_run_plan(
-    settings: Mapping[str, Any], *, steps: int, rollouts_per_step: int, student: Checkpoint, frozen: Sequence[Checkpoint]
-) -> dict[str, Any]:
-    """Return steps, rollouts, the largest number of tokens to be sampled, and the memory that this takes."""
-    return {
-        "steps": steps,
-        "rollouts_per_step": rollouts_per_step,
-        "rollouts": steps * rollouts_per_step,
-        "completion_tokens_at_most": steps * rollouts_per_step * settings.get("max_tokens", 0),
-        **memory_plan(settings, student, frozen),
-        "out": str(settings["out"]),
-    }
-
-
-def memory_plan(settings: Mapping[str, Any], student: Checkpoint, frozen: Sequence[Checkpoint]) -> dict[str, int]:
+def memory_plan(
+    student: Checkpoint,
+    frozen: Sequence[Checkpoint],
+    loading: ModelOptions,
+    training: TrainingOptions,
+    *,
+    sample_tokens: int,
+) -> dict[str, int]:
     """Estimate the bytes that a trainer holds at its peak, without loading weights. Raises ModelError or UsageError.
 
     There all the time: the weights, float32 `masters` of weights in bfloat16, AdamW's two moments, and
     the frozen models. While updating: gradients in float32, bfloat16 `casts` of float32 weights that
     compute in bfloat16, activations of one full micro-batch (see `activation_bytes`), and `logits`, the
     chunks of the loss. While sampling instead: the `cache` of
-    `--sample-tokens` positions, 2 * layers * key-value heads * head size numbers each. The `total` is what is
+    `sample_tokens` positions (0 if nothing is sampled), 2 * layers * key-value heads * head size numbers each. The `total` is what is
     always there and the larger of the two phases. Python, torch and CUDA themselves come on top.
 
     Against the measured peak of one update of a full micro-batch of 2048 tokens on a CPU, a model of 25
@@ -60,42 +53,40 @@ def memory_plan(settings: Mapping[str, Any], student: Checkpoint, frozen: Sequen
     what tensors occupy: glibc keeps freed memory by default, with which the process takes from 5 % (float32)
     to 41 % (checkpointing, LoRA) more than planned.
     """
-    trained_model = empty_model(student, settings["trust_remote_code"])
-    narrow = settings["weights"] is options.Weights.bfloat16
+    trained_model = empty_model(student, loading.trust_remote_code)
+    narrow = training.weights is Weights.bfloat16
     weight_bytes = NARROW_BYTES if narrow else FLOAT32_BYTES
-    compute_bytes = pick_dtype(compute_dtype(settings), pick_device(settings["device"])).itemsize
+    compute_bytes = pick_dtype(compute_dtype(loading, training), pick_device(loading.device)).itemsize
     autocast = compute_bytes < weight_bytes
     base = num_parameters(student)
-    adapter = adapter_of(trained_model, settings)
+    adapter = adapter_of(trained_model, training, seed=0)
     sizes = [parameter.numel() for parameter in trained_model.parameters() if parameter.requires_grad]
     trained = sum(sizes)
     head = trained_model.get_output_embeddings().weight
     # A reference is the policy with its adapter off, else it computes as the policy does; a teacher is in the compute type.
     copies = [checkpoint for checkpoint in frozen if not (adapter and checkpoint.folder == student.folder)]
-    tokens = settings["tokens_per_batch"]
-    samples = settings.get("rollouts") is None or settings["eval_problems"] is not None
-    cached = settings.get("sample_tokens", options.SAMPLE_TOKENS) if samples else 0
+    tokens = training.tokens_per_batch
     shape = _Shape(trained_model)
     always = {
         "weights_bytes": base * weight_bytes + (trained * FLOAT32_BYTES if adapter else 0),
         "masters_bytes": base * FLOAT32_BYTES if narrow and not adapter else 0,
-        "optimizer_bytes": moment_bytes(sizes, settings),
+        "optimizer_bytes": moment_bytes(sizes, training.optimizer),
         "frozen_bytes": sum(num_parameters(copy) * (weight_bytes if copy.folder == student.folder else compute_bytes) for copy in copies),
     }
     updating = {
         "gradients_bytes": trained * FLOAT32_BYTES,
         "casts_bytes": base * NARROW_BYTES if autocast else 0,
-        "activations_bytes": activation_bytes(shape, tokens, compute_bytes, autocast, settings["gradient_checkpointing"]),
+        "activations_bytes": activation_bytes(shape, tokens, compute_bytes, autocast, training.gradient_checkpointing),
         "logits_bytes": CHUNK_TENSORS * min(CHUNK_BYTES, tokens * head.shape[0] * FLOAT32_BYTES),
     }
-    cache = {"cache_bytes": 2 * shape.layers * shape.keys * cached * compute_bytes}
+    cache = {"cache_bytes": 2 * shape.layers * shape.keys * sample_tokens * compute_bytes}
     total = sum(always.values()) + max(sum(updating.values()), sum(cache.values()))
     return {"parameters": base, "trained_parameters": trained, **always, **updating, **cache, "total_bytes": total}
 
 
-def moment_bytes(sizes: Sequence[int], settings: Mapping[str, Any]) -> int:
+def moment_bytes(sizes: Sequence[int], optimizer: Optimizer) -> int:
     """Bytes of AdamW's two moments of tensors with `sizes` numbers."""
-    if settings["optimizer"] is options.Optimizer.adamw:
+    if optimizer is Optimizer.adamw:
         return 2 * FLOAT32_BYTES * sum(sizes)
     small, large = ([size for size in sizes if (size >= MIN_8BIT_SIZE) is wanted] for wanted in (False, True))
     return 2 * (FLOAT32_BYTES * sum(small) + sum(large) + FLOAT32_BYTES * sum(math.ceil(size / BLOCK_SIZE) for size in large))

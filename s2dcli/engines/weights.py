@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from s2dcli import console
 from s2dcli.engines.base import HostedEngine, Request, SamplingParams
 from s2dcli.errors import EngineError
+from s2dcli.models.rows import Row
 from s2dcli.stats import mean
 
 if TYPE_CHECKING:
@@ -34,8 +37,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 MEMORY_DISK = Path("/dev/shm")
 ROOM_FACTOR = 1.5  # of the weights' size that must be free there
 
-# rows of (prompt ids, completion ids), temperature -> log-probs of the completions' tokens
-Score = Callable[[Sequence[tuple[list[int], list[int]]], float], list[list[float]]]
+# (rows, temperature) -> each row with the log-probs [T] of its completion's tokens, in any order
+Score = Callable[[Sequence[Row], float], Iterator[tuple[Row, np.ndarray]]]
 
 
 class Trained(Protocol):
@@ -48,7 +51,7 @@ class Trained(Protocol):
 
     def write_weights(self, folder: Path, dtype: torch.dtype) -> None: ...
 
-    def score(self, rows: Sequence[tuple[list[int], list[int]]], temperature: float) -> list[list[float]]: ...
+    def score(self, rows: Sequence[Row], temperature: float) -> Iterator[tuple[Row, np.ndarray]]: ...
 
 
 @dataclass
@@ -64,9 +67,12 @@ class ParityGate:
         how = SamplingParams(params.temperature, top_p=1.0, top_k=0, max_tokens=min(PARITY_TOKENS, params.max_tokens))
         requests = [Request(prompts[row % len(prompts)], seed=row) for row in range(self.rows)]
         samples = dict(engine.generate(requests, how))
-        rows = [(request.prompt_ids, samples[row].completion_ids) for row, request in enumerate(requests)]
-        scores = score(rows, params.temperature or 1.0)
-        gaps = [abs(ours - samples[row].logprobs[t]) for row, ours_T in enumerate(scores) for t, ours in enumerate(ours_T)]
+        theirs = {Row(request.prompt_ids, samples[row].completion_ids): samples[row].logprobs for row, request in enumerate(requests)}
+        gaps = [
+            abs(a - b)
+            for row, ours in score(list(theirs), params.temperature or 1.0)
+            for a, b in zip(ours.tolist(), theirs[row], strict=True)
+        ]
         gap, tolerance = mean(gaps), self.tolerance or TOLERANCE[str(self.dtype).removeprefix("torch.")]
         console.detail(f"{engine.name}: log-probs differ by {gap:.2g} nats on average, {max(gaps):.2g} at most, from the model's")
         if not gap <= tolerance:  # also if it is not a number

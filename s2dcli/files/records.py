@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from s2dcli.errors import DataError, nearest
 from s2dcli.files import jsonl
 
 ROLLOUT_SCHEMA = "s2d.rollout/1"
+FLOAT32_MAX = 3.4e38  # training keeps numbers as float32
+SHOWN_DIGITS = 20
 SEED_BITS = 53  # JSON readers that keep numbers as float64 hold integers exactly up to 2^53
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -71,6 +73,32 @@ def take_ids(record: dict, field: str, where: str) -> list[int]:
     return ids
 
 
+def take_number(record: dict, field: str, where: str) -> float:
+    """Return a field that holds a finite number."""
+    value = take(record, field, (float, int), where)
+    if not abs(value) < FLOAT32_MAX:
+        raise DataError(f"field {field!r} is {str(value)[:SHOWN_DIGITS]}, a finite number was expected", where=where)
+    return value
+
+
+def take_logprobs(record: dict, field: str, where: str) -> list[float]:
+    """Return a field that holds a list of finite numbers."""
+    values = take(record, field, list, where)
+    if not {*map(type, values)} <= {float} or not abs(sum(values)) < FLOAT32_MAX:  # fast for good rows
+        for position, value in enumerate(values):
+            take_number({f"{field}[{position}]": value}, f"{field}[{position}]", where)
+    return values
+
+
+def take_reward(record: dict, where: str) -> float | None:
+    """Return the reward of a graded row, None where it has no verdict."""
+    if "reward" not in record:
+        name = where.rpartition(":")[0]
+        through = "pipe it through s2d verify" if name == jsonl.input_name(jsonl.STDIN) else f"s2d verify {name} -o graded.jsonl"
+        raise DataError("no field 'reward'", where=where, hint=f"grade it first: {through}")
+    return None if record["reward"] is None else take_number(record, "reward", where)
+
+
 def text_of(messages: list[Message] | str) -> str:
     """Return the text of a completion or prompt given as messages or as a plain string."""
     return messages if isinstance(messages, str) else "\n".join(message["content"] for message in messages)
@@ -102,7 +130,7 @@ class Problem:
 
 @dataclass(slots=True)
 class Rollout:
-    """One completion of one problem; the fields are the columns of a rollouts file."""
+    """One completion of one problem; the fields are the columns of a rollouts file, `extra` holds columns that are none of ours."""
 
     problem_id: str
     problem_sha256: str
@@ -119,31 +147,69 @@ class Rollout:
     source: dict[str, Any]
     sampler: dict[str, Any]
     template_sha256: str
+    extra: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def from_record(cls, record: dict, where: str) -> Rollout:
-        kinds = {"prompt": take_messages, "completion": take_messages, "prompt_ids": take_ids, "completion_ids": take_ids}
-        values = {}
-        for column in fields(cls):
-            if column.name in kinds:
-                values[column.name] = kinds[column.name](record, column.name, where)
-            else:
-                kind = {"sample_index": int, "seed": int, "source": dict, "sampler": dict, "completion_logprobs": list}
-                values[column.name] = take(record, column.name, kind.get(column.name, str), where)
-        row = cls(**values)
-        if len(row.completion_logprobs) != len(row.completion_ids):
-            raise DataError(
-                f"{len(row.completion_ids)} completion_ids but {len(row.completion_logprobs)} completion_logprobs",
-                where=where,
-            )
-        return row
+        return cls(**_rollout_columns(record, where), extra=_without(record, cls))
 
     def to_record(self) -> dict:
-        return {"schema": ROLLOUT_SCHEMA, **{name: getattr(self, name) for name in self.__slots__}}
+        columns = {column.name: getattr(self, column.name) for column in fields(self) if column.name != "extra"}
+        return {"schema": ROLLOUT_SCHEMA, **columns, **self.extra}
 
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+
+@dataclass(slots=True, kw_only=True)
+class Graded(Rollout):
+    """A rollout with its verdict: what `s2d verify` adds. A reward or label of None: there is no verdict."""
+
+    reward: float | None
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    label: bool | None = None
+    extracted: str = ""
+    verifier: str = ""
+    verify_error: str = ""
+
+    @classmethod
+    def from_record(cls, record: dict, where: str) -> Graded:
+        """Only `reward` is required beside the columns of a rollout."""
+        columns = _rollout_columns(record, where)
+        take({f"sampler.{name}": value for name, value in columns["sampler"].items()}, "sampler.max_tokens", int, where)
+        verdict = {"reward": take_reward(record, where)}
+        for name, kind in {"rewards": dict, "label": (bool, type(None)), "extracted": str, "verifier": str, "verify_error": str}.items():
+            if name in record:
+                verdict[name] = take(record, name, kind, where)
+        for name, value in verdict.get("rewards", {}).items():
+            if value is not None:
+                take_number({f"rewards.{name}": value}, f"rewards.{name}", where)
+        return cls(**columns, **verdict, extra=_without(record, cls))
+
+
+def _rollout_columns(record: dict, where: str) -> dict[str, Any]:
+    """Return the columns of a rollout by name. Raises DataError that names file, line and field."""
+    takes = {"prompt": take_messages, "completion": take_messages, "prompt_ids": take_ids, "completion_ids": take_ids}
+    takes["completion_logprobs"] = take_logprobs
+    kinds = {"sample_index": int, "seed": int, "source": dict, "sampler": dict}
+    columns = {
+        column.name: takes[column.name](record, column.name, where)
+        if column.name in takes
+        else take(record, column.name, kinds.get(column.name, str), where)
+        for column in fields(Rollout)
+        if column.name != "extra"
+    }
+    ids, logprobs = (len(columns[name]) for name in ("completion_ids", "completion_logprobs"))
+    if ids != logprobs:
+        raise DataError(f"{ids} completion_ids but {logprobs} completion_logprobs", where=where)
+    return columns
+
+
+def _without(record: dict, kind: type) -> dict[str, Any]:
+    """Return the fields of a record that are no columns of `kind`."""
+    known = {"schema", *(column.name for column in fields(kind))}
+    return {name: value for name, value in record.items() if name not in known}
 
 
 def read_problems(path: str | Path) -> list[Problem]:
@@ -165,13 +231,36 @@ def read_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def read_rollouts(path: str | Path) -> Iterator[tuple[str, Rollout, dict]]:
-    """Yield (where, rollout, whole record) for each line; (group_id, sample_index) must be unique."""
+def require_labels(problems: list[Problem]) -> list[Problem]:
+    """Return problems that all have answers. Raises DataError."""
+    unlabelled = [problem.id for problem in problems if not problem.answer]
+    if unlabelled:
+        raise DataError(
+            f"{len(unlabelled)} of {len(problems)} problems have no answer to grade against, the first is {unlabelled[0]!r}",
+            hint="RL needs labels; for unlabelled problems use s2d opd",
+        )
+    return problems
+
+
+Row = TypeVar("Row", bound=Rollout)
+
+
+def _read_rows(path: str | Path, kind: type[Row]) -> Iterator[tuple[str, Row]]:
     seen: set[tuple[str, int]] = set()
     for where, record in jsonl.read(path, "rollouts"):
-        rollout = Rollout.from_record(record, where)
-        key = (rollout.group_id, rollout.sample_index)
+        row = kind.from_record(record, where)
+        key = (row.group_id, row.sample_index)
         if key in seen:
             raise DataError(f"group {key[0]!r} has sample {key[1]} twice", where=where)
         seen.add(key)
-        yield where, rollout, record
+        yield where, row
+
+
+def read_rollouts(path: str | Path) -> Iterator[tuple[str, Rollout]]:
+    """Yield (where, rollout) for each line; (group_id, sample_index) must be unique. Raises DataError."""
+    return _read_rows(path, Rollout)
+
+
+def read_graded(path: str | Path) -> Iterator[tuple[str, Graded]]:
+    """Yield (where, graded rollout) for each line; (group_id, sample_index) must be unique. Raises DataError."""
+    return _read_rows(path, Graded)

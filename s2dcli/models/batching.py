@@ -1,16 +1,18 @@
 """From rows of token ids to micro-batches: length-sorted, filled by a token budget, right-padded.
 
-Shapes: R rows of the whole batch, B rows of a micro-batch, P its distinct prompts, T positions, N its
-completion tokens.
+Shapes: B rows of a micro-batch, P its distinct prompts, T positions, N its completion tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
+
+from s2dcli.models.rows import Row
 
 # A micro-batch ends early where its padding would exceed this share of its positions ...
 MAX_PADDING = 0.04
@@ -18,17 +20,6 @@ MAX_PADDING = 0.04
 MIN_FILL = 1 / 8
 # Sharing prompts runs the backbone twice, on fewer positions: worth it from a fifth fewer on.
 SHARING_WORTH = 0.8
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sequence to train on: losses look at the completion only."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +39,7 @@ class MicroBatch:
     `position_ids_BT` they stand one behind the other in a single row.
     """
 
-    rows: list[int]  # which rows of the whole batch, in this order
+    rows: list[Row]
     input_ids_BT: torch.Tensor
     prompts: SharedPrompts | None
     states_N: torch.Tensor  # flat index into [B * T] of the state that predicts each completion token
@@ -62,34 +53,23 @@ class MicroBatch:
         """Positions that go through the model, padding included."""
         return self.input_ids_BT.numel() + (self.prompts.ids_PT.numel() if self.prompts else 0)
 
-    def tokens(self, per_row: Sequence[Sequence[float]]) -> torch.Tensor:
-        """Flatten numbers per completion token, given for all rows of the batch, to [N] float32."""
-        flat = [value for row, length in zip(self.rows, self.lengths_B, strict=True) for value in _exactly(per_row[row], length)]
-        return torch.tensor(flat, dtype=torch.float32, device=self.targets_N.device)
+    def per_token(self, values_B: Sequence[np.ndarray]) -> torch.Tensor:
+        """Join the rows' numbers per completion token, in the order of `rows`, to [N] float32. Raises ValueError for another length."""
+        for values, length in zip(values_B, self.lengths_B, strict=True):
+            if len(values) != length:
+                raise ValueError(f"{len(values)} numbers for {length} completion tokens")
+        return torch.from_numpy(np.concatenate(values_B, dtype=np.float32)).to(self.targets_N.device)
 
-    def spread(self, per_row: Sequence[float] | Mapping[int, float]) -> torch.Tensor:
+    def per_row(self, values_B: Sequence[float]) -> torch.Tensor:
         """Repeat one number per row over the row's completion tokens, [N] float32."""
-        values_B = torch.tensor([per_row[row] for row in self.rows], dtype=torch.float32)
-        return values_B.repeat_interleave(torch.tensor(self.lengths_B)).to(self.targets_N.device)
-
-
-def _exactly(values: Sequence[float], length: int) -> Sequence[float]:
-    if len(values) != length:
-        raise ValueError(f"{len(values)} numbers for {length} completion tokens")
-    return values
+        repeated_N = torch.tensor(values_B, dtype=torch.float32).repeat_interleave(torch.tensor(self.lengths_B))
+        return repeated_N.to(self.targets_N.device)
 
 
 def micro_batches(
-    rows: Sequence[Row],
-    chosen: Sequence[int],
-    tokens_per_batch: int,
-    pad_id: int,
-    device: torch.device,
-    *,
-    share_prompts: bool = True,
-    pack: bool = False,
-) -> list[MicroBatch]:
-    """Cut the `chosen` rows into micro-batches of at most `tokens_per_batch` positions, padding included.
+    rows: Sequence[Row], tokens_per_batch: int, pad_id: int, device: torch.device, *, share_prompts: bool = True, pack: bool = False
+) -> Iterator[MicroBatch]:
+    """Cut rows into micro-batches of at most `tokens_per_batch` positions, padding included, and yield them one at a time.
 
     Two plans are weighed by the positions that they run through the model: rows sorted by length, so
     that neighbours pad each other little, or with `pack` one behind the other and without padding (see
@@ -98,123 +78,119 @@ def micro_batches(
     micro-batch of its own. Rows without completion tokens are left out: they have nothing to learn
     from, and their weight in the loss's denominators stays.
     """
-    by_length = sorted((index for index in chosen if rows[index].completion_ids), key=lambda index: -len(rows[index]))
-    families: dict[tuple[int, ...], list[int]] = {}
-    for index in by_length:
-        families.setdefault(tuple(rows[index].prompt_ids), []).append(index)
+    by_length = sorted((row for row in rows if len(row.completion_ids)), key=lambda row: -len(row))
+    families: dict[bytes, list[Row]] = {}
+    for row in by_length:
+        families.setdefault(row.prompt_ids.tobytes(), []).append(row)
     if pack:
-        plain, plain_cost = _fill_packed(by_length, rows, tokens_per_batch), sum(len(rows[index]) for index in by_length)
+        plain, plain_cost = _fill_packed(by_length, tokens_per_batch), sum(map(len, by_length))
     else:
-        plain, plain_cost = _fill([(rows[index].prompt_ids, [index]) for index in by_length], rows, tokens_per_batch, share=False)
+        plain, plain_cost = _fill([[row] for row in by_length], tokens_per_batch, share=False)
     if share_prompts and len(families) < len(by_length):
-        shared, shared_cost = _fill(list(families.items()), rows, tokens_per_batch, share=True)
+        shared, shared_cost = _fill(list(families.values()), tokens_per_batch, share=True)
         if shared_cost <= SHARING_WORTH * plain_cost:
-            return [_collate_shared(rows, group, pad_id, device) for group in shared]
-    return [_collate_packed(rows, group, device) if pack else _collate(rows, group, pad_id, device) for group in plain]
+            yield from (_collate_shared(group, pad_id, device) for group in shared)
+            return
+    yield from (_collate_packed(group, device) if pack else _collate(group, pad_id, device) for group in plain)
 
 
-def _fill_packed(chosen: Sequence[int], rows: Sequence[Row], budget: int) -> list[list[int]]:
-    """Cut the chosen rows, in order, into groups of at most `budget` tokens."""
-    groups: list[list[int]] = []
+def _fill_packed(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    """Cut rows, in order, into groups of at most `budget` tokens."""
+    groups: list[list[Row]] = []
     filled = 0
-    for index in chosen:
-        if groups and filled + len(rows[index]) <= budget:
-            groups[-1].append(index)
+    for row in rows:
+        if groups and filled + len(row) <= budget:
+            groups[-1].append(row)
         else:
-            groups.append([index])
+            groups.append([row])
             filled = 0
-        filled += len(rows[index])
+        filled += len(row)
     return groups
 
 
-def _fill(
-    families: Sequence[tuple[Sequence[int], list[int]]], rows: Sequence[Row], budget: int, *, share: bool
-) -> tuple[list[list[int]], int]:
-    """Cut the rows of (prompt, rows) families, in order, into groups within the budget and MAX_PADDING.
+def _fill(families: Sequence[list[Row]], budget: int, *, share: bool) -> tuple[list[list[Row]], int]:
+    """Cut families of rows with one prompt, in order, into groups within the budget and MAX_PADDING.
 
     Returns the groups and how many positions all of them run through the model, padding included.
     """
-    groups: list[list[int]] = []
+    groups: list[list[Row]] = []
     total = cost = used = num_prompts = longest_prompt = longest = 0
-    for prompt, members in families:
+    for members in families:
         new_prompt = 1  # the family's prompt is not yet in the group
-        for index in members:
-            length = len(rows[index].completion_ids) if share else len(rows[index])
-            wider, longer = (max(longest_prompt, len(prompt)) if share else 0), max(longest, length)
+        for row in members:
+            prompt = len(row.prompt_ids) if share else 0
+            length = len(row) - prompt
+            wider, longer = max(longest_prompt, prompt), max(longest, length)
             needed = (num_prompts + new_prompt) * wider + (len(groups[-1]) + 1 if groups else 1) * longer
-            now_used = used + length + (len(prompt) if share and new_prompt else 0)
+            now_used = used + length + new_prompt * prompt
             padded = needed - now_used > MAX_PADDING * needed and cost >= MIN_FILL * budget
             if groups and needed <= budget and not padded:
-                groups[-1].append(index)
+                groups[-1].append(row)
                 num_prompts, longest_prompt, longest, cost, used = num_prompts + new_prompt, wider, longer, needed, now_used
             else:
                 total += cost
-                groups.append([index])
-                num_prompts, longest_prompt, longest = 1, len(prompt) if share else 0, length
+                groups.append([row])
+                num_prompts, longest_prompt, longest = 1, prompt, length
                 cost = used = longest_prompt + longest
             new_prompt = 0
     return groups, total + cost
 
 
-def _padded(lists: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
-    """Right-pad lists of ids to one length."""
-    longest = max(map(len, lists))
-    return torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in lists])
+def _padded(arrays: Sequence[np.ndarray], pad_id: int) -> torch.Tensor:
+    """Right-pad arrays of ids to one length."""
+    padded = np.full((len(arrays), max(map(len, arrays))), pad_id, dtype=np.int64)
+    for line, ids in zip(padded, arrays, strict=True):
+        line[: len(ids)] = ids
+    return torch.from_numpy(padded)
 
 
-def _collate(rows: Sequence[Row], group: list[int], pad_id: int, device: torch.device) -> MicroBatch:
-    ids_BT = _padded([[*rows[index].prompt_ids, *rows[index].completion_ids] for index in group], pad_id)
+def _collate(rows: list[Row], pad_id: int, device: torch.device) -> MicroBatch:
+    ids_BT = _padded([np.concatenate([row.prompt_ids, row.completion_ids]) for row in rows], pad_id)
     # The state before the first completion token is that of the prompt's last token.
-    starts = [b * ids_BT.shape[1] + len(rows[index].prompt_ids) - 1 for b, index in enumerate(group)]
-    used = sum(len(rows[index]) for index in group)
-    return _micro_batch(rows, group, ids_BT, None, starts, ids_BT.numel() - used, device)
+    starts = [b * ids_BT.shape[1] + len(row.prompt_ids) - 1 for b, row in enumerate(rows)]
+    return _micro_batch(rows, ids_BT, None, starts, ids_BT.numel() - sum(map(len, rows)), device)
 
 
-def _collate_packed(rows: Sequence[Row], group: list[int], device: torch.device) -> MicroBatch:
-    lengths = [len(rows[index]) for index in group]
-    ids_1T = torch.tensor([[token for index in group for token in (*rows[index].prompt_ids, *rows[index].completion_ids)]])
+def _collate_packed(rows: list[Row], device: torch.device) -> MicroBatch:
+    lengths = list(map(len, rows))
+    ids_1T = torch.from_numpy(np.concatenate([ids for row in rows for ids in (row.prompt_ids, row.completion_ids)], dtype=np.int64))[None]
     positions_1T = torch.cat([torch.arange(length) for length in lengths])[None]
-    starts = [end - len(rows[index].completion_ids) - 1 for end, index in zip(accumulate(lengths), group, strict=True)]
-    batch = _micro_batch(rows, group, ids_1T, None, starts, 0, device)
-    return replace(batch, position_ids_BT=positions_1T.to(device))
+    starts = [end - len(row.completion_ids) - 1 for end, row in zip(accumulate(lengths), rows, strict=True)]
+    return replace(_micro_batch(rows, ids_1T, None, starts, 0, device), position_ids_BT=positions_1T.to(device))
 
 
-def _collate_shared(rows: Sequence[Row], group: list[int], pad_id: int, device: torch.device) -> MicroBatch:
-    numbers: dict[tuple[int, ...], int] = {}
-    of_B = [numbers.setdefault(tuple(rows[index].prompt_ids), len(numbers)) for index in group]
-    lengths_P = [len(prompt) for prompt in numbers]
-    prompts = SharedPrompts(_padded(list(numbers), pad_id).to(device), torch.tensor(lengths_P).to(device), torch.tensor(of_B).to(device))
-    ids_BT = _padded([rows[index].completion_ids for index in group], pad_id)
-    starts = [b * ids_BT.shape[1] for b in range(len(group))]
-    used = sum(lengths_P) + sum(len(rows[index].completion_ids) for index in group)
-    return _micro_batch(rows, group, ids_BT, prompts, starts, ids_BT.numel() + prompts.ids_PT.numel() - used, device)
+def _collate_shared(rows: list[Row], pad_id: int, device: torch.device) -> MicroBatch:
+    distinct: dict[bytes, np.ndarray] = {row.prompt_ids.tobytes(): row.prompt_ids for row in rows}
+    numbers = {key: number for number, key in enumerate(distinct)}
+    of_B = [numbers[row.prompt_ids.tobytes()] for row in rows]
+    lengths_P = list(map(len, distinct.values()))
+    ids_PT = _padded(list(distinct.values()), pad_id).to(device)
+    prompts = SharedPrompts(ids_PT, torch.tensor(lengths_P).to(device), torch.tensor(of_B).to(device))
+    ids_BT = _padded([row.completion_ids for row in rows], pad_id)
+    starts = [b * ids_BT.shape[1] for b in range(len(rows))]
+    used = sum(lengths_P) + sum(len(row.completion_ids) for row in rows)
+    return _micro_batch(rows, ids_BT, prompts, starts, ids_BT.numel() + ids_PT.numel() - used, device)
 
 
 def _micro_batch(
-    rows: Sequence[Row],
-    group: list[int],
-    ids_BT: torch.Tensor,
-    prompts: SharedPrompts | None,
-    starts: list[int],
-    padding: int,
-    device: torch.device,
+    rows: list[Row], ids_BT: torch.Tensor, prompts: SharedPrompts | None, starts: list[int], padding: int, device: torch.device
 ) -> MicroBatch:
-    if not all(rows[index].prompt_ids for index in group):
+    if not all(len(row.prompt_ids) for row in rows):
         raise ValueError("a row without prompt tokens has no state to predict its first token from")
-    completions = [rows[index].completion_ids for index in group]
-    states = [start + t for start, ids in zip(starts, completions, strict=True) for t in range(len(ids))]
+    lengths = [len(row.completion_ids) for row in rows]
+    states_N = np.concatenate([start + np.arange(length) for start, length in zip(starts, lengths, strict=True)])
     return MicroBatch(
-        rows=list(group),
+        rows=rows,
         input_ids_BT=ids_BT.to(device),
         prompts=prompts,
-        states_N=torch.tensor(states).to(device),
-        targets_N=torch.tensor([token for ids in completions for token in ids]).to(device),
-        lengths_B=[len(ids) for ids in completions],
+        states_N=torch.from_numpy(states_N).to(device),
+        targets_N=torch.from_numpy(np.concatenate([row.completion_ids for row in rows], dtype=np.int64)).to(device),
+        lengths_B=lengths,
         num_padding=padding,
     )
 
 
-def split(items: Sequence[int], size: int | None) -> list[list[int]]:
-    """Cut items into mini-batches of `size`; None keeps them together."""
-    size = size or max(1, len(items))
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+def split(rows: Sequence[Row], size: int | None) -> list[list[Row]]:
+    """Cut rows into mini-batches of `size`; None keeps them together."""
+    size = size or max(1, len(rows))
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]

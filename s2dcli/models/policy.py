@@ -6,23 +6,26 @@ error; so whatever wraps a model wraps this module, and the loss is computed wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from s2dcli.models.batching import MicroBatch, Row, micro_batches
-from s2dcli.models.forward import Head, can_pack, can_share_prompts, head_of, hidden_states, shared_prompt_states
-from s2dcli.models.readers import token_logprobs
+from s2dcli.models.batching import MicroBatch
+from s2dcli.models.forward import Head, head_of, hidden_states, shared_prompt_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from s2dcli.models.adapters import Adapter
 
-# (hidden states [N, D] of the completion tokens, head) -> (loss, sums over tokens for the metrics)
-Loss = Callable[[torch.Tensor, Head], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+class Objective(Protocol):
+    """What a model is trained on; train/objectives.py has them all."""
+
+    def loss(self, batch: MicroBatch, hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss, a sum over completion tokens, and figures per token, [N] each, for the metrics."""
 
 
 class Policy(torch.nn.Module):
@@ -37,8 +40,7 @@ class Policy(torch.nn.Module):
         self.vocabulary = vocabulary
         self.autocast = autocast
         self.adapter = adapter
-        # Where the gradient of a parameter is added up, from the optimizer: a head's is as large as the head.
-        self.gradient_of: Callable[[torch.nn.Parameter], torch.Tensor] | None = None
+        self._gradient_of: Callable[[torch.nn.Parameter], torch.Tensor] | None = None
 
     def states(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states [N, D] that predict the completion tokens."""
@@ -54,10 +56,22 @@ class Policy(torch.nn.Module):
         return hidden_ND if self.autocast is None else hidden_ND.to(self.autocast)
 
     def head(self) -> Head:
-        return head_of(self.model, self.vocabulary, self.gradient_of)
+        return head_of(self.model, self.vocabulary, self._gradient_of)
 
-    def forward(self, batch: MicroBatch, loss: Loss) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return loss(self.states(batch), self.head())
+    def collect_gradients(self, gradient_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> None:
+        """Hold a large vocabulary's gradient once, where a trainer has it: it is as large as the head.
+
+        The losses add the head's to the tensor that `gradient_of` returns for a parameter; the embedding's comes
+        sparse, as the rows of the tokens that were read. To be called once, when the trained parameters are final.
+        """
+        self._gradient_of = gradient_of
+        embedding = self.model.get_input_embeddings()
+        if embedding.weight.requires_grad:
+            embedding.sparse = True
+            embedding.weight.register_post_accumulate_grad_hook(_make_dense)
+
+    def forward(self, batch: MicroBatch, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return objective.loss(batch, self.states(batch), self.head())
 
 
 def freeze(policy: Policy) -> Policy:
@@ -66,8 +80,8 @@ def freeze(policy: Policy) -> Policy:
 
 
 @contextmanager
-def at_work(policy: Policy, device: torch.device, *, offload: bool) -> Iterator[None]:
-    """Have a frozen policy on the device for a while; with `offload` it waits in main memory otherwise."""
+def on_device(policy: Policy, device: torch.device, *, offload: bool) -> Iterator[None]:
+    """Keep a frozen policy on the device within the block; with `offload` it stays on the CPU otherwise."""
     if offload:
         policy.to(device)
     try:
@@ -77,14 +91,7 @@ def at_work(policy: Policy, device: torch.device, *, offload: bool) -> Iterator[
             policy.to("cpu")
 
 
-@torch.no_grad()
-def score(policy: Policy, rows: Sequence[Row], *, tokens_per_batch: int, pad_id: int, temperature: float = 1.0) -> list[list[float]]:
-    """Log-probs (nats) of the completion tokens of every row, under softmax(logits / temperature)."""
-    device = next(policy.parameters()).device
-    scores: list[list[float]] = [[] for _ in rows]
-    layout = {"share_prompts": can_share_prompts(policy.model), "pack": can_pack(policy.model)}
-    for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, pad_id, device, **layout):
-        logprobs_N = token_logprobs(policy.states(batch), policy.head(), batch.targets_N, temperature)
-        for row, values in zip(batch.rows, logprobs_N.split(batch.lengths_B), strict=True):
-            scores[row] = values.tolist()
-    return scores
+def _make_dense(parameter: torch.Tensor) -> None:
+    """Leave a gradient that sparse ones can be added to in place."""
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad.to_dense()

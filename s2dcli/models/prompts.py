@@ -7,16 +7,18 @@ second tokenisation can add a BOS or split a completion differently.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2dcli.errors import ModelError, UsageError
-from s2dcli.files.records import Message, sha256_text, text_of
+from s2dcli.files.records import Message, Rollout, sha256_text, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from s2dcli.models.rows import Row
 
 # `--chat-template plain`: the contents, one after the other, and nothing else.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
@@ -24,7 +26,6 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not
 
 # How completions become text, for every record: the same ids must always give the same text.
 DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-ROWS_TO_CHECK = 16
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -73,21 +74,21 @@ def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrained
             )
 
 
-def require_made_with(tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping]) -> None:
-    """Raise ModelError unless the stored ids of rollouts decode, with this tokenizer, to their stored text.
+def require_made_with(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], samples: Sequence[Rollout]) -> None:
+    """Raise ModelError unless stored rollouts were made with this tokenizer.
 
-    Looks at the text of the first rows only, where another tokenizer shows at once, and at every id.
+    It has to know all ids, and to decode those of `samples` to their text.
     """
     size = vocabulary_size(tokenizer)
-    for record in records:
-        if not record["prompt_ids"]:
-            raise ModelError(f"group {record['group_id']!r} has no prompt_ids to continue")
-        if max(max(record["prompt_ids"]), max(record["completion_ids"], default=0)) >= size:
-            raise ModelError(f"group {record['group_id']!r} holds token ids that the tokenizer does not know")
-    for record in records[:ROWS_TO_CHECK]:
-        if tokenizer.decode(record["completion_ids"], **DECODING) != text_of(record["completion"]):
+    for row in rows:
+        if not len(row.prompt_ids):
+            raise ModelError(f"group {row.group_id!r} has no prompt_ids to continue")
+        if max(row.prompt_ids.max(), row.completion_ids.max(initial=0)) >= size:
+            raise ModelError(f"group {row.group_id!r} holds token ids that the tokenizer does not know")
+    for sample in samples:
+        if tokenizer.decode(sample.completion_ids, **DECODING) != text_of(sample.completion):
             raise ModelError(
-                f"sample {record['sample_index']} of group {record['group_id']!r} was made with another tokenizer: "
+                f"sample {sample.sample_index} of group {sample.group_id!r} was made with another tokenizer: "
                 "its completion_ids decode to another text",
                 hint="teacher, student and rollouts must share one tokenizer",
             )
@@ -143,7 +144,7 @@ class PromptEncoder:
         while add_special and ids and ids[-1] == eos:  # a tokenizer that closes every text would end the prompt here
             ids = ids[:-1]
         if not ids:
-            raise UsageError("a prompt became no tokens at all", where=str(self.tokenizer.name_or_path))
+            raise UsageError("a prompt encodes to no tokens", where=str(self.tokenizer.name_or_path))
         return ids
 
     def encode_completion(self, text: str) -> list[int]:

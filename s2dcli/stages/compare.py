@@ -26,7 +26,7 @@ from s2dcli.errors import DataError
 from s2dcli.files import jsonl
 from s2dcli.files.ledger import distinct_labels, manifest_of
 from s2dcli.files.manifest import NEVER_COMPARED, flag
-from s2dcli.files.records import take
+from s2dcli.files.records import take, take_reward
 
 GRADED = "rollouts.jsonl"  # in the output folder of s2d eval
 NONE = "-"
@@ -71,9 +71,7 @@ def _scores(path: str) -> dict[str, list[float]]:
     file = str(Path(path) / GRADED) if Path(path).is_dir() else path
     scores: dict[str, list[float]] = {}
     for where, record in jsonl.read(file, "graded rollouts"):
-        if "reward" not in record:
-            raise DataError("no field 'reward'", where=where, hint=f"grade it first: s2d verify {file} -o graded.jsonl")
-        reward = take(record, "reward", (float, int, type(None)), where)
+        reward = take_reward(record, where)
         scores.setdefault(take(record, "problem_sha256", str, where), []).append(float(reward or 0.0))
     if not scores:
         raise DataError("holds no graded rollouts", where=file)

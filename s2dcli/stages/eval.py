@@ -28,7 +28,7 @@ from s2dcli.files.ledger import warnings
 from s2dcli.files.lock import locked
 from s2dcli.files.manifest import MANIFEST, describe, name_samplers, read_json, write_json
 from s2dcli.files.output import begun, cut_after, kept_lines
-from s2dcli.files.records import read_problems, read_rollouts, take
+from s2dcli.files.records import read_graded, read_problems
 from s2dcli.grade.pool import MATH, Grader
 
 RESULTS = "results.json"
@@ -111,7 +111,7 @@ def evaluate(
         jsonl.print_result(read_json(out / RESULTS))
         return
     if rollouts is not None:  # read anew from the start: that takes seconds
-        _measure(_read_graded(rollouts), out, name, manifest)
+        _measure((row.to_record() for _, row in read_graded(rollouts)), out, name, manifest)
         return
 
     samples = k or (1 if temperature == 0 else DEFAULT_K)
@@ -141,14 +141,6 @@ def evaluate(
                     advance(len(group))
 
             _measure(graded(), out, name, manifest, done)
-
-
-def _read_graded(path: str) -> Iterator[dict]:
-    for where, _, record in read_rollouts(path):
-        if "reward" not in record:
-            raise DataError("no field 'reward'", where=where, hint="grade first: s2d verify ROLLOUTS | s2d eval --rollouts -")
-        take(record, "reward", (float, int, type(None)), where)
-        yield record
 
 
 def _measure(graded: Iterable[dict], out: Path | None, name: str | None, manifest: dict[str, Any], done: int = 0) -> None:

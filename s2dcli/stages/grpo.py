@@ -3,127 +3,48 @@
     s2d grpo --model CKPT problems.jsonl -o runs/teacher
     s2d grpo --model CKPT --rollouts graded.jsonl -o runs/offline
 
-Each step samples n completions for each of some problems, grades them, turns the rewards of a
-group into advantages relative to the group (DeepSeekMath, arXiv 2402.03300), and maximises PPO's
-clipped objective, by default with one update per step (paper, stages 1 and 3).
+Each step samples n completions for each of some problems, grades them, turns the rewards of a group into
+advantages A relative to the group (DeepSeekMath, arXiv 2402.03300), and minimises PPO's clipped objective
+
+    L = - sum_t w_t min(r_t A, clip(r_t, 1 - low, 1 + high) A) + kl_coef sum_t w_t k_t
+
+over all completion tokens t, with r_t = policy(y_t | s_t) / policy before the step (y_t | s_t), k_t an estimate of
+KL(policy || initial policy), and w_t by --aggregate, e.g. 1 / (rollouts * tokens of the rollout). By default there is
+one update per step (paper, stages 1 and 3), so that r_t = 1 and its gradient is exact.
 
 Departures from the paper's settings: the KL term is off unless asked for (paper: --kl-coef 5e-4),
 and all rollouts of a step are one mini-batch unless --mini-batch-size says otherwise.
-
-Shapes: R rollouts of a step, G groups among them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from contextlib import ExitStack
-from dataclasses import dataclass
-from enum import StrEnum
-from itertools import accumulate, islice
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from s2dcli import console, options, stats
-from s2dcli.errors import DataError, UsageError
+from s2dcli.errors import UsageError
 from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder, refuse_inside
-from s2dcli.files.records import Problem, read_problems, read_rollouts, take
-from s2dcli.grade.pool import MATH, Grader
+from s2dcli.files.checkpoint import refuse_folder
+from s2dcli.files.records import read_problems, require_labels
+from s2dcli.train.presets import KlIn, ObjectiveOptions
 
 if TYPE_CHECKING:
-    from s2dcli.models.policy import Policy
-    from s2dcli.train.loop import Step, TrainingRun
+    from s2dcli.train.loop import Step
+    from s2dcli.train.rows import Group, TrainingRow
 
-# What would be ignored when the rollouts are there already
+# Options that only apply to sampling
 SAMPLING_ONLY = {
     "num_samples": "-n",
     "max_prompt_tokens": "--max-prompt-tokens",
-    "resample_flat": "--resample-flat",
+    "dynamic_sampling": "--dynamic-sampling",
     "correction": "--correction",
     "reward": "--reward",
 }
-
-
-class Preset(StrEnum):
-    """Named settings of the objective's knobs; see PRESETS."""
-
-    grpo = "grpo"
-    dr_grpo = "dr-grpo"
-    dapo = "dapo"
-    gspo = "gspo"
-    cispo = "cispo"
-
-
-class KlIn(StrEnum):
-    """Where the KL to the initial policy is charged."""
-
-    loss = "loss"
-    reward = "reward"
-
-
-def _preset(aggregate: str, advantage: str, importance: str, surrogate: str, clip_low: float, clip_high: float) -> dict[str, Any]:
-    return {
-        "aggregate": options.Aggregate(aggregate),
-        "advantage": options.Advantage(advantage),
-        "importance": options.Importance(importance),
-        "surrogate": options.Surrogate(surrogate),
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-    }
-
-
-PRESETS = {
-    # DeepSeekMath, arXiv 2402.03300, Eq. 3; clip 0.2 as in the paper that s2d follows
-    Preset.grpo: _preset("sequence", "group-std", "token", "ppo", 0.2, 0.2),
-    # "Understanding R1-Zero-like training", arXiv 2503.20783: no deviation, no length in a denominator
-    Preset.dr_grpo: _preset("constant", "group-mean", "token", "ppo", 0.2, 0.2),
-    # DAPO, arXiv 2503.14476, §3 and §4.1; its dynamic sampling is --resample-flat, its overlong penalty --truncated
-    Preset.dapo: _preset("token", "group-std", "token", "ppo", 0.2, 0.28),
-    # GSPO, arXiv 2507.18071, §5.1
-    Preset.gspo: _preset("sequence", "group-std", "sequence", "ppo", 3e-4, 4e-4),
-    # CISPO, MiniMax-M1, arXiv 2506.13585, Eq. 4; weights up to 5 as in ScaleRL, arXiv 2510.13786
-    Preset.cispo: _preset("token", "group-std", "token", "cispo", 1.0, 4.0),
-}
-
-
-def _knob(text: str, **settings: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel="Objective", **settings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What is maximised."""
-
-    loss: Annotated[Preset, _knob("Sets the knobs of this panel that are not given.")] = Preset.grpo
-    aggregate: Annotated[
-        options.Aggregate | None,
-        _knob("What a token's loss is divided by: all tokens, its sequence's, or --max-tokens."),
-    ] = None
-    advantage: Annotated[options.Advantage | None, _knob("Divide by the group's standard deviation, or not.")] = None
-    importance: Annotated[options.Importance | None, _knob("Whose ratio is clipped: the token's or its sequence's.")] = None
-    surrogate: Annotated[options.Surrogate | None, _knob("PPO's minimum, or CISPO's truncated weight.")] = None
-    clip_low: Annotated[float | None, _knob("The ratio is clipped at 1 - this.", min=0.0)] = None
-    clip_high: Annotated[float | None, _knob("The ratio is clipped at 1 + this.", min=0.0)] = None
-    kl_coef: Annotated[float, _knob("Weight of the KL to the initial policy.", min=0.0)] = 0.0
-    kl_estimator: Annotated[options.KlEstimator, _knob("How that KL is estimated.")] = options.KlEstimator.k3
-    kl_in: Annotated[KlIn, _knob("Add it to the loss, or take its sum from each reward.")] = KlIn.loss
-    truncated: Annotated[
-        options.Truncated,
-        _knob("Completions that hit --max-tokens: keep, mask (learn nothing from), penalty (soft)."),
-    ] = options.Truncated.keep
-    overlong_buffer: Annotated[
-        int | None,
-        _knob("Tokens before the limit over which the penalty falls to -1.", min=1, show_default="a fifth"),
-    ] = None
-    correction: Annotated[options.Correction, _knob("Weigh tokens by trainer/sampler probability.")] = options.Correction.none
-    correction_level: Annotated[options.Importance, _knob("Ratio of each token, or of its sequence.")] = options.Importance.token
-    correction_cap: Annotated[float, _knob("Where that ratio is cut or masked.", min=1.0)] = 2.0
-    resample_flat: Annotated[
-        int,
-        _knob("Rounds of further problems for groups whose rewards are all equal.", min=0),
-    ] = 0
 
 
 def grpo(
@@ -133,277 +54,191 @@ def grpo(
     problems: options.Problems = "-",
     out: options.RunDir = Path("runs/grpo"),
     rollouts: Annotated[
-        str | None, typer.Option("--rollouts", metavar="GRADED", help="Train one pass on graded rollouts instead of sampling.")
+        str | None, typer.Option("--rollouts", metavar="GRADED", help="Graded rollouts to train on instead of sampling.")
     ] = None,
-    num_samples: options.NumSamples = 8,
-    max_tokens: options.MaxTokens = 1024,
-    max_prompt_tokens: options.MaxPromptTokens = None,
-    temperature: options.TrainTemperature = 1.0,
-    sampling: options.EngineOptions,
-    objective: Objective,
-    steps: options.Steps = None,
-    epochs: options.Epochs = 1,
-    problems_per_step: options.ProblemsPerStep = 32,
-    mini_batch_size: options.MiniBatchSize = None,
+    sampling: options.RolloutOptions,
+    objective: ObjectiveOptions,
+    batches: options.BatchOptions,
     training: options.TrainingOptions,
-    offload: options.Offload = False,
+    engine: options.EngineOptions,
     grading: options.GradingOptions,
     loading: options.ModelOptions,
-    keep_rollouts: options.KeepRollouts = False,
-    running: options.RunOptions,
+    offload: options.Offload = False,
+    running: options.SampledRunOptions,
 ) -> None:
     """Train a model by sparse-reward RL (GRPO) on labelled problems."""
-    settings = options.flatten(locals())
-    settings |= {name: value for name, value in PRESETS[objective.loss].items() if settings[name] is None}
+    given = options.flatten(locals())
+    _refuse_contradictions(context, given)
     refuse_folder(out, running.overwrite, running.resume)
-    _refuse_contradictions(context, settings)
-    stored = [] if rollouts is None else _read_groups(rollouts, temperature)
+
+    from s2dcli.assembly.rollouts import draw, read_on_policy, store
+
+    stored = store(read_on_policy(rollouts, sampling.temperature), keep_records=running.keep_rollouts) if rollouts is not None else None
     if stored:  # the limit that the rollouts were sampled under
-        settings["max_tokens"] = stored[0][0]["sampler"]["max_tokens"]
-    settings["overlong_buffer"] = objective.overlong_buffer or max(1, settings["max_tokens"] // 5)
-    todo = _require_labels(read_problems(problems)) if rollouts is None else []
-    held_out = read_problems(running.eval_problems) if running.eval_problems else []
+        sampling = replace(sampling, max_tokens=stored.samplers[0]["max_tokens"])
+    items = [] if stored else require_labels(read_problems(problems))
+    eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
+    objective = objective.resolved(sampling.max_tokens)
+    given |= options.flatten({"objective": objective, "sampling": sampling})
 
-    from s2dcli.assembly.loading import load_reference, load_trained
     from s2dcli.assembly.order import Order
-    from s2dcli.assembly.plan import dry_run_plan
-    from s2dcli.assembly.sampling import make_tasks, open_sampler, tasks_of_step
+    from s2dcli.assembly.sampling import make_tasks, tasks_of_step
+    from s2dcli.assembly.training import TrainingSetup
     from s2dcli.engines.base import SamplingParams
-    from s2dcli.models.checkpoints import resolve
-    from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with
-    from s2dcli.train.loop import TrainingRun, open_run
+    from s2dcli.models.batching import split
+    from s2dcli.models.policy import on_device
+    from s2dcli.train.losses import mean_log_ratio
+    from s2dcli.train.objectives import PolicyGradient
+    from s2dcli.train.rows import mixed, set_weights
 
-    parent = resolve(model)
-    inputs = [path for path in (rollouts or problems, running.eval_problems, *loading.files) if path]
-    refuse_inside(out, [parent.folder, *inputs])
-    tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
-    encoder = PromptEncoder(tokenizer, loading.chat_template, parse_template_kwargs(loading.chat_template_kwargs))
-    rows = [record for group in stored for record in group]
-    require_made_with(tokenizer, rows)
-    tasks = make_tasks(todo, encoder, max_prompt_tokens) if todo else []
-    eval_tasks = make_tasks(held_out, encoder)
-    order = Order(len(tasks) or len(stored), problems_per_step, seed=running.seed, steps=steps, epochs=epochs)
-    if running.dry_run:
-        per_step = min(problems_per_step, order.total) * (len(stored[0]) if stored else num_samples)
-        frozen = [parent] if objective.kl_coef else []
-        jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=frozen))
+    setup = TrainingSetup(
+        "grpo",
+        given,
+        out,
+        {"model": model},
+        inputs=[rollouts or problems],
+        eval_problems=eval_problems,
+        params=SamplingParams(sampling.temperature, top_p=1.0, top_k=0, max_tokens=sampling.max_tokens),
+        engine=engine,
+        grading=grading,
+        training=training,
+        loading=loading,
+        running=running,
+        offload=offload,
+    )
+    tasks = make_tasks(items, setup.encoder, sampling.max_prompt_tokens) if items else []
+    on_disk = stored.groups() if stored else []
+    order = Order(len(tasks) or len(on_disk), batches.problems_per_step, seed=running.seed, steps=batches.steps, epochs=batches.epochs)
+    opened = setup.start(
+        order,
+        len(on_disk[0]) if stored else sampling.num_samples,
+        phases=("sample", "grade", "score", "update"),
+        frozen=["model"] if objective.kl_coef else [],
+        problems=items,
+        stored=stored,
+    )
+    if opened is None:
         return
 
-    with (
-        open_run("grpo", settings, steps=order.steps, inputs=inputs, parents=[parent], problems=todo, rollouts=rows) as folder,
-        Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit) as grader,
-        ExitStack() as stack,
-    ):
-        if folder.finished:
-            jsonl.print_result(folder.result())
-            return
-        loaded, policy = load_trained(parent, settings, tokenizer)
-        reference = load_reference(policy, loaded, settings) if objective.kl_coef else None
-        if tasks or eval_tasks:
-            params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
-            opened = open_sampler(parent, encoder, params, sampling, loading, seed=running.seed, training=loaded)
-            sampler = stack.enter_context(opened)
+    surrogate = PolicyGradient(
+        temperature=sampling.temperature,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        surrogate=objective.surrogate,
+        kl_coef=objective.kl_coef if objective.kl_in is KlIn.loss else 0.0,
+        kl_estimator=objective.kl_estimator,
+    )
+    with opened as run:
+        reference = opened.load_reference() if objective.kl_coef else None
 
-        def evaluate() -> dict[str, Any]:
-            rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
-            return stats.summarize(grader.graded(rows))
-
-        phases = ("sample", "grade", "score", "update")
-        run = TrainingRun(folder, settings, policy, loaded, phases=phases, evaluate=evaluate if eval_tasks else None)
-        if tasks or eval_tasks:
-            sampler.follow(run)
-        num_sampled = 0  # tokens, in the step
-
-        def sample(step: Step, chosen: list[int]) -> list[list[dict]]:
-            nonlocal num_sampled
-            with step.phase("sample"):
-                sampler.identity = run.identity(step)
-                groups = list(sampler.sample(tasks_of_step(tasks, chosen, step.number), num_samples))
-            num_sampled += sum(len(row.completion_ids) for group in groups for row in group)
-            run.labels.update(group[0].problem_sha256 for group in groups)
-            with step.phase("grade"):
-                graded = grader.graded([row.to_record() for group in groups for row in group])
-                return [[next(graded) for _ in group] for group in groups]
+        def sample(step: Step, chosen: Sequence[int]) -> list[Group]:
+            return opened.sample(step, tasks_of_step(tasks, chosen, step.number), sampling.num_samples)
 
         for step in run:
-            num_sampled, drawn_again, spares = 0, 0, order.spares(step.number)
-            chosen = order.at(step.number)
-            groups = _draw(stored, chosen) if stored else sample(step, chosen)
-            run.labels.update(group[0]["problem_sha256"] for group in groups)
-            for _ in range(objective.resample_flat):
-                flat = [slot for slot, group in enumerate(groups) if not _is_mixed(group)]
-                fresh = sample(step, list(islice(spares, len(flat)))) if flat else []
-                drawn_again += len(fresh)
+            chosen, extra, resampled = order.batch(step.number), order.extra(step.number), 0
+            groups = draw(on_disk, chosen) if stored else sample(step, chosen)
+            run.labels.update(group[0].problem_sha256 for group in groups)
+            for _ in range(objective.dynamic_sampling):
+                flat = [slot for slot, group in enumerate(groups) if not mixed(group)]
+                fresh = sample(step, list(islice(extra, len(flat)))) if flat else []
+                resampled += len(fresh)
                 for slot, group in zip(flat, fresh, strict=False):  # fewer when the problems are used up
-                    groups[slot] = group if _is_mixed(group) else groups[slot]
-            _learn(run, step, groups, policy, reference, settings)
-            step.log(
-                drawn_again=drawn_again,
-                sample_tokens_per_second=step.per_second(num_sampled, "sample"),
-                update_tokens_per_second=step.per_second(step.tokens, "update"),
-            )
-            if keep_rollouts:
-                folder.write_rollouts(step.number, [record for group in groups for record in group])
-        jsonl.print_result(folder.result())
+                    groups[slot] = group if mixed(group) else groups[slot]
 
-
-def _refuse_contradictions(context: typer.Context, settings: dict[str, Any]) -> None:
-    """Raise UsageError if options exclude each other, or one would be ignored."""
-    if settings["rollouts"] is not None and settings["problems"] != jsonl.STDIN:
-        raise UsageError("both PROBLEMS and --rollouts were given", hint="name one source to learn from")
-    if settings["rollouts"] is not None:
-        options.refuse_given(context, SAMPLING_ONLY, "goes with sampling, --rollouts learns from what there is")
-        if not settings["eval_problems"]:
-            options.refuse_given(context, {"engine": "--engine"}, "says who samples, and without --eval-problems nothing is sampled")
-    elif settings["num_samples"] == 1:
-        raise UsageError("-n 1 makes groups of one, which have nothing to be compared with", hint="-n 2 or more")
-    if settings["offload"] and not settings["kl_coef"]:
-        raise UsageError("--offload moves the reference, and there is none without --kl-coef", hint="leave it out")
-
-
-def _draw(stored: list[list[dict]], chosen: list[int]) -> list[list[dict]]:
-    """Return the chosen groups; one that is drawn again in the step gets a name of its own."""
-    draws: Counter[int] = Counter()
-    groups = []
-    for index in chosen:
-        again = f".{draws[index]}" if draws[index] else ""
-        groups.append([{**record, "group_id": record["group_id"] + again} for record in stored[index]])
-        draws[index] += 1
-    return groups
-
-
-def _learn(
-    run: TrainingRun, step: Step, groups: list[list[dict]], policy: Policy, reference: Policy | None, settings: dict[str, Any]
-) -> None:
-    """Make the updates of one step from its graded rollouts, and log what they were."""
-    from s2dcli.models.batching import Row, split
-    from s2dcli.models.policy import at_work, score
-    from s2dcli.train.losses import corrections, group_advantages, is_mixed, kl_estimates, mean_gap, overlong_penalty, weights_of
-    from s2dcli.train.objectives import PolicyGradient
-
-    records = [record for group in groups for record in group]
-    groups_G = [slice(end - len(group), end) for group, end in zip(groups, accumulate(map(len, groups)), strict=True)]
-    rows_R = [Row(record["prompt_ids"], record["completion_ids"]) for record in records]
-    lengths_R = [len(row.completion_ids) for row in rows_R]
-    rewards_R = [record["reward"] for record in records]
-    truncated_R = [record["finish_reason"] == "length" for record in records]
-    sampler_R = [record["completion_logprobs"] for record in records]
-    scoring = {"tokens_per_batch": settings["tokens_per_batch"], "pad_id": run.loaded.pad_id, "temperature": settings["temperature"]}
-    masked = settings["truncated"] is options.Truncated.mask
-    # Rows without a verdict, and masked ones, teach nothing: they leave baselines and denominators.
-    usable = [r for r, reward in enumerate(rewards_R) if reward is not None and not (masked and truncated_R[r])]
-    mini_batches = split(usable, settings["mini_batch_size"])
-    sequence_level = settings["importance"] is options.Importance.sequence
-    with step.phase("score"):
-        reference_R = None
-        if reference is not None:
-            with at_work(reference, run.loaded.model.device, offload=settings["offload"]):
-                reference_R = score(reference, rows_R, **scoring)
-        if settings["rollouts"] is not None:
-            old_R = sampler_R
-        elif len(mini_batches) > 1 or settings["correction"] is not options.Correction.none:
-            old_R = score(policy, rows_R, **scoring)
-        else:
-            old_R = None  # one update: the policy is its own old policy
-    corrections_R = None
-    if settings["correction"] is not options.Correction.none:
-        corrections_R = corrections(old_R, sampler_R, settings["correction"], settings["correction_level"], settings["correction_cap"])
-
-    shaped_R: list[float | None] = [None] * len(records)
-    kl_in_reward = reference_R is not None and settings["kl_in"] is KlIn.reward
-    for r in usable:
-        shaped_R[r] = rewards_R[r]
-        if kl_in_reward:
-            shaped_R[r] -= settings["kl_coef"] * sum(kl_estimates(settings["kl_estimator"], sampler_R[r], reference_R[r]))
-        if settings["truncated"] is options.Truncated.penalty:
-            shaped_R[r] += overlong_penalty(lengths_R[r], settings["max_tokens"], settings["overlong_buffer"])
-    advantages_R = [value for group in groups_G for value in group_advantages(shaped_R[group], settings["advantage"])]
-
-    kl_in_loss = reference_R is not None and not kl_in_reward
-    for mini_batch in mini_batches:
-        # Advantage 0 gives gradient 0: such rows stay in the denominators but cost no pass.
-        taught = [r for r in mini_batch if advantages_R[r] != 0.0 or kl_in_loss]
-        if not taught:
-            continue
-        log_ratios_R = None
-        if sequence_level and old_R is None:
-            log_ratios_R = [0.0] * len(records)
-        elif sequence_level:
+            rows = [row for group in groups for row in group]
+            mini_batches = split([row for row in rows if _is_usable(row, objective)], batches.mini_batch_size)
             with step.phase("score"):
-                now_R = score(policy, [rows_R[r] for r in taught], **scoring)
-            log_ratios_R = {r: mean_gap(now, old_R[r]) for r, now in zip(taught, now_R, strict=True)}
-        objective = PolicyGradient(
-            weights_R=weights_of(mini_batch, lengths_R, settings["aggregate"], settings["max_tokens"]),
-            advantages_R=advantages_R,
-            sampler_R=sampler_R,
-            old_R=old_R,
-            temperature=settings["temperature"],
-            clip_low=settings["clip_low"],
-            clip_high=settings["clip_high"],
-            surrogate=settings["surrogate"],
-            sequence_log_ratios_R=log_ratios_R,
-            corrections_R=corrections_R,
-            reference_R=reference_R if kl_in_loss else None,
-            kl_coef=settings["kl_coef"],
-            kl_estimator=settings["kl_estimator"],
-        )
-        run.update(step, rows_R, taught, objective)
-    if not step.updates:
-        console.warn(f"step {step.number}: no group has rewards that differ, nothing to learn; no update was made")
+                if reference is not None:
+                    with on_device(reference, run.device, offload=offload):
+                        for row, logprobs in run.score(rows, sampling.temperature, reference):
+                            row.reference_logprobs = logprobs
+                if stored:
+                    for row in rows:
+                        row.old_logprobs = row.logprobs
+                elif len(mini_batches) > 1 or objective.correction is not options.Correction.none:
+                    for row, logprobs in run.score(rows, sampling.temperature):
+                        row.old_logprobs = logprobs
+                # else there is one update: the policy is its own old policy
+            for group in groups:
+                _set_advantages(group, objective, sampling.max_tokens)
 
-    known = [reward for reward in rewards_R if reward is not None]
-    kl = None
-    if reference_R is not None:
-        estimates = [value for r in usable for value in kl_estimates(settings["kl_estimator"], sampler_R[r], reference_R[r])]
-        kl = step.per_token("kl") if kl_in_loss else stats.mean(estimates or [0.0])
+            for mini_batch in mini_batches:
+                set_weights(mini_batch, objective.aggregate, sampling.max_tokens)
+                # Advantage 0 gives gradient 0: such rows stay in the denominators but cost no pass.
+                active = [row for row in mini_batch if row.advantage != 0.0 or surrogate.kl_coef]
+                if objective.importance is options.Importance.sequence:
+                    for row in active:
+                        row.sequence_log_ratio = 0.0
+                    with step.phase("score"):
+                        for row, logprobs in run.score([row for row in active if row.old_logprobs is not None], sampling.temperature):
+                            row.sequence_log_ratio = mean_log_ratio(logprobs, row.old_logprobs)
+                if active:
+                    run.update(step, active, surrogate)
+            if not step.updates:
+                console.warn(f"step {step.number}: no group has rewards that differ, nothing to learn; no update was made")
+            _log(step, groups, objective)
+            step.log(resampled_groups=resampled)
+            run.log_rollouts(step, rows)
+
+
+def _is_usable(row: TrainingRow, objective: ObjectiveOptions) -> bool:
+    """Whether a row is learnt from: rows without a verdict, and masked ones, leave baselines and denominators."""
+    return row.reward is not None and not (row.truncated and objective.truncated is options.Truncated.mask)
+
+
+def _set_advantages(group: Group, objective: ObjectiveOptions, max_tokens: int) -> None:
+    """Give the rows of a group their advantages, from their rewards less what the objective charges, and their importance weights."""
+    from s2dcli.train.advantages import group_advantages, overlong_penalty
+    from s2dcli.train.losses import importance_weights, kl_estimates
+
+    shaped: list[float | None] = []
+    for row in group:
+        reward = row.reward if _is_usable(row, objective) else None
+        if reward is not None and objective.kl_coef and objective.kl_in is KlIn.reward:
+            reward -= objective.kl_coef * float(kl_estimates(objective.kl_estimator, row.logprobs, row.reference_logprobs).sum())
+        if reward is not None and objective.truncated is options.Truncated.penalty:
+            reward += overlong_penalty(len(row.completion_ids), max_tokens, objective.overlong_buffer)
+        shaped.append(reward)
+        if objective.correction is not options.Correction.none:
+            how = objective.correction, objective.correction_level, objective.correction_cap
+            row.importance_weights = importance_weights(row.old_logprobs, row.logprobs, *how)
+    for row, advantage in zip(group, group_advantages(shaped, objective.advantage), strict=True):
+        row.advantage = advantage
+
+
+def _log(step: Step, groups: list[Group], objective: ObjectiveOptions) -> None:
+    """Log what a step has learnt from."""
+    from s2dcli.train.losses import kl_estimates
+    from s2dcli.train.rows import mixed
+
+    rows = [row for group in groups for row in group]
+    rewards = [row.reward for row in rows if row.reward is not None]
+    kl = step.per_token("kl") if objective.kl_coef else None
+    if objective.kl_coef and objective.kl_in is KlIn.reward:
+        usable = [row for row in rows if _is_usable(row, objective)]
+        estimates = [kl_estimates(objective.kl_estimator, row.logprobs, row.reference_logprobs) for row in usable]
+        kl = stats.mean([value for values in estimates for value in values.tolist()] or [0.0])
     step.log(
-        reward=stats.mean(known) if known else 0.0,
-        mixed_groups=stats.mean(float(is_mixed(rewards_R[group])) for group in groups_G),
+        reward=stats.mean(rewards or [0.0]),
+        mixed_groups=stats.mean(float(mixed(group)) for group in groups),
         kl=kl,
-        entropy=step.per_token("entropy"),
-        clip_fraction=step.per_token("clipped"),
-        ratio=step.per_token("ratio"),
-        sampler_gap=step.per_token("sampler_gap"),
-        rollouts=len(records),
-        ungraded=len(records) - len(known),
-        mean_tokens=stats.mean(lengths_R),
-        truncated=stats.mean(map(float, truncated_R)),
+        **{name: step.per_token(name) for name in ("entropy", "clip_fraction", "ratio", "logprob_mismatch")},
+        ungraded=len(rows) - len(rewards),
     )
 
 
-def _is_mixed(group: list[dict]) -> bool:
-    from s2dcli.train.losses import is_mixed
-
-    return is_mixed([record["reward"] for record in group])
-
-
-def _require_labels(problems: list[Problem]) -> list[Problem]:
-    unlabelled = [problem.id for problem in problems if not problem.answer]
-    if unlabelled:
-        raise DataError(
-            f"{len(unlabelled)} of {len(problems)} problems have no answer to grade against, the first is {unlabelled[0]!r}",
-            hint="RL needs labels; for unlabelled problems use s2d opd",
-        )
-    return problems
-
-
-def _read_groups(path: str, temperature: float) -> list[list[dict]]:
-    """Read graded rollouts as groups. Refuses rows whose log-probs are not those they were sampled with."""
-    groups: dict[str, list[dict]] = {}
-    for where, row, record in read_rollouts(path):
-        if "reward" not in record:
-            raise DataError("no field 'reward'", where=where, hint=f"grade first: s2d verify {path} -o graded.jsonl")
-        take(record, "reward", (float, int, type(None)), where)
-        drawn = (row.sampler.get("temperature"), row.sampler.get("top_p"), row.sampler.get("top_k"))
-        if drawn != (temperature, 1.0, 0):
-            raise DataError(
-                "sampled at temperature {}, top-p {}, top-k {}: the log-probs do not belong to the policy at --temperature {}".format(
-                    *drawn, temperature
-                ),
-                where=where,
-                hint="sample with --top-p 1 --top-k 0 and train with the same --temperature",
-            )
-        groups.setdefault(row.group_id, []).append(record)
-    if not groups:
-        raise DataError("holds no rollouts", where=jsonl.input_name(path))
-    return list(groups.values())
+def _refuse_contradictions(context: typer.Context, given: dict[str, Any]) -> None:
+    """Raise UsageError if options exclude each other, or one would be ignored."""
+    rollouts, problems, num_samples, eval_problems, offload, kl_coef = (
+        given[name] for name in ("rollouts", "problems", "num_samples", "eval_problems", "offload", "kl_coef")
+    )
+    if rollouts is not None and problems != jsonl.STDIN:
+        raise UsageError("both PROBLEMS and --rollouts were given", hint="give one of them")
+    if rollouts is not None:
+        options.refuse_given(context, SAMPLING_ONLY, "applies to sampling, and --rollouts samples nothing")
+        if not eval_problems:
+            options.refuse_given(context, {"engine": "--engine"}, "samples evaluations only; add --eval-problems")
+    elif num_samples == 1:
+        raise UsageError("-n 1 makes groups of one, whose advantage is always 0", hint="-n 2 or more")
+    if offload and not kl_coef:
+        raise UsageError("--offload moves the reference model, and without --kl-coef there is none", hint="leave it out")

@@ -1,37 +1,31 @@
 """On-policy distillation: the student samples, the frozen teacher scores every token, the student learns.
 
     s2d opd --teacher runs/teacher --student runs/warmup problems.jsonl -o runs/opd
-    s2d opd --teacher runs/teacher --student runs/warmup problems.jsonl --estimator top-k -n 4
+    s2d opd --teacher runs/teacher --student CKPT problems.jsonl --estimator top-k --top-k 64
 
-At every token that the student wrote, KL(student || teacher) is taken exactly, over the whole
-vocabulary (paper, Eq. 4 and stage 2b); --estimator takes it over the teacher's likeliest ids and a bucket
-for the rest, or from the sampled token alone. No answer is looked at, so no label is spent. The teacher
-never changes; teacher and student must share one tokenizer.
+At every token t of the student's completions, in state s_t, the loss is (paper, Eq. 4 and stage 2b)
 
-Departures from the paper's settings: the loss is the mean over all tokens of an update (--aggregate),
-and all rollouts of a step are one update unless --mini-batch-size says otherwise (paper: 64).
+    L = sum_t w_t KL(student(. | s_t) || teacher(. | s_t)),   KL(p || q) = sum_v p_v (log p_v - log q_v)
 
-Shapes: R rollouts of a step.
+exact over the vocabulary; its gradient with respect to the student's logits is w_t p (log p - log q - KL) / T.
+--estimator takes the KL over the teacher's k most likely ids and one bucket for the rest, or from the sampled token
+alone. No answer is looked at, so no label is spent. Teacher and student must share one tokenizer.
+
+Departures from the paper's settings: w_t is 1 / (all tokens of the update) unless --aggregate says otherwise, and
+all rollouts of a step are one update unless --mini-batch-size says otherwise (paper: 64).
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from s2dcli import options, stats
-from s2dcli.files import jsonl
-from s2dcli.files.checkpoint import refuse_folder, refuse_inside
-from s2dcli.files.records import Rollout, read_problems
-from s2dcli.grade.pool import Grader
-
-if TYPE_CHECKING:
-    from s2dcli.models.policy import Policy
-    from s2dcli.train.loop import Step, TrainingRun
+from s2dcli import options
+from s2dcli.files.checkpoint import refuse_folder
+from s2dcli.files.records import read_problems
 
 
 class Estimator(StrEnum):
@@ -49,123 +43,74 @@ def opd(
     student: options.Student,
     problems: options.Problems = "-",
     out: options.RunDir = Path("runs/opd"),
-    num_samples: options.NumSamples = 8,
-    max_tokens: options.MaxTokens = 1024,
-    max_prompt_tokens: options.MaxPromptTokens = None,
-    temperature: options.TrainTemperature = 1.0,
-    sampling: options.EngineOptions,
+    sampling: options.RolloutOptions,
     estimator: Annotated[
-        Estimator, typer.Option(help="Of the KL: exact, the teacher's top k, or the sampled tokens.", rich_help_panel=options.TRAINING)
+        Estimator, options.in_training("KL estimator: exact, over the teacher's top k, or from the sampled tokens.")
     ] = Estimator.full,
-    top_k: Annotated[
-        int, typer.Option(min=1, help="Ids of the teacher that --estimator top-k tells apart.", rich_help_panel=options.TRAINING)
-    ] = 128,
+    top_k: Annotated[int, options.in_training("k of --estimator top-k.", min=1)] = 128,
     aggregate: options.AggregateOption = options.Aggregate.token,
-    steps: options.Steps = None,
-    epochs: options.Epochs = 1,
-    problems_per_step: options.ProblemsPerStep = 32,
-    mini_batch_size: options.MiniBatchSize = None,
+    batches: options.BatchOptions,
     training: options.TrainingOptions,
-    offload: options.Offload = False,
+    engine: options.EngineOptions,
     loading: options.ModelOptions,
-    keep_rollouts: options.KeepRollouts = False,
-    running: options.RunOptions,
+    offload: options.Offload = False,
+    running: options.SampledRunOptions,
 ) -> None:
     """Distil a frozen teacher into a student on the student's own samples."""
-    settings = options.flatten(locals())
+    given = options.flatten(locals())
     if estimator is not Estimator.top_k:
-        options.refuse_given(context, {"top_k": "--top-k"}, "goes with --estimator top-k")
+        options.refuse_given(context, {"top_k": "--top-k"}, "requires --estimator top-k")
     refuse_folder(out, running.overwrite, running.resume)
-    todo = read_problems(problems)
-    held_out = read_problems(running.eval_problems) if running.eval_problems else []
+    items = read_problems(problems)
+    eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
 
-    from s2dcli.assembly.loading import load_frozen, load_trained
     from s2dcli.assembly.order import Order
-    from s2dcli.assembly.plan import dry_run_plan
-    from s2dcli.assembly.sampling import make_tasks, open_sampler, tasks_of_step
+    from s2dcli.assembly.sampling import make_tasks, tasks_of_step
+    from s2dcli.assembly.training import TrainingSetup
     from s2dcli.engines.base import SamplingParams
-    from s2dcli.models.checkpoints import resolve
-    from s2dcli.models.policy import at_work
-    from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_same_tokenizer
-    from s2dcli.train.loop import TrainingRun, open_run
+    from s2dcli.models.batching import split
+    from s2dcli.models.policy import on_device
+    from s2dcli.train.objectives import Distillation, SampledDistillation
+    from s2dcli.train.rows import set_weights
+    from s2dcli.train.vocab import reverse_kl
 
-    parent, guide = resolve(student), resolve(teacher)
-    inputs = [path for path in (problems, running.eval_problems, *loading.files) if path]
-    refuse_inside(out, [parent.folder, guide.folder, *inputs])
-    tokenizer = load_tokenizer(parent.folder, loading.trust_remote_code)
-    require_same_tokenizer(load_tokenizer(guide.folder, loading.trust_remote_code), tokenizer)
-    encoder = PromptEncoder(tokenizer, loading.chat_template, parse_template_kwargs(loading.chat_template_kwargs))
-    tasks = make_tasks(todo, encoder, max_prompt_tokens)
-    eval_tasks = make_tasks(held_out, encoder)
-    order = Order(len(tasks), problems_per_step, seed=running.seed, steps=steps, epochs=epochs)
-    if running.dry_run:
-        per_step = min(problems_per_step, order.total) * num_samples
-        jsonl.print_result(dry_run_plan(settings, steps=order.steps, rollouts_per_step=per_step, student=parent, frozen=[guide]))
+    setup = TrainingSetup(
+        "opd",
+        given,
+        out,
+        {"student": student, "teacher": teacher},
+        inputs=[problems],
+        eval_problems=eval_problems,
+        params=SamplingParams(sampling.temperature, top_p=1.0, top_k=0, max_tokens=sampling.max_tokens),
+        engine=engine,
+        training=training,
+        loading=loading,
+        running=running,
+        offload=offload,
+    )
+    tasks = make_tasks(items, setup.encoder, sampling.max_prompt_tokens)
+    order = Order(len(tasks), batches.problems_per_step, seed=running.seed, steps=batches.steps, epochs=batches.epochs)
+    opened = setup.start(order, sampling.num_samples, ("sample", "score", "update"), frozen=["teacher"], problems=items)
+    if opened is None:
         return
 
-    with (
-        open_run("opd", settings, steps=order.steps, inputs=inputs, parents=[parent, guide], problems=todo) as folder,
-        Grader() if eval_tasks else nullcontext() as grader,
-        ExitStack() as stack,
-    ):
-        if folder.finished:
-            jsonl.print_result(folder.result())
-            return
-        loaded, policy = load_trained(parent, settings, tokenizer)
-        frozen = load_frozen(guide, settings, loaded)
-        params = SamplingParams(temperature, top_p=1.0, top_k=0, max_tokens=max_tokens)
-        opened = open_sampler(parent, encoder, params, sampling, loading, seed=running.seed, training=loaded)
-        sampler = stack.enter_context(opened)
-
-        def evaluate() -> dict[str, Any]:
-            rows = [row.to_record() for group in sampler.sample(eval_tasks, running.eval_samples) for row in group]
-            return stats.summarize(grader.graded(rows))
-
-        phases = ("sample", "score", "update")
-        run = TrainingRun(folder, settings, policy, loaded, phases=phases, evaluate=evaluate if eval_tasks else None)
-        sampler.follow(run)
-        for step in run:
-            with step.phase("sample"):
-                sampler.identity = run.identity(step)
-                groups = sampler.sample(tasks_of_step(tasks, order.at(step.number), step.number), num_samples)
-                rollouts_R = [rollout for group in groups for rollout in group]
-            with at_work(frozen, loaded.model.device, offload=offload):
-                _learn(run, step, rollouts_R, frozen, settings)
-            lengths_R = [len(rollout.completion_ids) for rollout in rollouts_R]
-            step.log(
-                kl=step.per_token("kl"),
-                entropy=step.per_token("entropy"),
-                rollouts=len(rollouts_R),
-                mean_tokens=stats.mean(lengths_R),
-                truncated=stats.mean(float(rollout.truncated) for rollout in rollouts_R),
-                sample_tokens_per_second=step.per_second(sum(lengths_R), "sample"),
-                update_tokens_per_second=step.per_second(step.tokens, "update"),
-            )
-            if keep_rollouts:
-                folder.write_rollouts(step.number, [rollout.to_record() for rollout in rollouts_R])
-        jsonl.print_result(folder.result())
-
-
-def _learn(run: TrainingRun, step: Step, rollouts_R: list[Rollout], teacher: Policy, settings: dict[str, Any]) -> None:
-    """Make the updates of one step from the student's rollouts."""
-    from s2dcli.models.batching import Row, split
-    from s2dcli.models.policy import score
-    from s2dcli.train.losses import weights_of
-    from s2dcli.train.objectives import Distillation, SampledDistillation
-
-    estimator, temperature = settings["estimator"], settings["temperature"]
-    rows_R = [Row(rollout.prompt_ids, rollout.completion_ids) for rollout in rollouts_R]
-    lengths_R = [len(row.completion_ids) for row in rows_R]
-    if estimator is Estimator.sampled:
-        with step.phase("score"):
-            tokens, pad_id = settings["tokens_per_batch"], run.loaded.pad_id
-            teacher_R = score(teacher, rows_R, tokens_per_batch=tokens, pad_id=pad_id, temperature=temperature)
-        sampler_R = [rollout.completion_logprobs for rollout in rollouts_R]
-    for mini_batch in split(range(len(rows_R)), settings["mini_batch_size"]):
-        weights_R = weights_of(mini_batch, lengths_R, settings["aggregate"], settings["max_tokens"])
+    with opened as run:
+        frozen = opened.load_teacher("teacher")
         if estimator is Estimator.sampled:
-            objective = SampledDistillation(teacher_R, sampler_R, weights_R, temperature)
+            objective = SampledDistillation(temperature=sampling.temperature)
         else:
-            top_k = settings["top_k"] if estimator is Estimator.top_k else None
-            objective = Distillation(teacher, weights_R, reverse=True, temperature=temperature, top_k=top_k)
-        run.update(step, rows_R, mini_batch, objective)
+            k = top_k if estimator is Estimator.top_k else None
+            objective = Distillation(teacher=frozen, divergence=reverse_kl, temperature=sampling.temperature, top_k=k)
+        for step in run:
+            groups = opened.sample(step, tasks_of_step(tasks, order.batch(step.number), step.number), sampling.num_samples)
+            rows = [row for group in groups for row in group]
+            with on_device(frozen, run.device, offload=offload):
+                if estimator is Estimator.sampled:
+                    with step.phase("score"):
+                        for row, logprobs in run.score(rows, sampling.temperature, frozen):
+                            row.teacher_logprobs = logprobs
+                for mini_batch in split(rows, batches.mini_batch_size):
+                    set_weights(mini_batch, aggregate, sampling.max_tokens)
+                    run.update(step, mini_batch, objective)
+            step.log(kl=step.per_token("kl"), entropy=step.per_token("entropy"))
+            run.log_rollouts(step, rows)

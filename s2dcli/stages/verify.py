@@ -34,6 +34,7 @@ from s2dcli.errors import DataError, UsageError, nearest
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe, sidecar
 from s2dcli.files.output import begun, check_output, is_finished, kept_lines, open_recorded
+from s2dcli.files.records import take_reward
 from s2dcli.options import GradingOptions, OutFile, Overwrite, Resume, Rollouts, flatten
 
 SHOWN_LINES = 100  # bad lines and changed verdicts that are named one by one; the rest is counted
@@ -114,8 +115,7 @@ class Changes:
 
     def _verdicts(self, path: str) -> Any:
         for number, (where, record) in enumerate(jsonl.read(path, "graded rollouts"), 1):
-            if "reward" not in record:
-                raise DataError("no field 'reward'", where=where, hint=f"grade it first: s2d verify {path}")
+            take_reward(record, where)
             yield self._key(record, number), {name: record.get(name) for name in ("reward", "label", "verifier")}
 
     def look(self, where: str, record: dict, verdict: dict) -> None:

@@ -1,50 +1,49 @@
 """The training loop: owns steps, optimizer, metrics, saving, resuming and evaluation; the algorithm stays in the stage.
 
-with open_run("grpo", settings, ...) as folder:
-    run = TrainingRun(folder, settings, policy, ...)
-    for step in run:
-        with step.phase("sample"): ...
-        run.update(step, rows, chosen, loss_of)
-        step.log(reward=..., ...)
+run = TrainingRun(folder, policy, loaded, training, running, phases=("sample", "update"))
+for step in run:
+    with step.phase("sample"): ...
+    run.update(step, rows, objective)
+    step.log(reward=..., ...)
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from s2dcli import console
+from s2dcli import console, stats
 from s2dcli.errors import S2DError
-from s2dcli.files import jsonl
 from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, save_weights, write_checkpoint, write_training_state
-from s2dcli.files.manifest import HOW_STARTED, describe
-from s2dcli.files.records import Problem
 from s2dcli.files.run_folder import RunFolder
-from s2dcli.models.batching import MicroBatch, Row, micro_batches
-from s2dcli.models.checkpoints import Checkpoint, LoadedModel, saved_dtype
+from s2dcli.models.batching import micro_batches
+from s2dcli.models.checkpoints import LoadedModel, saved_dtype
 from s2dcli.models.forward import can_pack, can_share_prompts
-from s2dcli.models.policy import Loss, Policy, score
-from s2dcli.options import Schedule, parse_cadence
+from s2dcli.models.policy import Objective, Policy
+from s2dcli.models.rows import Row
+from s2dcli.models.scoring import score
+from s2dcli.options import RunOptions, Schedule, TrainingOptions, parse_cadence
 from s2dcli.train.optimizer import MasterOptimizer
+from s2dcli.train.rows import TrainingRow
 
 
-def learning_rate(step: int, steps: int, settings: Mapping[str, Any]) -> float:
+def learning_rate(step: int, steps: int, training: TrainingOptions) -> float:
     """Learning rate of a step (from 1): linear warm-up to `lr`, then the schedule down to min_lr_ratio * lr."""
-    peak, warmup, floor = settings["lr"], settings["warmup_steps"], settings["min_lr_ratio"]
-    if step <= warmup:
-        return peak * step / warmup
-    if settings["schedule"] is Schedule.constant:
-        return peak
-    progress = (step - 1 - warmup) / max(1, steps - warmup)
-    share = 1 - progress if settings["schedule"] is Schedule.linear else 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (floor + (1 - floor) * share)
+    if step <= training.warmup_steps:
+        return training.lr * step / training.warmup_steps
+    if training.schedule is Schedule.constant:
+        return training.lr
+    progress = (step - 1 - training.warmup_steps) / max(1, steps - training.warmup_steps)
+    share = 1 - progress if training.schedule is Schedule.linear else 0.5 * (1 + math.cos(math.pi * progress))
+    return training.lr * (training.min_lr_ratio + (1 - training.min_lr_ratio) * share)
 
 
 @dataclass
@@ -52,6 +51,8 @@ class Step:
     """One step in progress: its number (from 1), timers, and what will become its row in metrics.jsonl."""
 
     number: int
+    rollouts: int = 0
+    sampled_tokens: int = 0
     updates: int = 0
     tokens: int = 0  # completion tokens that were trained on
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -74,43 +75,15 @@ class Step:
     def log(self, **metrics: Any) -> None:
         self.metrics.update(metrics)
 
+    def add(self, name: str, value: torch.Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
     def per_token(self, name: str) -> float:
-        """Mean over all trained tokens of the step of a sum that the losses returned."""
+        """Mean over all trained tokens of the step of a figure that the objective returned."""
         return float(self.sums[name]) / self.tokens if name in self.sums and self.tokens else 0.0
 
     def per_second(self, count: int, phase: str) -> float:
         return count / self.seconds[phase] if self.seconds[phase] else 0.0
-
-
-def open_run(
-    stage: str,
-    settings: Mapping[str, Any],
-    *,
-    steps: int,
-    inputs: Sequence[str],
-    parents: Sequence[Checkpoint],
-    problems: Sequence[Problem] = (),
-    rollouts: Sequence[dict[str, Any]] = (),
-) -> RunFolder:
-    """Describe a run by its resolved options and what it reads, and return its folder, to be entered.
-
-    `problems`, which the folder keeps, or `rollouts` are what was read from the first of `inputs`.
-    """
-    given = [problem.to_record() for problem in problems]
-    manifest = describe(stage, settings, inputs=inputs, parents=parents, rollouts=rollouts)
-    manifest["options"] = {name: value for name, value in manifest["options"].items() if name not in HOW_STARTED}
-    if jsonl.is_stream(inputs[0]):  # so that a resume is given the same
-        manifest["inputs"][0]["sha256"] = jsonl.sha256([*given, *rollouts])
-    return RunFolder(
-        settings["out"],
-        manifest,
-        steps=steps,
-        problems=given,
-        keep_last=settings["keep_last"],
-        keep_states=settings["keep_states"],
-        overwrite=settings["overwrite"],
-        resume=settings["resume"],
-    )
 
 
 class TrainingRun:
@@ -118,36 +91,34 @@ class TrainingRun:
 
     What a step does depends on its number, the seed and the weights: which items it takes (order.py) and
     the noise of each sample (files/records.row_seed) are functions of them, and no model drops out. So the
-    number of steps done, the masters and the moments are all that going on needs.
+    number of steps done, the masters and the moments are all that a resume needs.
     """
 
     def __init__(
         self,
         folder: RunFolder,
-        settings: Mapping[str, Any],
         policy: Policy,
         loaded: LoadedModel,
+        training: TrainingOptions,
+        running: RunOptions,
         *,
         phases: Sequence[str],
-        evaluate: Callable[[], dict[str, Any]] | None,
     ) -> None:
-        """Make an optimizer, and put it and `policy` where the run stands that `folder` holds.
+        """Make an optimizer, and restore it and `policy` to the last whole step that `folder` holds.
 
-        `settings` are the stage's resolved options; of these the loop reads the ones that all trainers
-        share: the optimizer's, tokens_per_batch, save_every, eval_every. `loaded`
-        is the model in training as it came from disk; `phases` names the parts of a step to be timed.
-        `evaluate` returns the figures of an evaluation; it is called before the first step too.
+        `loaded` is the model in training as it came from disk; `phases` names the parts of a step to be timed.
         """
-        self.folder, self.settings, self.policy, self.loaded = folder, settings, policy, loaded
-        self.phases, self.evaluate = tuple(phases), evaluate
+        self.folder, self.policy, self.loaded, self.training, self.running = folder, policy, loaded, training, running
+        self.phases = tuple(phases)
+        self.evaluate: Callable[[], dict[str, Any]] | None = None  # returns figures; also called before the first step
         self.dtype = saved_dtype(loaded.checkpoint)
         self.device = loaded.model.device
-        self.optimizer = MasterOptimizer(policy, settings)
-        # The problems whose answers the run has learnt from; stages add to it.
-        self.labels = set(folder.labels)
+        self.optimizer = MasterOptimizer(policy, training)
+        policy.collect_gradients(self.optimizer.gradient_of)
+        self.labels = set(folder.labels)  # problems whose answers the run has learnt from
         self.counts = {"steps": 0, "updates": 0, "rollouts": 0, "tokens": 0, "seconds": 0.0, **folder.counts}
         self.out, self.updates = folder.out, self.counts["updates"]  # for engines that follow the weights
-        self._cadence = parse_cadence(settings["save_every"])
+        self._cadence = parse_cadence(running.save_every)
         self._save_seconds = 0.0  # that saving has taken since the last row
         if folder.step:
             self.optimizer.restore(read_training_state(folder.checkpoint / TRAINING_STATE))
@@ -163,7 +134,7 @@ class TrainingRun:
                 row = self._row(step)
                 self.folder.add_row(row)
                 show(row, self.folder.last_eval)
-                if number % self.settings["eval_every"] == 0 or number == steps:
+                if number % self.running.eval_every == 0 or number == steps:
                     self._evaluate(number)
                 every_steps, every_seconds = self._cadence
                 due = number % every_steps == 0 or time.monotonic() - saved >= every_seconds
@@ -172,33 +143,46 @@ class TrainingRun:
                     saved = time.monotonic()
         self.folder.finish()
 
-    def update(self, step: Step, rows: Sequence[Row], chosen: Sequence[int], loss_of: Callable[[MicroBatch], Loss]) -> None:
-        """Make one optimizer update on the `chosen` rows; micro-batches add up to one exact gradient."""
+    def update(self, step: Step, rows: Sequence[TrainingRow], objective: Objective) -> None:
+        """Make one optimizer update: minus the learning rate times AdamW's direction for the gradient of `objective.loss`.
+
+        The loss runs inside the policy's forward; the gradients of the micro-batches add up to that of all rows.
+        """
         with step.phase("update"):
             # Prompts are shared through a cache, which layers that run twice would fill twice.
-            share = can_share_prompts(self.loaded.model) and not self.settings["gradient_checkpointing"]
-            budget = self.settings["tokens_per_batch"]
-            pack = can_pack(self.loaded.model)
-            batches = micro_batches(rows, chosen, budget, self.loaded.pad_id, self.device, share_prompts=share, pack=pack)
-            for batch in batches:
-                loss, sums = self.policy(batch, loss_of(batch))
+            share = can_share_prompts(self.loaded.model) and not self.training.gradient_checkpointing
+            layout = {"share_prompts": share, "pack": can_pack(self.loaded.model)}
+            for batch in micro_batches(rows, self.training.tokens_per_batch, self.loaded.pad_id, self.device, **layout):
+                loss, figures = self.policy(batch, objective)
                 loss.backward()
-                for name, value in {"loss": loss.detach(), **sums}.items():
-                    step.sums[name] = step.sums.get(name, 0.0) + value
+                step.add("loss", loss.detach())
+                for name, values_N in figures.items():
+                    step.add(name, values_N.sum())
+                step.tokens += sum(batch.lengths_B)
+                step.positions += batch.num_positions
+                step.padding += batch.num_padding
             grad_norm = self.optimizer.clip()
             if not math.isfinite(grad_norm):
                 raise S2DError(
                     f"the gradient of step {step.number} is not finite (norm {grad_norm})",
                     where=str(self.folder.out),
-                    hint="a lower --lr or --dtype float32 usually mends it; checkpoints saved so far are untouched",
+                    hint="a lower --lr or --dtype float32 usually helps; checkpoints saved so far are intact",
                 )
-            self.optimizer.step(learning_rate(step.number, self.folder.steps, self.settings))
+            self.optimizer.step(learning_rate(step.number, self.folder.steps, self.training))
         step.updates += 1
         self.updates += 1
-        step.tokens += sum(sum(batch.lengths_B) for batch in batches)
         step.grad_norms.append(grad_norm)
-        step.positions += sum(batch.num_positions for batch in batches)
-        step.padding += sum(batch.num_padding for batch in batches)
+
+    def log_rollouts(self, step: Step, rows: Sequence[TrainingRow]) -> None:
+        """Log the rollouts that a step learns from: how many, how long, and the whole of them where rows hold their records."""
+        step.rollouts = len(rows)
+        step.log(
+            rollouts=len(rows),
+            mean_tokens=stats.mean(len(row.completion_ids) for row in rows),
+            truncated=stats.mean(float(row.truncated) for row in rows),
+        )
+        if rows[0].record is not None:
+            self.folder.write_rollouts(step.number, [row.record for row in rows])
 
     def identity(self, step: Step) -> dict[str, Any]:
         """Whose weights sample in a step: the parent's, or this run's after some updates, which no file holds."""
@@ -219,21 +203,16 @@ class TrainingRun:
         """Write the weights as they are now, in `dtype`, for an engine to load."""
         save_weights(folder, self.policy.model, self.weights(dtype), dtype)
 
-    def score(self, rows: Sequence[tuple[list[int], list[int]]], temperature: float) -> list[list[float]]:
-        """Log-probs (nats) of completions' tokens, of rows of (prompt ids, completion ids), under the weights as they are now."""
-        return score(
-            self.policy,
-            [Row(*row) for row in rows],
-            tokens_per_batch=self.settings["tokens_per_batch"],
-            pad_id=self.loaded.pad_id,
-            temperature=temperature,
-        )
+    def score(self, rows: Sequence[Row], temperature: float, policy: Policy | None = None) -> Iterator[tuple[Row, np.ndarray]]:
+        """Yield rows with the log-probs (nats) of their completion tokens under the weights as they are now, or a frozen `policy`'s."""
+        layout = {"tokens_per_batch": self.training.tokens_per_batch, "pad_id": self.loaded.pad_id}
+        return score(policy or self.policy, rows, **layout, temperature=temperature)
 
     def _row(self, step: Step) -> dict[str, Any]:
         row = {
             "step": step.number,
             "loss": float(step.sums.get("loss", 0.0)) / max(1, step.updates),
-            "lr": learning_rate(step.number, self.folder.steps, self.settings),
+            "lr": learning_rate(step.number, self.folder.steps, self.training),
             "grad_norm": math.fsum(step.grad_norms) / max(1, len(step.grad_norms)),
             "updates": step.updates,
             "seconds": time.perf_counter() - step.started,
@@ -241,12 +220,15 @@ class TrainingRun:
             "padding": step.padding / max(1, step.positions),
             **step.metrics,
             "labels": len(self.labels),
+            "update_tokens_per_second": step.per_second(step.tokens, "update"),
+            **({"sample_tokens_per_second": step.per_second(step.sampled_tokens, "sample")} if "sample" in self.phases else {}),
             **{f"{phase}_seconds": seconds for phase, seconds in step.seconds.items()},
             "save_seconds": self._save_seconds,
         }
         self._save_seconds = 0.0
         self.counts["steps"] = step.number
-        for name in ("updates", "rollouts", "tokens", "seconds"):
+        self.counts["rollouts"] += step.rollouts
+        for name in ("updates", "tokens", "seconds"):
             self.counts[name] += row[name]
         return row
 

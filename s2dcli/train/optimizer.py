@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from s2dcli.errors import ModelError, UsageError
 from s2dcli.models.policy import Policy
-from s2dcli.options import Optimizer, Weights
+from s2dcli.options import Optimizer, TrainingOptions, Weights
 
 # bitsandbytes keeps the moments of tensors with fewer numbers in float32 (its own default) ...
 MIN_8BIT_SIZE = 4096
@@ -38,38 +37,30 @@ class MasterOptimizer:
     it, in float32, so that the sum over micro-batches does not depend on how the batch was cut. A
     parameter of an adapter is always its own master.
 
-    A large vocabulary's gradient is as large as the model's, and is held once: the losses add the head's
-    where `gradient_of` says, and the embedding's comes sparse, as the rows of the tokens that were read.
+    A large vocabulary's gradient is as large as the model's, and is held once where `gradient_of` is given to
+    `Policy.collect_gradients`.
     """
 
-    def __init__(self, policy: Policy, settings: Mapping[str, Any]) -> None:
-        """`settings`: weights, optimizer, lr, weight_decay, adam_beta2, grad_clip of the trainers' options.
-
-        Raises UsageError if bitsandbytes is needed and missing.
-        """
-        self.grad_clip: float = settings["grad_clip"] or math.inf
+    def __init__(self, policy: Policy, training: TrainingOptions) -> None:
+        """Take over the trained parameters of `policy`. Raises UsageError if bitsandbytes is needed and missing."""
+        self.grad_clip = training.grad_clip or math.inf
         self._trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-        narrow = settings["weights"] is Weights.bfloat16 and policy.adapter is None
+        narrow = training.weights is Weights.bfloat16 and policy.adapter is None
         # parameter of the model -> its master, which is the parameter itself unless that is narrow
         self.masters = {parameter: _split_off_master(parameter) if narrow else parameter for parameter in self._trained.values()}
-        policy.gradient_of = self.gradient_of
-        embedding = policy.model.get_input_embeddings()
-        if embedding.weight in self.masters:
-            embedding.sparse = True
-            embedding.weight.register_post_accumulate_grad_hook(_make_dense)
         masters = list(self.masters.values())
         groups = [
-            {"params": [master for master in masters if master.ndim >= 2], "weight_decay": settings["weight_decay"]},
+            {"params": [master for master in masters if master.ndim >= 2], "weight_decay": training.weight_decay},
             {"params": [master for master in masters if master.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        betas = (ADAM_BETA1, settings["adam_beta2"])
-        self.eight_bit = settings["optimizer"] is Optimizer.adamw_8bit
+        betas = (ADAM_BETA1, training.adam_beta2)
+        self.eight_bit = training.optimizer is Optimizer.adamw_8bit
         if self.eight_bit:
             kind = import_bitsandbytes().optim.AdamW8bit
-            self.adamw = kind(groups, lr=settings["lr"], betas=betas, min_8bit_size=MIN_8BIT_SIZE)
+            self.adamw = kind(groups, lr=training.lr, betas=betas, min_8bit_size=MIN_8BIT_SIZE)
         else:
-            self.adamw = torch.optim.AdamW(groups, lr=settings["lr"], betas=betas, fused=True)
+            self.adamw = torch.optim.AdamW(groups, lr=training.lr, betas=betas, fused=True)
 
     def gradient_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Return the float32 gradient of a parameter's master, zeros at first, to add to."""
@@ -145,12 +136,6 @@ def _split_off_master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     parameter.data = master.data.bfloat16()
     parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
     return master
-
-
-def _make_dense(parameter: torch.Tensor) -> None:
-    """Leave a gradient that sparse ones can be added to in place."""
-    if parameter.grad is not None:
-        parameter.grad = parameter.grad.to_dense()
 
 
 def _move_gradient_to(master: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:

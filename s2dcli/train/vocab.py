@@ -24,19 +24,22 @@ from s2dcli.models.readers import chunks, log_normaliser, require_inside
 # Least probability of what lies outside a top k: rounding of a sum of float32 probabilities that should be 1.
 TAIL_FLOOR = 2.0**-23
 
-Sums = dict[str, torch.Tensor]
+Figures = dict[str, torch.Tensor]  # per token, for the metrics
 # (logits of the chunk [C, V], slice of the chunk) -> (loss of the chunk, its gradient with respect to the
-# logits [C, V], sums over its tokens for the metrics). May overwrite the logits.
-Kernel = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, Sums]]
-# (log-probs of the chunk's tokens [C], slice) -> (loss of the chunk, sums for the metrics)
-TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, Sums]]
+# logits [C, V], figures [C]). May overwrite the logits.
+Kernel = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, Figures]]
+# (log-probs of the chunk's tokens [C], slice) -> (loss of the chunk, figures [C])
+TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, Figures]]
+# (student's probabilities p, log p - log q, log q with teacher's probabilities q; all [C, V], may be overwritten) ->
+# (divergence [C] in nats, its gradient with respect to the student's log-probs before normalisation [C, V])
+Divergence = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class _FusedLoss(torch.autograd.Function):
     """loss = sum over chunks of kernel(head.logits(hidden)); gradients are formed chunk by chunk in forward."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, head: Head, kernel: Kernel, sums: Sums):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, head: Head, kernel: Kernel, figures: dict[str, list[torch.Tensor]]):
         wanted = any(ctx.needs_input_grad[:3])
         head_wanted = ctx.needs_input_grad[1]  # not where adapters are trained and the head stays as it is
         ctx.collected = head.gradient_VD is not None
@@ -50,11 +53,11 @@ class _FusedLoss(torch.autograd.Function):
         for rows in chunks(len(hidden_ND), weight_VD.shape[0]):
             logits_CV = head.logits(hidden_ND[rows])
             slope_CV = head.slope(logits_CV) if wanted else None
-            part, grad_CV, metrics = kernel(logits_CV, rows)
+            part, grad_CV, found = kernel(logits_CV, rows)
             del logits_CV
             loss += part
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+            for name, values_C in found.items():
+                figures.setdefault(name, []).append(values_C)
             if not wanted:
                 continue
             if slope_CV is not None:
@@ -100,12 +103,12 @@ def _add_product(total_VD: torch.Tensor, left_CV: torch.Tensor, right_CD: torch.
         total_BD += left_CB.T @ right_CD
 
 
-def _apply(hidden_ND: torch.Tensor, head: Head, kernel: Kernel) -> tuple[torch.Tensor, Sums]:
-    sums: Sums = {}
+def _apply(hidden_ND: torch.Tensor, head: Head, kernel: Kernel) -> tuple[torch.Tensor, Figures]:
+    figures: dict[str, list[torch.Tensor]] = {}
     # The function decides the dtypes of its products itself.
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        loss = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, kernel, sums)
-    return loss, sums
+        loss = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, kernel, figures)
+    return loss, {name: torch.cat(parts) for name, parts in figures.items()}
 
 
 def _softmax(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,119 +126,121 @@ def _dot(left_CV: torch.Tensor, right_CV: torch.Tensor) -> torch.Tensor:
 
 def token_loss(
     hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, loss: TokenLoss, temperature: float = 1.0
-) -> tuple[torch.Tensor, Sums]:
-    """Sum of a loss that depends on each target's log-prob, and its sums for the metrics.
+) -> tuple[torch.Tensor, Figures]:
+    """Sum of a loss that depends on each target's log-prob, and its figures per token, [N] each.
 
     The distribution is softmax(logits / temperature) over the head's V ids, in float32, nats. `loss` is
     differentiated with respect to the log-probs; the rest of the gradient is dlogp/dlogits =
-    (onehot - p) / temperature. Adds `entropy` to the sums. Raises ValueError for a target beyond V.
+    (onehot - p) / temperature. Adds `entropy` to the figures. Raises ValueError for a target beyond V.
     """
     require_inside(targets_N, head)
 
-    def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+    def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
         probs_CV, normaliser_C1 = _softmax(logits_CV)
         targets_C1 = targets_N[rows, None]
         logprobs_C = (logits_CV.gather(1, targets_C1) - normaliser_C1)[:, 0]
-        entropy = normaliser_C1.sum() - _dot(probs_CV, logits_CV).sum()
+        entropy_C = normaliser_C1[:, 0] - _dot(probs_CV, logits_CV)
         with torch.enable_grad():
             logprobs_C.requires_grad_()
-            part, sums = loss(logprobs_C, rows)
+            part, figures = loss(logprobs_C, rows)
             (slope_C,) = torch.autograd.grad(part, logprobs_C)
         slope_C1 = slope_C[:, None] / temperature
         grad_CV = probs_CV.mul_(-slope_C1).scatter_add_(1, targets_C1, slope_C1)
-        return part.detach(), grad_CV, {**sums, "entropy": entropy}
+        return part.detach(), grad_CV, {**figures, "entropy": entropy_C}
 
     return _apply(hidden_ND, head, kernel)
 
 
-def kl_loss(
+def reverse_kl(probs_CV: torch.Tensor, log_ratio_CV: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(student || teacher) (paper, Eq. 4): a `Divergence` with gradient p * (log p - log q - KL)."""
+    kl_C = _dot(probs_CV, log_ratio_CV)
+    return kl_C, log_ratio_CV.sub_(kl_C[:, None]).mul_(probs_CV)
+
+
+def forward_kl(probs_CV: torch.Tensor, log_ratio_CV: torch.Tensor, teacher_logprobs_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(teacher || student) (paper, Eq. 5): a `Divergence` with gradient p - q."""
+    teacher_probs_CV = teacher_logprobs_CV.exp_()
+    return -_dot(teacher_probs_CV, log_ratio_CV), probs_CV.sub_(teacher_probs_CV)
+
+
+def divergence_loss(
     student_ND: torch.Tensor,
     student: Head,
     teacher_NE: torch.Tensor,
     teacher: Head,
     weights_N: torch.Tensor,
+    divergence: Divergence,
     *,
-    reverse: bool,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, Sums]:
-    """Weighted sum over tokens of the exact KL over the vocabulary; the teacher gets no gradient.
+    teacher_temperature: float | None = None,
+) -> tuple[torch.Tensor, Figures]:
+    """Weighted sum over tokens of a divergence, exact over the vocabulary; the teacher gets no gradient.
 
-    `reverse`: KL(student || teacher) (paper, Eq. 4), else KL(teacher || student) (Eq. 5), in nats, both
-    distributions softmax(logits / temperature). With student p, teacher q and z the student's logits:
-    d KL(q || p) / dz = (p - q) / temperature;  d KL(p || q) / dz = p * (log p - log q - KL) / temperature.
-    Sums for the metrics: `kl` and the student's `entropy`.
+    Both distributions are softmax(logits / temperature), the teacher's at `teacher_temperature` if given.
+    The divergence's gradient with respect to the student's logits is that of `divergence` / temperature.
+    Figures per token, [N]: `kl` (the divergence, nats) and the student's `entropy`.
     """
     if student.weight_VD.shape[0] != teacher.weight_VD.shape[0]:
         raise ValueError(f"vocabularies of {student.weight_VD.shape[0]} and {teacher.weight_VD.shape[0]} ids cannot be compared")
     teacher_NE = teacher_NE.detach()
+    teacher_temperature = teacher_temperature or temperature
 
-    def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        weights_C1 = weights_N[rows, None] / temperature
+    def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
         theirs_CV = teacher.logits(teacher_NE[rows])
+        if teacher_temperature != 1.0:
+            theirs_CV = theirs_CV.div_(teacher_temperature)
         if temperature != 1.0:
-            logits_CV, theirs_CV = logits_CV.div_(temperature), theirs_CV.div_(temperature)
+            logits_CV = logits_CV.div_(temperature)
         theirs_CV = theirs_CV.sub_(log_normaliser(theirs_CV))  # log q
         probs_CV, normaliser_C1 = _softmax(logits_CV)
         ours_CV = logits_CV.sub_(normaliser_C1)  # log p
-        entropy = -_dot(probs_CV, ours_CV).sum()
-        gap_CV = ours_CV.sub_(theirs_CV)
-        if reverse:
-            kl_C = _dot(probs_CV, gap_CV)
-            grad_CV = gap_CV.sub_(kl_C[:, None]).mul_(probs_CV).mul_(weights_C1)
-        else:
-            their_probs_CV = theirs_CV.exp_()
-            kl_C = -_dot(their_probs_CV, gap_CV)
-            grad_CV = probs_CV.sub_(their_probs_CV).mul_(weights_C1)
-        return (weights_N[rows] * kl_C).sum(), grad_CV, {"kl": kl_C.sum(), "entropy": entropy}
+        entropy_C = -_dot(probs_CV, ours_CV)
+        value_C, grad_CV = divergence(probs_CV, ours_CV.sub_(theirs_CV), theirs_CV)
+        grad_CV = grad_CV.mul_(weights_N[rows, None] / temperature)
+        return (weights_N[rows] * value_C).sum(), grad_CV, {"kl": value_C, "entropy": entropy_C}
 
     return _apply(student_ND, student, kernel)
 
 
-def top_k_kl_loss(
+def top_k_divergence_loss(
     hidden_ND: torch.Tensor,
     head: Head,
     top_ids_NK: torch.Tensor,
     top_logprobs_NK: torch.Tensor,
     weights_N: torch.Tensor,
+    divergence: Divergence,
     *,
-    reverse: bool,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, Sums]:
-    """Weighted sum over tokens of the KL between a student and the K ids of a teacher, the rest in one bucket.
+) -> tuple[torch.Tensor, Figures]:
+    """Weighted sum over tokens of a divergence between a student and K ids of a teacher, all other ids in one bucket.
 
     `top_logprobs_NK` (nats, float32) are normalised over the whole vocabulary; what they leave of 1 is the
     teacher's probability of the tail, and the student's is the sum over all other ids. So both sides are
     distributions over K + 1 outcomes, their KL is never negative, and 0 where the buckets agree; it is a
-    lower bound of `kl_loss`. The teacher's tail is known to the rounding of its sum, about 1e-7.
+    lower bound of that of `divergence_loss`. The teacher's tail is known to the rounding of its sum, about 1e-7.
 
-    With student p, teacher q, r = log p - log q of the outcome that an id belongs to, and z the student's
-    logits: d KL(p || q) / dz = p * (r - KL) / temperature, and d KL(q || p) / dz = (p - q) / temperature for
-    the K ids, p * (1 - q_tail / p_tail) / temperature for the others.
-    Sums for the metrics: `kl` and the student's `entropy`.
+    With g the divergence's gradient of each of the K + 1 outcomes, the gradient with respect to the student's
+    logits is g / temperature for the K ids and g_tail * p / p_tail / temperature for the others.
+    Figures per token, [N]: `kl` (the divergence, nats) and the student's `entropy`.
     """
     require_inside(top_ids_NK, head)
     top_logprobs_NK = top_logprobs_NK.float()
     tail_logprobs_N = torch.log1p(-top_logprobs_NK.exp().sum(-1).clamp(max=1.0 - TAIL_FLOOR))
 
-    def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        ids_CK, theirs_CK, their_tail_C1 = top_ids_NK[rows], top_logprobs_NK[rows], tail_logprobs_N[rows, None]
-        weights_C1 = weights_N[rows, None] / temperature
+    def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
+        ids_CK, theirs_CJ = top_ids_NK[rows], torch.cat([top_logprobs_NK[rows], tail_logprobs_N[rows, None]], dim=1)  # J = K + 1
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
         probs_CV, normaliser_C1 = _softmax(logits_CV)
-        entropy = normaliser_C1.sum() - _dot(probs_CV, logits_CV).sum()
+        entropy_C = normaliser_C1[:, 0] - _dot(probs_CV, logits_CV)
         ours_CK, probs_CK = logits_CV.gather(1, ids_CK) - normaliser_C1, probs_CV.gather(1, ids_CK)
         tail_C1 = probs_CV.scatter_(1, ids_CK, 0.0).sum(-1, keepdim=True).clamp_(min=TAIL_FLOOR)  # not 1 - sum, which cancels
-        gap_CK, tail_gap_C1 = ours_CK - theirs_CK, tail_C1.log() - their_tail_C1
-        if reverse:
-            kl_C1 = (probs_CK * gap_CK).sum(-1, keepdim=True) + tail_C1 * tail_gap_C1
-            slope_CK, tail_slope_C1 = probs_CK * (gap_CK - kl_C1), tail_gap_C1 - kl_C1
-        else:
-            kl_C1 = -(theirs_CK.exp() * gap_CK).sum(-1, keepdim=True) - their_tail_C1.exp() * tail_gap_C1
-            slope_CK, tail_slope_C1 = probs_CK - theirs_CK.exp(), 1.0 - their_tail_C1.exp() / tail_C1
-        grad_CV = probs_CV.mul_(tail_slope_C1 * weights_C1).scatter_(1, ids_CK, slope_CK * weights_C1)
-        return (weights_N[rows] * kl_C1[:, 0]).sum(), grad_CV, {"kl": kl_C1.sum(), "entropy": entropy}
+        ours_CJ, probs_CJ = torch.cat([ours_CK, tail_C1.log()], dim=1), torch.cat([probs_CK, tail_C1], dim=1)
+        value_C, grad_CJ = divergence(probs_CJ, ours_CJ - theirs_CJ, theirs_CJ)
+        grad_CJ = grad_CJ.mul_(weights_N[rows, None] / temperature)
+        grad_CV = probs_CV.mul_(grad_CJ[:, -1:] / tail_C1).scatter_(1, ids_CK, grad_CJ[:, :-1])
+        return (weights_N[rows] * value_C).sum(), grad_CV, {"kl": value_C, "entropy": entropy_C}
 
     return _apply(hidden_ND, head, kernel)

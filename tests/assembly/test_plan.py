@@ -3,37 +3,23 @@
 import pytest
 import torch
 from memory import peak_bytes
+from tiny import training_row
 
 from s2dcli.assembly.loading import load_trained
 from s2dcli.assembly.plan import memory_plan
-from s2dcli.models.batching import Row, micro_batches
+from s2dcli.models.batching import micro_batches
 from s2dcli.models.checkpoints import resolve
-from s2dcli.options import Aggregate, Dtype, Optimizer, Weights
-from s2dcli.train.losses import weights_of
+from s2dcli.options import Aggregate, Dtype, ModelOptions, TrainingOptions, Weights
 from s2dcli.train.objectives import CrossEntropy
 from s2dcli.train.optimizer import MasterOptimizer
+from s2dcli.train.rows import set_weights
 
 TOKENS = 1024
-SETTINGS = {
-    "attention": None,
-    "weights": Weights.float32,
-    "optimizer": Optimizer.adamw,
-    "dtype": Dtype.auto,
-    "device": "cpu",
-    "trust_remote_code": False,
-    "gradient_checkpointing": False,
-    "lora_rank": None,
-    "lora_alpha": None,
-    "lora_targets": None,
-    "tokens_per_batch": TOKENS,
-    "sample_tokens": 1,
-    "eval_problems": None,
-    "seed": 0,
-    "lr": 1e-6,
-    "weight_decay": 0.0,
-    "adam_beta2": 0.95,
-    "grad_clip": 1.0,
-}
+LOADING = ModelOptions(device="cpu")
+
+
+def options(**changed) -> TrainingOptions:
+    return TrainingOptions(**{"tokens_per_batch": TOKENS, "adam_beta2": 0.95, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +37,18 @@ def larger(toy, tmp_path_factory):
     return folder
 
 
-def measured(folder, small, settings) -> int:
+def measured(folder, small, training) -> int:
     """Peak bytes of loading a model and two updates of it on a full micro-batch."""
 
     def update(model, tokens: int) -> None:
-        _, policy = load_trained(resolve(str(model)), settings)
-        optimizer = MasterOptimizer(policy, settings)
-        rows = [Row([5] * 16, [6] * 48)] * (tokens // 64)
-        objective = CrossEntropy(weights_of(range(len(rows)), [48] * len(rows), Aggregate.token, 48))
+        _, policy = load_trained(resolve(str(model)), LOADING, training)
+        optimizer = MasterOptimizer(policy, training)
+        policy.collect_gradients(optimizer.gradient_of)
+        rows = [training_row([5] * 16, [6] * 48)] * (tokens // 64)
+        set_weights(rows, Aggregate.token, 48)
         for _ in range(2):
-            for batch in micro_batches(rows, range(len(rows)), TOKENS, 0, torch.device("cpu"), share_prompts=False):
-                policy(batch, objective(batch))[0].backward()
+            for batch in micro_batches(rows, TOKENS, 0, torch.device("cpu"), share_prompts=False):
+                policy(batch, CrossEntropy())[0].backward()
             optimizer.clip()
             optimizer.step(1e-6)
 
@@ -79,14 +66,14 @@ def measured(folder, small, settings) -> int:
     ids=["plain", "checkpointing", "bfloat16", "lora"],
 )
 def test_the_plan_is_near_what_an_update_takes(larger, toy, changed):
-    settings = {**SETTINGS, **changed}
-    planned = memory_plan(settings, resolve(str(larger)), [])
-    took = measured(larger, toy / "teacher", settings)
+    training = options(**changed)
+    planned = memory_plan(resolve(str(larger)), [], LOADING, training, sample_tokens=1)
+    took = measured(larger, toy / "teacher", training)
     assert 1.0 < planned["total_bytes"] / took < 1.35
 
 
-def plan(folder, **changed) -> dict[str, int]:
-    return memory_plan({**SETTINGS, **changed}, resolve(str(folder)), changed.pop("frozen", []))
+def plan(folder, loading=LOADING, frozen=(), sample_tokens: int = 1, **changed) -> dict[str, int]:
+    return memory_plan(resolve(str(folder)), frozen, loading, options(**changed), sample_tokens=sample_tokens)
 
 
 def test_states_by_hand(toy):
@@ -97,7 +84,7 @@ def test_states_by_hand(toy):
     assert plain["masters_bytes"] == plain["casts_bytes"] == plain["frozen_bytes"] == 0
     narrow = plan(toy / "teacher", weights=Weights.bfloat16)
     assert (narrow["weights_bytes"], narrow["masters_bytes"], narrow["gradients_bytes"]) == (2 * count, 4 * count, 4 * count)
-    assert plan(toy / "teacher", dtype=Dtype.bfloat16)["casts_bytes"] == 2 * count
+    assert plan(toy / "teacher", ModelOptions(device="cpu", dtype=Dtype.bfloat16))["casts_bytes"] == 2 * count
     adapter = plan(toy / "teacher", lora_rank=2, lora_targets="q_proj,down_proj")
     assert adapter["trained_parameters"] == 2 * 2 * ((64 + 64) + (192 + 64))  # rank, layers, both sides of each
     assert adapter["optimizer_bytes"] == 8 * adapter["trained_parameters"]
@@ -105,14 +92,20 @@ def test_states_by_hand(toy):
 
 def test_frozen_models_and_the_cache_by_hand(toy):
     parent, other = resolve(str(toy / "teacher")), resolve(str(toy / "student"))
-    settings = {**SETTINGS, "sample_tokens": 1000}
-    assert memory_plan(settings, parent, [parent])["frozen_bytes"] == 4 * 109056
-    assert memory_plan({**settings, "lora_rank": 2}, parent, [parent])["frozen_bytes"] == 0  # the adapter switched off
-    assert memory_plan({**settings, "weights": Weights.bfloat16}, other, [parent])["frozen_bytes"] == 2 * 109056
-    assert memory_plan(settings, parent, [])["cache_bytes"] == 2 * 2 * 64 * 1000 * 4  # key and value, layers, heads x size
-    stored = {**settings, "rollouts": "graded.jsonl"}
-    assert memory_plan(stored, parent, [])["cache_bytes"] == 0
-    assert memory_plan({**stored, "eval_problems": "p.jsonl"}, parent, [])["cache_bytes"] > 0
+    assert plan(parent.folder, frozen=[parent])["frozen_bytes"] == 4 * 109056
+    assert plan(parent.folder, frozen=[parent], lora_rank=2)["frozen_bytes"] == 0  # the adapter switched off
+    assert plan(other.folder, frozen=[parent], weights=Weights.bfloat16)["frozen_bytes"] == 2 * 109056
+    assert plan(parent.folder, sample_tokens=1000)["cache_bytes"] == 2 * 2 * 64 * 1000 * 4  # key and value, layers, heads x size
+    assert plan(parent.folder, sample_tokens=0)["cache_bytes"] == 0
+
+
+def test_only_what_samples_has_a_cache(s2d, toy, few, tmp_path):
+    rolled = s2d("rollout", "-m", toy / "teacher", few, "-n", 2, "--max-tokens", 4).out
+    graded = tmp_path / "graded.jsonl"
+    assert s2d("verify", "-o", graded, stdin=rolled).code == 0
+    stored = ["grpo", "-m", toy / "teacher", "--rollouts", graded, "-o", tmp_path / "run", "--dry-run"]
+    assert s2d(*stored).result["cache_bytes"] == 0
+    assert s2d(*stored, "--eval-problems", few).result["cache_bytes"] > 0
 
 
 def test_the_total_is_what_is_always_there_and_the_larger_phase(toy):

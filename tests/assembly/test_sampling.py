@@ -29,7 +29,7 @@ def test_shards_are_runs_of_whole_batches_and_cover_everything():
         assert [batch for shard in shards for batch in shard] == batches
 
 
-def test_groups_of_a_step_are_named_apart_when_a_problem_is_drawn_again():
+def test_groups_of_a_step_are_named_apart_when_a_problem_is_resampled_groups():
     todo = tasks([3, 3])
     assert [task.group_id for task in tasks_of_step(todo, [1, 0, 1, 1], 7)] == ["p1@7", "p0@7", "p1@7.1", "p1@7.2"]
 

@@ -55,10 +55,10 @@ class Case:
         both = (self.hidden_ND, self.head, self.teacher_ND, self.teacher, self.weights_N)
         return {
             "token log-probs": lambda: self.fused_cross_entropy(),
-            "KL(student || teacher)": lambda: vocab.kl_loss(*both, reverse=True)[0],
-            "KL(teacher || student)": lambda: vocab.kl_loss(*both, reverse=False)[0],
-            f"KL over the top {TOP_K}": lambda: vocab.top_k_kl_loss(
-                self.hidden_ND, self.head, *readers.top_k_logprobs(self.teacher_ND, self.teacher, TOP_K), self.weights_N, reverse=True
+            "KL(student || teacher)": lambda: vocab.divergence_loss(*both, vocab.reverse_kl)[0],
+            "KL(teacher || student)": lambda: vocab.divergence_loss(*both, vocab.forward_kl)[0],
+            f"KL over the top {TOP_K}": lambda: vocab.top_k_divergence_loss(
+                self.hidden_ND, self.head, *readers.top_k_logprobs(self.teacher_ND, self.teacher, TOP_K), self.weights_N, vocab.reverse_kl
             )[0],
         }
 

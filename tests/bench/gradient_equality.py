@@ -50,7 +50,7 @@ def from_dense() -> dict[str, float]:
             for name, reverse in [("KL(student || teacher)", True), ("KL(teacher || student)", False)]:
                 log_p = log_p_of()
                 kl = ((log_p if reverse else log_q).exp() * (log_p - log_q) * (1 if reverse else -1)).sum(-1)
-                loss = vocab.kl_loss(hidden, head, states, teacher, dense.WEIGHTS, reverse=reverse, temperature=temperature)[0]
+                loss = vocab.divergence_loss(hidden, head, states, teacher, dense.WEIGHTS, dense.KL[reverse], temperature=temperature)[0]
                 compare(name, loss, (weights * kl).sum(), hidden, head)
             ids, logprobs = readers.top_k_logprobs(states, teacher, 5, temperature)
             outside = torch.ones_like(log_q).scatter(1, ids, 0.0)
@@ -58,7 +58,9 @@ def from_dense() -> dict[str, float]:
             for reverse in (True, False):
                 ours, theirs = buckets(log_p_of()), buckets(log_q)
                 kl = ours * (ours / theirs).log() if reverse else theirs * (theirs / ours).log()
-                loss = vocab.top_k_kl_loss(hidden, head, ids, logprobs, dense.WEIGHTS, reverse=reverse, temperature=temperature)[0]
+                loss = vocab.top_k_divergence_loss(hidden, head, ids, logprobs, dense.WEIGHTS, dense.KL[reverse], temperature=temperature)[
+                    0
+                ]
                 compare("KL over the top 5 and a tail", loss, (weights * kl.sum(-1)).sum(), hidden, head)
     return worst
 

@@ -4,7 +4,7 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 
 from s2dcli.errors import DataError
-from s2dcli.files.records import Problem, problem_sha256, read_problems, read_rollouts, take
+from s2dcli.files.records import Problem, problem_sha256, read_graded, read_problems, read_rollouts, take
 
 
 def test_problem_hash_ignores_spacing_and_compatibility_forms_only():
@@ -45,7 +45,7 @@ def test_a_boolean_is_no_number():
 
 def test_rollouts_are_checked(s2d, toy, few, tmp_path):
     rows = s2d("rollout", "-m", toy / "student", few, "-n", 1, "--max-tokens", 8).rows
-    assert [row.to_record() for _, row, _ in read_rollouts(write_jsonl(tmp_path / "r.jsonl", rows))] == rows
+    assert [row.to_record() for _, row in read_rollouts(write_jsonl(tmp_path / "r.jsonl", rows))] == rows
     for change, message in (
         ({"completion_ids": ["1"]}, "must be a list of token ids"),
         ({"completion_ids": [-1]}, "must be a list of token ids"),
@@ -54,3 +54,44 @@ def test_rollouts_are_checked(s2d, toy, few, tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             list(read_rollouts(write_jsonl(tmp_path / "bad.jsonl", [{**rows[0], **change}])))
+
+
+@pytest.fixture
+def graded_row(s2d, toy, few):
+    rolled = s2d("rollout", "-m", toy / "student", few, "-n", 1, "--max-tokens", 8)
+    return s2d("verify", "--reward", "exact", stdin=rolled.out).rows[0]
+
+
+def test_graded_rows_come_back_as_they_were_with_unknown_columns(graded_row, tmp_path):
+    row = {**graded_row, "note": {"mine": 1}}
+    ((where, graded),) = read_graded(write_jsonl(tmp_path / "g.jsonl", [row]))
+    assert graded.to_record() == row
+    assert (graded.reward, graded.label, graded.extra) == (row["reward"], row["label"], {"note": {"mine": 1}})
+    assert where == f"{tmp_path}/g.jsonl:1"
+    ((_, rollout),) = read_rollouts(tmp_path / "g.jsonl")
+    assert rollout.to_record() == row
+
+
+def test_what_grading_and_sampling_left_out_or_spoiled_is_named(graded_row, tmp_path):
+    ids = len(graded_row["completion_ids"])
+    sampler = graded_row["sampler"]
+    for change, message in (
+        ({"reward": float("nan")}, "field 'reward' is nan, a finite number was expected"),
+        ({"reward": 1e308}, "field 'reward' is 1e\\+308, a finite number"),
+        ({"reward": 10**400}, "field 'reward' is 10000000000000000000, a finite number"),
+        ({"reward": "1.0"}, "field 'reward' is text"),
+        ({"reward": True}, "field 'reward' is boolean"),
+        ({"rewards": {"math": float("inf")}}, "field 'rewards.math' is inf"),
+        ({"label": 1}, "field 'label' is integer, boolean or null was expected"),
+        ({"completion_logprobs": [-1.0] * (ids - 1) + ["-1.0"]}, f"field 'completion_logprobs\\[{ids - 1}\\]' is text"),
+        ({"completion_logprobs": [float("nan")] * ids}, "field 'completion_logprobs\\[0\\]' is nan"),
+        ({"completion_logprobs": [None] * ids}, "field 'completion_logprobs\\[0\\]' is null"),
+        ({"sampler": {name: value for name, value in sampler.items() if name != "max_tokens"}}, "no field 'sampler.max_tokens'"),
+        ({"sampler": {**sampler, "max_tokens": "8"}}, "field 'sampler.max_tokens' is text"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            list(read_graded(write_jsonl(tmp_path / "bad.jsonl", [{**graded_row, **change}])))
+        assert caught.value.where == f"{tmp_path}/bad.jsonl:1"
+    del graded_row["reward"]
+    with pytest.raises(DataError, match=r"no field 'reward'; grade it first: s2d verify .*bad.jsonl -o graded.jsonl"):
+        list(read_graded(write_jsonl(tmp_path / "bad.jsonl", [graded_row])))

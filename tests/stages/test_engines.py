@@ -57,7 +57,7 @@ def test_grpo_samples_from_the_weights_that_it_trains(s2d, toy, few, tmp_path, m
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert sum(row["updates"] for row in rows) >= 2
     gap = 0.1 if "bfloat16" in memory else 1e-4
-    assert all(row["sampler_gap"] < gap for row in rows)
+    assert all(row["logprob_mismatch"] < gap for row in rows)
     assert not list((tmp_path / "run").glob(".weights"))
 
 

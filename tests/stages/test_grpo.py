@@ -82,7 +82,7 @@ def test_metrics_hold_the_contracts_fields(trained):
             "clip_fraction",
             "padding",
         } <= row.keys()
-        assert row["sampler_gap"] < 1e-5
+        assert row["logprob_mismatch"] < 1e-5
         assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
         assert row["rollouts"] == 16
     assert [row["labels"] for row in rows] == [4, 8]
@@ -176,7 +176,7 @@ def test_one_pass_over_graded_rollouts_from_disk(s2d, toy, graded, tmp_path):
     assert result.code == 0, result.err
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [row["rollouts"] for row in rows] == [256, 256, 256, 32]
-    assert rows[0]["sampler_gap"] < 1e-5
+    assert rows[0]["logprob_mismatch"] < 1e-5
     assert rows[-1]["labels"] == 200
 
 
@@ -285,11 +285,11 @@ def test_presets_set_the_knobs_that_are_not_given(s2d, toy, tmp_path, preset):
 
 
 def test_flat_groups_are_replaced_by_further_problems(s2d, toy, tmp_path):
-    result = train(s2d, toy, tmp_path / "run", "--resample-flat", 8, "--keep-rollouts", "--problems-per-step", 8)
+    result = train(s2d, toy, tmp_path / "run", "--dynamic-sampling", 8, "--keep-rollouts", "--problems-per-step", 8)
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert all(row["mixed_groups"] == 1.0 and row["rollouts"] == 32 for row in rows)
-    assert sum(row["drawn_again"] for row in rows) > 0
-    assert 16 < result["labels"] <= 16 + sum(row["drawn_again"] for row in rows)  # the dropped groups' labels are spent too
+    assert sum(row["resampled_groups"] for row in rows) > 0
+    assert 16 < result["labels"] <= 16 + sum(row["resampled_groups"] for row in rows)  # the dropped groups' labels are spent too
     for row in rows:
         kept = read_jsonl(tmp_path / "run" / "rollouts" / f"step-{row['step']:06d}.jsonl")
         assert len({record["group_id"] for record in kept}) == 8
@@ -386,7 +386,7 @@ def test_stored_rollouts_of_another_tokenizer_are_refused(s2d, toy, graded, tmp_
         assert message in result.err
 
 
-def test_groups_that_are_drawn_again_stay_groups_of_their_own(s2d, toy, graded, tmp_path):
+def test_groups_that_are_resampled_groups_stay_groups_of_their_own(s2d, toy, graded, tmp_path):
     path = write_jsonl(tmp_path / "one.jsonl", read_jsonl(graded)[:8])
     more = ["--rollouts", path, "--steps", 1, "--problems-per-step", 8, "--keep-rollouts"]
     assert s2d("grpo", "-m", toy / "teacher", "-o", tmp_path / "run", *more).code == 0
@@ -402,7 +402,7 @@ def test_kept_rollouts_say_whose_weights_drew_them(trained, toy):
 
 
 def test_options_that_would_be_ignored_are_refused(s2d, toy, few, graded, tmp_path):
-    for option in (["-n", 4], ["--resample-flat", 1], ["--reward", "exact"]):
+    for option in (["-n", 4], ["--dynamic-sampling", 1], ["--reward", "exact"]):
         result = s2d("grpo", "-m", toy / "teacher", "--rollouts", graded, "-o", tmp_path / "run", *option)
         assert result.code == 2
         assert f"{option[0]} goes with sampling" in result.err

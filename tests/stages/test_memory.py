@@ -56,7 +56,7 @@ def test_bfloat16_weights_move_at_1e_6_as_float32_ones_do(train, toy, tmp_path, 
     rows = read_jsonl(tmp_path / "bfloat16" / "metrics.jsonl")
     assert all(row["grad_norm"] > 0 for row in rows)
     if trainer == "grpo":
-        assert all(row["sampler_gap"] < 0.05 for row in rows)  # the sampler uses the same rounded weights
+        assert all(row["logprob_mismatch"] < 0.05 for row in rows)  # the sampler uses the same rounded weights
 
 
 def test_the_reference_of_bfloat16_weights_is_rounded_alike(train, tmp_path):
@@ -105,7 +105,7 @@ def test_the_next_command_starts_from_the_merged_weights(s2d, train, few, tmp_pa
     result = train("grpo", tmp_path / "run", "--lora-rank", 4, "--keep-rollouts", "--steps", 3)
     assert result.code == 0, result.err
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert all(row["sampler_gap"] < 1e-5 for row in rows)  # sampled and trained with the adapter on
+    assert all(row["logprob_mismatch"] < 1e-5 for row in rows)  # sampled and trained with the adapter on
     rolled = s2d("rollout", "-m", tmp_path / "run", few, "-n", 1, "--max-tokens", 8)
     assert rolled.code == 0, rolled.err
     assert {row["sampler"]["step"] for row in rolled.rows} == {3}

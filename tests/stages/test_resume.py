@@ -78,7 +78,7 @@ def command(toy, few, graded, half):
     warmup = ["fkl-warmup", "--student", half, "--rollouts", graded, *few_steps, "--mini-batch-size", 96]
     swapped = ["--student", toy / "teacher", "--teacher", toy / "student"]  # whose matrices are large enough for 8 bits
     commands = {
-        "grpo": [*grpo, *sampling, *measured, "--reward", "exact", "--keep-rollouts", "--resample-flat", 1, "--kl-coef", 0.01],
+        "grpo": [*grpo, *sampling, *measured, "--reward", "exact", "--keep-rollouts", "--dynamic-sampling", 1, "--kl-coef", 0.01],
         "grpo, several updates": [*grpo, *sampling, "--reward", "exact", "--mini-batch-size", 4, "--keep-states", 2, "--loss", "dapo"],
         "grpo from disk": [*grpo, "--rollouts", graded, *few_steps, "--problems-per-step", 90, "--reward", "exact"],
         "opd": [*opd, toy / "student", *sampling, "--keep-rollouts", "--lora-rank", 4],

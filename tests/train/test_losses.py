@@ -3,22 +3,15 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
+from tiny import training_row
 
 from s2dcli.options import Advantage, Aggregate, Correction, Importance, KlEstimator, Surrogate
-from s2dcli.train.losses import (
-    corrections,
-    group_advantages,
-    is_mixed,
-    kl_estimate,
-    kl_estimates,
-    mean_gap,
-    overlong_penalty,
-    policy_loss,
-    token_weights,
-    weights_of,
-)
+from s2dcli.train.advantages import group_advantages, is_mixed, overlong_penalty, token_weights
+from s2dcli.train.losses import importance_weights, kl_estimate, kl_estimates, mean_log_ratio, policy_loss
+from s2dcli.train.rows import set_weights
 
 
 def test_group_advantages_by_hand():
@@ -65,7 +58,9 @@ def test_empty_completions_count_as_rows_but_weigh_nothing():
 
 
 def test_rows_that_are_left_out_leave_the_denominators():
-    assert weights_of([0, 2], [2, 9, 6], Aggregate.token, 10) == {0: 1 / 8, 2: 1 / 8}
+    rows = [training_row([3], [4] * length) for length in (2, 9, 6)]
+    set_weights(rows[::2], Aggregate.token, 10)
+    assert [row.weight for row in rows] == [1 / 8, 1.0, 1 / 8]
 
 
 OLD = torch.tensor([-1.0, -1.0, -1.0, -1.0])
@@ -77,8 +72,8 @@ def test_ppo_surrogate_by_hand():
     loss, sums = policy_loss(NEW, OLD, ADVANTAGES, WEIGHTS, clip_low=0.2, clip_high=0.3)
     # min(1.5, 1.3) = 1.3; min(-1.5, -1.3) = -1.5; min(0.5, 0.8) = 0.5; min(-0.5, -0.8) = -0.8
     assert loss.item() == pytest.approx(-(0.1 * 1.3 + 0.2 * -1.5 + 0.3 * 0.5 + 0.4 * -0.8), abs=1e-6)
-    assert sums["clipped"] == 2
-    assert sums["ratio"].item() == pytest.approx(4.0, abs=1e-6)
+    assert sums["clip_fraction"].sum() == 2
+    assert sums["ratio"].sum().item() == pytest.approx(4.0, abs=1e-6)
 
 
 def test_clipped_tokens_get_no_gradient_from_ppo_and_a_truncated_one_from_cispo():
@@ -90,7 +85,7 @@ def test_clipped_tokens_get_no_gradient_from_ppo_and_a_truncated_one_from_cispo(
     loss, sums = policy_loss(new, *inputs, clip_low=1.0, clip_high=0.2, surrogate=Surrogate.cispo)
     loss.backward()
     assert new.grad.tolist() == pytest.approx([-1.2, -1.1], abs=1e-6)
-    assert sums["clipped"] == 1
+    assert sums["clip_fraction"].sum() == 1
 
 
 def test_sequence_ratio_has_the_sequences_value_and_each_tokens_gradient():
@@ -103,30 +98,29 @@ def test_sequence_ratio_has_the_sequences_value_and_each_tokens_gradient():
     # beyond the bounds the whole sequence is clipped
     loss, sums = policy_loss(NEW, OLD, torch.ones(4), WEIGHTS, clip_low=3e-4, clip_high=4e-4, sequence_log_ratios_N=log_ratio.expand(4))
     assert loss.item() == pytest.approx(-1.0004, abs=1e-6)
-    assert sums["clipped"] == 4
+    assert sums["clip_fraction"].sum() == 4
 
 
 def test_a_sequences_ratio_is_the_mean_of_logs_and_does_not_grow_with_length():
     draw = random.Random(0)
     gaps = {}
     for length in (10, 1000):
-        old = [draw.uniform(-3, 0) for _ in range(length)]
-        gaps[length] = mean_gap([value + 0.01 + draw.gauss(0, 0.05) for value in old], old)
+        old = np.array([draw.uniform(-3, 0) for _ in range(length)])
+        gaps[length] = mean_log_ratio(np.array([value + 0.01 + draw.gauss(0, 0.05) for value in old]), old)
     assert gaps[10] == pytest.approx(0.01, abs=0.05)
     assert gaps[1000] == pytest.approx(0.01, abs=0.005)
-    assert mean_gap([], []) == 0.0
-    with pytest.raises(ValueError, match="zip"):
-        mean_gap([1.0], [])
+    assert mean_log_ratio(np.zeros(0), np.zeros(0)) == 0.0
+    with pytest.raises(ValueError, match="1 and 0 log-probs"):
+        mean_log_ratio(np.ones(1), np.zeros(0))
 
 
-def test_corrections_by_hand():
-    trainer, sampler = [[math.log(0.6), math.log(0.1)], []], [[math.log(0.2), math.log(0.4)], []]
-    cut = corrections(trainer, sampler, Correction.truncate, Importance.token, cap=2.0)
-    assert [pytest.approx(row) for row in cut] == [[2.0, 0.25], []]
-    kept = corrections(trainer, sampler, Correction.mask, Importance.token, cap=2.0)
-    assert kept == [[0.0, 0.0], []]
-    sequence = corrections(trainer, sampler, Correction.mask, Importance.sequence, cap=2.0)
-    assert sequence[0] == pytest.approx([math.sqrt(0.75)] * 2)
+def test_importance_weights_by_hand():
+    trainer, sampler = np.log([0.6, 0.1]), np.log([0.2, 0.4])
+    for ours, theirs, cut, kept in [(trainer, sampler, [2.0, 0.25], [0.0, 0.0]), (np.zeros(0), np.zeros(0), [], [])]:
+        assert importance_weights(ours, theirs, Correction.truncate, Importance.token, cap=2.0).tolist() == pytest.approx(cut)
+        assert importance_weights(ours, theirs, Correction.mask, Importance.token, cap=2.0).tolist() == kept
+    sequence = importance_weights(trainer, sampler, Correction.mask, Importance.sequence, cap=2.0)
+    assert sequence.tolist() == pytest.approx([math.sqrt(0.75)] * 2)
 
 
 def test_kl_estimators_estimate_the_kl():
@@ -139,7 +133,7 @@ def test_kl_estimators_estimate_the_kl():
     assert (values[KlEstimator.k3] > 0).all()
     for kind in KlEstimator:
         assert kl_estimate(kind, policy, policy).abs().sum() == 0
-        assert kl_estimates(kind, policy.tolist(), reference.tolist()) == pytest.approx(values[kind].tolist(), abs=1e-6)
+        assert kl_estimates(kind, policy.numpy(), reference.numpy()).tolist() == pytest.approx(values[kind].tolist(), abs=1e-6)
 
 
 def test_overlong_penalty_falls_over_the_buffer():

@@ -4,38 +4,31 @@ import sys
 
 import pytest
 import torch
-from tiny import VOCABULARY, ragged_rows, tiny
+from tiny import VOCABULARY, ragged_rows, tiny, training_row
 
 from s2dcli.assembly.loading import compute_dtype
 from s2dcli.assembly.plan import moment_bytes
 from s2dcli.errors import ModelError, UsageError
-from s2dcli.models.batching import Row, micro_batches
+from s2dcli.models.batching import micro_batches
 from s2dcli.models.policy import Policy
-from s2dcli.options import Aggregate, Dtype, Optimizer, Weights
-from s2dcli.train.losses import weights_of
+from s2dcli.options import Aggregate, Dtype, ModelOptions, Optimizer, TrainingOptions, Weights
 from s2dcli.train.objectives import CrossEntropy
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE, MasterOptimizer
+from s2dcli.train.rows import set_weights
 
 CPU = torch.device("cpu")
 
 
-def settings(**changed) -> dict:
-    return {
-        "weights": Weights.bfloat16,
-        "optimizer": Optimizer.adamw,
-        "lr": 1e-6,
-        "weight_decay": 0.1,
-        "adam_beta2": 0.95,
-        "grad_clip": 0.0,
-        **changed,
-    }
+def settings(**changed) -> TrainingOptions:
+    given = {"weights": Weights.bfloat16, "weight_decay": 0.1, "adam_beta2": 0.95, "grad_clip": 0.0}
+    return TrainingOptions(**{**given, **changed})
 
 
 def backward(policy: Policy, tokens_per_batch: int = 10_000) -> None:
-    rows = [Row(row.prompt_ids, [min(token, policy.vocabulary - 1) for token in row.completion_ids]) for row in ragged_rows()]
-    objective = CrossEntropy(weights_of(range(len(rows)), [len(row.completion_ids) for row in rows], Aggregate.token, 32))
-    for batch in micro_batches(rows, range(len(rows)), tokens_per_batch, 0, CPU):
-        policy(batch, objective(batch))[0].backward()
+    rows = [training_row(row.prompt_ids, [min(token, policy.vocabulary - 1) for token in row.completion_ids]) for row in ragged_rows()]
+    set_weights(rows, Aggregate.token, 32)
+    for batch in micro_batches(rows, tokens_per_batch, 0, CPU):
+        policy(batch, CrossEntropy())[0].backward()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -87,9 +80,9 @@ def test_gradients_of_bfloat16_micro_batches_are_summed_in_float32():
     optimizer = MasterOptimizer(policy, settings())
     sums: dict[torch.Tensor, torch.Tensor] = {}
     rows = ragged_rows()
-    objective = CrossEntropy(weights_of(range(len(rows)), [len(row.completion_ids) for row in rows], Aggregate.token, 32))
-    for batch in micro_batches(rows, range(len(rows)), 1, 0, CPU):  # one row at a time
-        policy(batch, objective(batch))[0].backward()
+    set_weights(rows, Aggregate.token, 32)
+    for batch in micro_batches(rows, 1, 0, CPU):  # one row at a time
+        policy(batch, CrossEntropy())[0].backward()
         for master in optimizer.masters.values():
             sums[master] = master.grad.clone()
     assert all(parameter.grad is None for parameter in optimizer.masters)
@@ -113,10 +106,11 @@ def test_saved_weights_are_the_masters_and_tied_ones_stay_one():
 
 
 def test_bfloat16_weights_settle_the_compute_type():
-    assert compute_dtype({"weights": Weights.bfloat16, "dtype": Dtype.auto}) is Dtype.bfloat16
-    assert compute_dtype({"weights": Weights.float32, "dtype": Dtype.auto}) is Dtype.auto
+    narrow, wide = TrainingOptions(weights=Weights.bfloat16), TrainingOptions()
+    assert compute_dtype(ModelOptions(), narrow) is Dtype.bfloat16
+    assert compute_dtype(ModelOptions(), wide) is Dtype.auto
     with pytest.raises(UsageError, match="--weights bfloat16"):
-        compute_dtype({"weights": Weights.bfloat16, "dtype": Dtype.float32})
+        compute_dtype(ModelOptions(dtype=Dtype.float32), narrow)
 
 
 @pytest.mark.parametrize("weights", list(Weights))
@@ -144,7 +138,7 @@ def test_moments_in_8_bits_move_the_masters_as_float32_ones_do(weights, toy):
     scales = [state["absmax1"].numel() for state in states if "absmax1" in state]
     assert scales == [-(-state["state1"].numel() // BLOCK_SIZE) for state in states if "absmax1" in state]
     held = sum(tensor.nbytes for state in states for name, tensor in state.items() if name in ("state1", "state2", "absmax1", "absmax2"))
-    assert held == moment_bytes([master.numel() for master in optimizer.masters.values()], settings(optimizer=Optimizer.adamw_8bit))
+    assert held == moment_bytes([master.numel() for master in optimizer.masters.values()], Optimizer.adamw_8bit)
 
 
 def test_without_bitsandbytes_the_command_that_brings_it_is_named(monkeypatch):
@@ -159,6 +153,7 @@ def test_the_gradient_of_a_vocabulary_is_added_up_in_one_place(family, weights):
     """The head's, collected where the optimizer says, and the embedding's, which comes sparse, are autograd's own."""
     plain, collected = Policy(tiny(family), VOCABULARY - 3), Policy(tiny(family), VOCABULARY - 3)
     optimizer = MasterOptimizer(collected, settings(weights=weights))
+    collected.collect_gradients(optimizer.gradient_of)
     for policy in (plain, collected):
         backward(policy, tokens_per_batch=64)
     tolerance = 1e-5 if weights is Weights.float32 else 0.1
@@ -171,10 +166,9 @@ def test_the_gradient_of_a_vocabulary_is_added_up_in_one_place(family, weights):
 
 def test_a_collected_gradient_refuses_a_loss_that_is_scaled_afterwards():
     policy = Policy(tiny("qwen3"), VOCABULARY)
-    MasterOptimizer(policy, settings(weights=Weights.float32))
-    rows = ragged_rows()
-    (batch,) = micro_batches(rows, range(len(rows)), 10_000, 0, CPU)
-    loss, _ = policy(batch, CrossEntropy(dict.fromkeys(range(len(rows)), 1.0))(batch))
+    policy.collect_gradients(MasterOptimizer(policy, settings(weights=Weights.float32)).gradient_of)
+    (batch,) = micro_batches(ragged_rows(), 10_000, 0, CPU)
+    loss, _ = policy(batch, CrossEntropy())
     with pytest.raises(RuntimeError, match="inside its kernel"):
         (2 * loss).backward()
 

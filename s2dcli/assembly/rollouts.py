@@ -1,0 +1,73 @@
+"""Stored rollouts as training rows, and what of their file is needed beside them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from s2dcli.errors import DataError
+from s2dcli.files import jsonl
+from s2dcli.files.records import Graded, Rollout, read_graded
+from s2dcli.train.rows import Group, RowMaker, TrainingRow, renamed
+
+ROWS_TO_CHECK = 16  # a wrong tokenizer shows at once
+
+
+@dataclass(frozen=True)
+class StoredRollouts:
+    """The rows of a file; `first` are some of them whole, `samplers` tells who drew them, each once."""
+
+    rows: list[TrainingRow]
+    first: list[Rollout]
+    samplers: list[dict]
+
+    def groups(self) -> list[Group]:
+        """Return the rows group by group, in the order in which the groups begin."""
+        groups: dict[str, Group] = {}
+        for row in self.rows:
+            groups.setdefault(row.group_id, []).append(row)
+        return list(groups.values())
+
+
+def store(rollouts: Iterable[Rollout], *, keep_records: bool = False) -> StoredRollouts:
+    """Hold rollouts as training rows: 8 bytes for a completion token. With `keep_records` their whole records too, to be written again."""
+    stored, maker, samplers = StoredRollouts([], [], []), RowMaker(), {}
+    for rollout in rollouts:
+        reward = rollout.reward if isinstance(rollout, Graded) else None
+        stored.rows.append(maker.row(rollout, reward, rollout.to_record() if keep_records else None))
+        if len(stored.first) < ROWS_TO_CHECK:
+            stored.first.append(rollout)
+        samplers[jsonl.dumps(rollout.sampler)] = rollout.sampler
+    stored.samplers.extend(samplers.values())
+    return stored
+
+
+def read_on_policy(path: str, temperature: float) -> Iterator[Graded]:
+    """Yield graded rollouts whose log-probs are those they were sampled with, at `temperature`. Raises DataError for others."""
+    empty = True
+    for where, row in read_graded(path):
+        empty = False
+        drawn = (row.sampler.get("temperature"), row.sampler.get("top_p"), row.sampler.get("top_k"))
+        if drawn != (temperature, 1.0, 0):
+            raise DataError(
+                "sampled at temperature {}, top-p {}, top-k {}: the log-probs do not belong to the policy at --temperature {}".format(
+                    *drawn, temperature
+                ),
+                where=where,
+                hint="sample with --top-p 1 --top-k 0 and train with the same --temperature",
+            )
+        yield row
+    if empty:
+        raise DataError("holds no rollouts", where=jsonl.input_name(path))
+
+
+def draw(groups: Sequence[Group], chosen: Sequence[int]) -> list[Group]:
+    """Return fresh copies of the chosen groups; one that is drawn again in the step gets a name of its own."""
+    draws: Counter[int] = Counter()
+    drawn = []
+    for index in chosen:
+        again = f".{draws[index]}" if draws[index] else ""
+        drawn.append(renamed(groups[index], groups[index][0].group_id + again))
+        draws[index] += 1
+    return drawn

@@ -1,0 +1,211 @@
+"""Opening a training: what grpo, opd and fkl-warmup share before their first step and around each step.
+
+setup = TrainingSetup("opd", options, out, {"student": ..., "teacher": ...}, ...)  # no weights are loaded
+opened = setup.start(order, ...)
+if opened is None:  # --dry-run, or the run is finished already
+    return
+with opened as run:
+    for step in run: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from s2dcli import stats
+from s2dcli.assembly.loading import load_frozen, load_reference, load_trained
+from s2dcli.assembly.order import Order
+from s2dcli.assembly.plan import memory_plan
+from s2dcli.assembly.rollouts import StoredRollouts
+from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
+from s2dcli.engines.base import SamplingParams
+from s2dcli.files import jsonl
+from s2dcli.files.checkpoint import refuse_inside
+from s2dcli.files.manifest import HOW_STARTED, describe
+from s2dcli.files.records import Problem, Rollout
+from s2dcli.files.run_folder import RunFolder
+from s2dcli.grade.pool import MATH, Grader
+from s2dcli.models.checkpoints import Checkpoint, LoadedModel, resolve
+from s2dcli.models.policy import Policy
+from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
+from s2dcli.options import EngineOptions, GradingOptions, ModelOptions, RunOptions, SampledRunOptions, TrainingOptions
+from s2dcli.train.loop import Step, TrainingRun
+from s2dcli.train.rows import Group, RowMaker, TrainingRow
+
+
+class TrainingSetup:
+    """A trainer before anything is loaded: its checkpoints are found, their tokenizers agree, its prompts are encoded."""
+
+    def __init__(
+        self,
+        stage: str,
+        options: Mapping[str, Any],
+        out: Path,
+        checkpoints: Mapping[str, str],
+        *,
+        inputs: Sequence[str],
+        eval_problems: Sequence[Problem],
+        params: SamplingParams,
+        engine: EngineOptions,
+        grading: GradingOptions | None = None,
+        training: TrainingOptions,
+        loading: ModelOptions,
+        running: RunOptions,
+        offload: bool = False,
+    ) -> None:
+        """`options` are all of the command's, as they are recorded; `checkpoints` maps roles to names, the trained one first.
+
+        Raises ModelError or UsageError.
+        """
+        self.stage, self.options, self.out, self.params, self.offload = stage, options, out, params, offload
+        self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
+        self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in checkpoints.items()}
+        self.parent, *others = self.parents.values()
+        self.inputs = [*inputs, *([running.eval_problems] if running.eval_problems else []), *loading.files]
+        refuse_inside(out, [*(parent.folder for parent in self.parents.values()), *self.inputs])
+        self.tokenizer = load_tokenizer(self.parent.folder, loading.trust_remote_code)
+        for other in others:
+            require_same_tokenizer(load_tokenizer(other.folder, loading.trust_remote_code), self.tokenizer)
+        self.eval_tasks = make_tasks(eval_problems, self.encoder) if eval_problems else []
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        kwargs = parse_template_kwargs(self.loading.chat_template_kwargs)
+        return PromptEncoder(self.tokenizer, self.loading.chat_template, kwargs)
+
+    def start(
+        self,
+        order: Order,
+        rollouts_per_item: int,
+        phases: Sequence[str],
+        *,
+        frozen: Sequence[str] = (),
+        problems: Sequence[Problem] = (),
+        stored: StoredRollouts | None = None,
+    ) -> Training | None:
+        """Return the training, to be entered; None if there is nothing to do: a dry run, whose plan is printed, or a finished run.
+
+        `phases` names the parts of a step to be timed, `frozen` the roles of models that are held beside the trained one;
+        `problems`, which the run folder keeps, or `stored` rollouts are what was read from the first input.
+        """
+        samples = bool(problems or self.eval_tasks)
+        if stored:
+            require_made_with(self.tokenizer, stored.rows, stored.first)
+        if self.running.dry_run:
+            held = [self.parents[role] for role in frozen]
+            sample_tokens = self.engine.sample_tokens if samples else 0
+            per_step = min(order.per_step, order.total) * rollouts_per_item
+            plan = {
+                "steps": order.steps,
+                "rollouts_per_step": per_step,
+                "rollouts": order.steps * per_step,
+                "completion_tokens_at_most": order.steps * per_step * self.params.max_tokens,
+                **memory_plan(self.parent, held, self.loading, self.training, sample_tokens=sample_tokens),
+                "out": str(self.out),
+            }
+            jsonl.print_result(plan)
+            return None
+        given = [problem.to_record() for problem in problems]
+        samplers = [{"sampler": sampler} for sampler in stored.samplers] if stored else []
+        manifest = describe(self.stage, self.options, inputs=self.inputs, parents=list(self.parents.values()), rollouts=samplers)
+        manifest["options"] = {name: value for name, value in manifest["options"].items() if name not in HOW_STARTED}
+        if jsonl.is_stream(self.inputs[0]):  # so that a resume is given the same
+            manifest["inputs"][0]["sha256"] = jsonl.sha256(given)
+        folder = RunFolder(
+            self.out,
+            manifest,
+            steps=order.steps,
+            problems=given,
+            keep_last=self.running.keep_last,
+            keep_states=self.running.keep_states,
+            overwrite=self.running.overwrite,
+            resume=self.running.resume,
+        )
+        with ExitStack() as held:
+            held.enter_context(folder)
+            if folder.finished:
+                jsonl.print_result(folder.result())
+                return None
+            return Training(self, folder, phases, held.pop_all(), samples=samples)
+
+
+class Training:
+    """An open training: the policy, and the sampler and grader where they are needed, around the run of its steps."""
+
+    def __init__(self, setup: TrainingSetup, folder: RunFolder, phases: Sequence[str], held: ExitStack, *, samples: bool) -> None:
+        self.setup, self.folder, self.phases, self.samples = setup, folder, phases, samples
+        self.keep_rollouts = isinstance(setup.running, SampledRunOptions) and setup.running.keep_rollouts
+        self._held = held
+        self.policy: Policy
+        self.loaded: LoadedModel
+        self.run: TrainingRun
+        self._sampler: Sampler
+        self._grader: Grader
+
+    def __enter__(self) -> TrainingRun:
+        """Load the policy, open what samples and grades, and return the run at the step where it stands."""
+        setup = self.setup
+        with self._held as held:
+            if self.samples and (setup.grading or setup.eval_tasks):
+                grading = setup.grading or GradingOptions()
+                grader = Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit)
+                self._grader = held.enter_context(grader)
+            self.loaded, self.policy = load_trained(
+                setup.parent, setup.loading, setup.training, seed=setup.running.seed, tokenizer=setup.tokenizer
+            )
+            self.run = TrainingRun(self.folder, self.policy, self.loaded, setup.training, setup.running, phases=self.phases)
+            if self.samples:
+                sampler = open_sampler(
+                    setup.parent, setup.encoder, setup.params, setup.engine, setup.loading, seed=setup.running.seed, training=self.loaded
+                )
+                self._sampler = held.enter_context(sampler)
+                self._sampler.follow(self.run)
+            if setup.eval_tasks:
+                self.run.evaluate = self._evaluate
+            self._held = held.pop_all()
+        return self.run
+
+    def __exit__(self, *error: Any) -> None:
+        """Close everything; after a run without error its result is printed."""
+        if error[0] is None:
+            jsonl.print_result(self.folder.result())
+        self._held.__exit__(*error)
+
+    def load_teacher(self, role: str) -> Policy:
+        """Load a frozen model that the setup knows by its role. Raises ModelError or UsageError."""
+        setup = self.setup
+        return load_frozen(setup.parents[role], self.loaded, setup.loading, setup.training, offload=setup.offload)
+
+    def load_reference(self) -> Policy:
+        """Return the policy as it was when loaded, frozen. Raises ModelError or UsageError."""
+        setup = self.setup
+        return load_reference(self.policy, self.loaded, setup.loading, setup.training, offload=setup.offload)
+
+    def sample(self, step: Step, tasks: Sequence[Task], num_samples: int) -> list[Group]:
+        """Sample a group of rollouts per task, under the weights as they are now.
+
+        Where the setup has GradingOptions they are graded too, which spends the labels of the tasks' problems.
+        """
+        with step.phase("sample"):
+            self._sampler.identity = self.run.identity(step)
+            groups = list(self._sampler.sample(tasks, num_samples))
+        rollouts = [rollout for group in groups for rollout in group]
+        step.sampled_tokens += sum(len(rollout.completion_ids) for rollout in rollouts)
+        graded = (rollout.to_record() for rollout in rollouts)
+        if self.setup.grading:
+            self.run.labels.update(rollout.problem_sha256 for rollout in rollouts)
+            with step.phase("grade"):
+                graded = iter(list(self._grader.graded([*graded])))
+        maker = RowMaker()
+        return [[self._row(maker, rollout, next(graded)) for rollout in group] for group in groups]
+
+    def _row(self, maker: RowMaker, rollout: Rollout, record: dict[str, Any]) -> TrainingRow:
+        return maker.row(rollout, record.get("reward"), record if self.keep_rollouts else None)
+
+    def _evaluate(self) -> dict[str, Any]:
+        groups = self._sampler.sample(self.setup.eval_tasks, self.setup.running.eval_samples)
+        return stats.summarize(self._grader.graded([row.to_record() for group in groups for row in group]))

@@ -1,0 +1,45 @@
+"""Scoring as a stream: what a reader makes of the hidden states of each row, micro-batch by micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from s2dcli.models.batching import MicroBatch, Row, micro_batches
+from s2dcli.models.forward import Head, can_pack, can_share_prompts
+from s2dcli.models.policy import Policy
+from s2dcli.models.readers import token_logprobs
+
+# (hidden states [N, D], head, micro-batch) -> one tensor or several, [N, ...] each
+Reader = Callable[[torch.Tensor, Head, MicroBatch], tuple[torch.Tensor, ...]]
+
+
+def read(
+    policy: Policy, rows: Sequence[Row], reader: Reader, *, tokens_per_batch: int, pad_id: int
+) -> Iterator[tuple[Row, tuple[np.ndarray, ...]]]:
+    """Yield each row with what `reader` returned for its completion tokens, [T, ...], as micro-batches are done, without gradient.
+
+    Rows without completion tokens do not appear.
+    """
+    device = next(policy.parameters()).device
+    layout = {"share_prompts": can_share_prompts(policy.model), "pack": can_pack(policy.model)}
+    for batch in micro_batches(rows, tokens_per_batch, pad_id, device, **layout):
+        with torch.no_grad():
+            found = [values.cpu().split(batch.lengths_B) for values in reader(policy.states(batch), policy.head(), batch)]
+        yield from ((row, tuple(part.numpy() for part in parts)) for row, *parts in zip(batch.rows, *found, strict=True))
+
+
+def score(
+    policy: Policy, rows: Sequence[Row], *, tokens_per_batch: int, pad_id: int, temperature: float = 1.0
+) -> Iterator[tuple[Row, np.ndarray]]:
+    """Yield each row with the log-probs (nats, float32) of its completion tokens under softmax(logits / temperature)."""
+
+    def reader(hidden_ND: torch.Tensor, head: Head, batch: MicroBatch) -> tuple[torch.Tensor]:
+        return (token_logprobs(hidden_ND, head, batch.targets_N, temperature),)
+
+    nothing = np.empty(0, dtype=np.float32)
+    yield from ((row, nothing) for row in rows if not len(row.completion_ids))
+    for row, (logprobs,) in read(policy, rows, reader, tokens_per_batch=tokens_per_batch, pad_id=pad_id):
+        yield row, logprobs

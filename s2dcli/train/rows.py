@@ -1,0 +1,85 @@
+"""Training rows: a rollout as the trainers hold it, with what a step's algorithm writes beside it.
+
+Ids are int32 and log-probs float32, 8 bytes for each completion token, and the rows of a group share their
+prompt's ids. What was sampled and graded is never overwritten: `logprobs` and `reward` stay apart from
+the annotations below them, which an algorithm fills in and the objectives (objectives.py) read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from s2dcli.files.records import Rollout
+from s2dcli.models.rows import Row, as_ids
+from s2dcli.options import Aggregate
+from s2dcli.train.advantages import is_mixed, token_weights
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class TrainingRow(Row):
+    """One completion: its identity, what was sampled, its verdict, and the annotations of a step."""
+
+    group_id: str = ""
+    sample_index: int = 0
+    problem_sha256: str = ""
+    logprobs: np.ndarray  # the sampler's, of each completion token [T], nats
+    truncated: bool = False  # the length limit ended it
+    reward: float | None = None  # None: not graded
+    record: dict[str, Any] | None = None  # the whole row as a file has it, where it may be written again
+
+    weight: float = 0.0  # of each token in the loss; token_weights
+    advantage: float = 0.0
+    old_logprobs: np.ndarray | None = None  # of the policy before the step's first update [T]; None: there is one update only
+    reference_logprobs: np.ndarray | None = None  # [T]
+    teacher_logprobs: np.ndarray | None = None  # [T]
+    importance_weights: np.ndarray | None = None  # correct for a sampler that is not the trainer [T]
+    sequence_log_ratio: float | None = None  # mean over its tokens of policy - old
+
+    def __post_init__(self) -> None:
+        Row.__post_init__(self)  # not super(): slots make the class anew
+        self.logprobs = np.asarray(self.logprobs, dtype=np.float32)
+
+
+Group = list[TrainingRow]
+
+
+class RowMaker:
+    """Makes training rows of rollouts; rows with equal prompts share one array."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[bytes, np.ndarray] = {}
+
+    def row(self, rollout: Rollout, reward: float | None = None, record: dict[str, Any] | None = None) -> TrainingRow:
+        prompt_ids = as_ids(rollout.prompt_ids)
+        return TrainingRow(
+            self._prompts.setdefault(prompt_ids.tobytes(), prompt_ids),
+            rollout.completion_ids,
+            group_id=rollout.group_id,
+            sample_index=rollout.sample_index,
+            problem_sha256=rollout.problem_sha256,
+            logprobs=rollout.completion_logprobs,
+            truncated=rollout.truncated,
+            reward=reward,
+            record=record,
+        )
+
+
+def mixed(group: Group) -> bool:
+    """Whether a group's rewards differ, so that it has something to teach."""
+    return is_mixed([row.reward for row in group])
+
+
+def renamed(group: Group, group_id: str) -> Group:
+    """Return a group under another name, without annotations: what a step writes never reaches the next."""
+    records = [None if row.record is None else {**row.record, "group_id": group_id} for row in group]
+    return [replace(row, group_id=group_id, record=record) for row, record in zip(group, records, strict=True)]
+
+
+def set_weights(rows: Sequence[TrainingRow], aggregate: Aggregate, max_tokens: int) -> None:
+    """Give the rows of one update the weight of their tokens; see advantages.token_weights."""
+    for row, weight in zip(rows, token_weights([len(row.completion_ids) for row in rows], aggregate, max_tokens), strict=True):
+        row.weight = weight
