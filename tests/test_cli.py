@@ -257,6 +257,14 @@ def test_where_metrics_are_is_said_to_whoever_asks_for_a_tracker(called):
     )
 
 
+def test_a_command_in_an_error_can_be_pasted_whatever_the_path(s2d, toy, tmp_path):
+    problems, rollouts = tmp_path / "my problems.jsonl", tmp_path / "my rollouts.jsonl"
+    problems.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    assert s2d("rollout", "-m", toy / "student", problems).err.endswith(f"; make one: s2d prepare '{problems}' -o problems.jsonl\n")
+    rollouts.write_bytes(s2d("rollout", "-m", toy / "student", toy / "problems" / "test.jsonl", "-n", 1, "--max-tokens", 1).out)
+    assert s2d("eval", "--rollouts", rollouts).err.endswith(f"; grade it first: s2d verify '{rollouts}' -o graded.jsonl\n")
+
+
 INTERRUPTED_IMPORT = """
 import os, signal, sys
 class Interrupt:
