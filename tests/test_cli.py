@@ -284,7 +284,8 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(module):
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
 
 
-def test_ctrl_c_in_training_says_what_is_saved_and_what_resumes_it(toy, tmp_path):
+@pytest.mark.parametrize(("number", "code", "how"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_training_that_is_ended_says_what_is_saved_and_what_resumes_it(toy, tmp_path, number, code, how):
     out, log = tmp_path / "my run", tmp_path / "log"
     command = ["opd", "--teacher", toy / "teacher", "--student", toy / "student", toy / "problems" / "validation.jsonl", "-o", out]
     command += ["--steps", "500", "--problems-per-step", "2", "-n", "2", "--max-tokens", "8", "--save-every", "3"]
@@ -292,12 +293,12 @@ def test_ctrl_c_in_training_says_what_is_saved_and_what_resumes_it(toy, tmp_path
         pid = start([str(argument) for argument in command], nothing.fileno(), file.fileno(), file.fileno())
     while not (out / "latest").exists():
         time.sleep(0.01)
-    os.kill(pid, signal.SIGINT)
-    assert wait(pid) == 130
+    os.kill(pid, number)
+    assert wait(pid) == code
     saved = int((out / "latest").read_text().removeprefix("step-"))
     begun = read_jsonl(out / "metrics.jsonl")[-1]["step"] + 1
     lost = f"step {begun}" if begun == saved + 1 else f"steps {saved + 1} to {begun}"
-    said = f"error: interrupted; step {saved} of 500 is saved, the work on {lost} is discarded; resume with "
+    said = f"error: {how}; step {saved} of 500 is saved, the work on {lost} is discarded; resume with "
     assert log.read_text().splitlines()[-1] == said + shlex.join(map(str, ["s2d", *command, "--resume"]))
 
 
