@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from s2dcli import __version__, console, options
+from s2dcli import __version__, console, help, options
 from s2dcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, S2DError
 from s2dcli.stages import compare, fkl_warmup, grpo, lineage, opd, prepare, report, rollout, verify
 from s2dcli.stages import eval as eval_stage
@@ -20,7 +21,9 @@ from s2dcli.stages import eval as eval_stage
 app = typer.Typer(
     name="s2d",
     help="Sparse-to-dense post-training: spend scarce labels on a strong teacher, then distil it into a small student.",
-    no_args_is_help=True,
+    epilog="s2d rollout -m CKPT problems.jsonl -n 16 | s2d verify | s2d eval --rollouts -\ns2d grpo -m CKPT problems.jsonl -o runs/teacher",
+    cls=help.Group,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -34,7 +37,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
 
@@ -51,30 +54,35 @@ def _end_at_once(signum: int, frame: object) -> None:
     os._exit(EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_TERMINATED)
 
 
+def _ended(how: str, end: BaseException) -> str:
+    """Say how a command was ended, what of its work stands (the notes of the exception), and the command that resumes it."""
+    notes = getattr(end, "__notes__", [])
+    given = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
+    return "; ".join([how, *notes, *([f"resume with {shlex.join(['s2d', *given, '--resume'])}"] if notes else [])])
+
+
+def _general(text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=help.GENERAL, **settings)
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `-q` and `-v`, and turn what ends it into one line and an exit code."""
+    """Give a command `-q`, `-v` and `--help-all`, and turn what ends it into one line and an exit code."""
     expanded = options.expand(command)
     signature = inspect.signature(expanded)
-    level = [
-        inspect.Parameter(
-            "quiet",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")],
-        ),
-        inspect.Parameter(
-            "verbose",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")],
-        ),
+    general = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+        for name, option in (
+            ("quiet", _general("Warnings and errors only.", "--quiet", "-q")),
+            ("verbose", _general("Say more.", "--verbose", "-v")),
+            ("help_all", _general("Show every option and exit.", "--help-all", is_eager=True, callback=help.show_everything)),
+        )
     ]
 
     @functools.wraps(expanded)
-    def run(*, quiet: bool, verbose: bool, **given: object) -> None:
+    def run(*, quiet: bool, verbose: bool, help_all: bool, **given: object) -> None:
         console.configure(quiet=quiet, verbose=verbose)
         signal.signal(signal.SIGTERM, _end)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore it
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # background jobs of a shell ignore it
             signal.signal(signal.SIGINT, _end)
         debug = os.environ.get("S2D_DEBUG") == "1"
         try:
@@ -83,9 +91,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             console.abandon_stdout()
             raise typer.Exit(EXIT_DONE) from None
-        except KeyboardInterrupt:
-            console.error("interrupted")
+        except KeyboardInterrupt as interrupt:
+            console.error(_ended("interrupted", interrupt))
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except SystemExit as end:
+            if end.code == EXIT_TERMINATED:
+                console.error(_ended("terminated", end))
+            raise
         except S2DError as error:
             console.error(str(error))
             if debug:
@@ -97,7 +109,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 console.traceback()
             raise typer.Exit(EXIT_FAILED) from None
 
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *level])
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *general])
     run.__annotations__ = {name: parameter.annotation for name, parameter in run.__signature__.parameters.items()}
     del run.__wrapped__
     return run
@@ -115,11 +127,20 @@ HELPERS = {"prepare": prepare.prepare, "report": report.report, "compare": compa
 
 for panel, commands in (("Stages", STAGES), ("Helpers", HELPERS)):
     for name, command in commands.items():
-        app.command(name, rich_help_panel=panel)(guarded(command))
+        examples = help.examples(sys.modules[command.__module__].__doc__)
+        app.command(name, cls=help.Command, rich_help_panel=panel, epilog=examples)(guarded(command))
 
 
 def main() -> None:
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # help texts where the locale is ASCII
     try:
-        app()
+        code = app(prog_name="s2d", standalone_mode=False)
     except KeyboardInterrupt:  # before or after the command's own body
-        sys.exit(EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
+    except (S2DError, typer.TyperException) as error:
+        refused = error if isinstance(error, S2DError) else help.usage_error(error)
+        console.error(str(refused))
+        code = refused.exit_code
+    if code:
+        sys.exit(code)

@@ -8,12 +8,14 @@ or a child process prints can never end up between two JSON lines.
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from traceback import format_exc
 
 from rich.cells import cell_len
@@ -152,54 +154,149 @@ def progress(description: str, total: int | None, unit: str = "") -> Iterator:
         yield lambda count=1: bar.advance(task, count)
 
 
-def _figure(value: object) -> str:
-    if value is None:
-        return "-"
+# What is shown of a step, in this order: label, field of metrics.jsonl, how it is written. The line log takes the first BRIEF.
+_FIGURES = (
+    ("reward", "reward", ".3f"),
+    ("cross-entropy", "cross_entropy", ".3f"),
+    ("KL", "kl", ".3g"),
+    ("", "evaluation", ""),
+    ("entropy", "entropy", ".3f"),
+    ("tokens/rollout", "mean_tokens", ",.0f"),
+    ("truncated", "truncated", ".1%"),
+    ("mixed groups", "mixed_groups", ".1%"),
+    ("loss", "loss", ".3g"),
+    ("lr", "lr", ".3g"),
+    ("grad norm", "grad_norm", ".3g"),
+    ("seconds/step", "seconds", ",.1f"),
+)
+BRIEF = 7
+CELL = 24  # columns of a label with its figure
+CELL_OF_FIELD = 38  # of the other fields of metrics.jsonl, whose names are longer
+
+
+def _written(value: object, style: str = "") -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
+        return format(value, style or (",.0f" if abs(value) >= 1000 else ".4g"))
+    return "-" if value is None else str(value)
+
+
+def _figures(row: dict, evaluation: dict | None, count: int = len(_FIGURES)) -> list[tuple[str, str]]:
+    """Return the figures that a trainer's steps have, `-` for one that is missing in this step."""
+    if evaluation:
+        row = {**row, "evaluation": f"{evaluation['avg_at_k']:.1%} ± {evaluation['se']:.1%}"}
+    labels = {"evaluation": f"avg@{evaluation['k']}"} if evaluation else {}
+    return [(labels.get(name, label), _written(row[name], style)) for label, name, style in _FIGURES[:count] if name in row]
+
+
+def _shares(row: dict) -> str:
+    """Write the share of a step's time that each phase took."""
+    seconds = {name.removesuffix("_seconds"): value for name, value in row.items() if name.endswith("_seconds")}
+    total = max(row["seconds"], sum(seconds.values())) or 1.0
+    return ", ".join(f"{phase} {value / total:.0%}" for phase, value in seconds.items())
 
 
 @contextmanager
-def training(steps: int) -> Iterator[Callable[[dict], None]]:
-    """Show the steps of a training run; yields `show(row of metrics.jsonl)`.
+def training(steps: int) -> Iterator[Callable[..., None]]:
+    """Show the steps of a training run; yields `show(row of metrics.jsonl, last row of evals.jsonl or None)`.
 
-    A terminal gets a bar with the last step's figures under it. Elsewhere a line is printed for the
-    first step, the last one, and every LOG_INTERVAL seconds.
+    A terminal gets a bar with the last step's figures under it, each in its place. Elsewhere a line is
+    printed for the first step, the last one, and every LOG_INTERVAL seconds. `-v` adds all other fields.
     """
-    if not live_display():
-        last = -LOG_INTERVAL
+    started = logged = -LOG_INTERVAL
+    before = None  # the step before the first one that is shown
+    known = {"step", *(name for _, name, _ in _FIGURES)}
+    columns = (TextColumn("step"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
+    bar = Progress(*columns, console=stderr, expand=True)
+    task = bar.add_task("step", total=steps, left="")
+    with Live(bar, console=stderr, refresh_per_second=4) if live_display() else nullcontext() as live:
 
-        def show_line(row: dict) -> None:
-            nonlocal last
-            if row["step"] in (1, steps) or time.monotonic() - last >= LOG_INTERVAL:
-                last = time.monotonic()
-                figures = " ".join(f"{name} {_figure(value)}" for name, value in row.items() if name != "step")
-                info(f"step {row['step']}/{steps} {figures}")
+        def show(row: dict, evaluation: dict | None = None) -> None:
+            nonlocal started, logged, before
+            step, now = row["step"], time.monotonic()
+            if before is None:
+                before, started = step - 1, now - row["seconds"]
+            left = f"{timedelta(seconds=round((steps - step) * (now - started) / (step - before)))} left"
+            others = [(name, _written(value)) for name, value in row.items() if name not in known] if verbose() else []
+            if live:
+                bar.update(task, completed=step, left=left)
+                live.update(Group(bar, _grid(_figures(row, evaluation), CELL), Text(_shares(row), "dim"), _grid(others, CELL_OF_FIELD)))
+            elif step in (1, steps) or now - logged >= LOG_INTERVAL:
+                logged = now
+                figures = [*_figures(row, evaluation, None if verbose() else BRIEF), *others]
+                info(f"step {step}/{steps}: {', '.join(map(' '.join, figures))}, {left} ({_shares(row)})")
 
-        yield show_line
-        return
-    bar = Progress(TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=stderr)
-    task = bar.add_task("step", total=steps)
-    with Live(bar, console=stderr, refresh_per_second=4) as live:
-
-        def show_table(row: dict) -> None:
-            bar.update(task, completed=row["step"])
-            live.update(Group(bar, _grid([(name, _figure(value)) for name, value in row.items() if name != "step"])))
-
-        yield show_table
+        yield show
 
 
-def _grid(cells: list[tuple[str, str]], columns: int = 4) -> Table:
-    """Lay out name-value pairs in `columns` pairs side by side."""
+def _grid(cells: list[tuple[str, str]], width: int) -> Table:
+    """Lay out labels and figures in as many columns of a fixed width as the terminal holds."""
+    columns = max(1, (stderr.width + 2) // (width + 2))
     table = Table.grid(padding=(0, 2, 0, 0))
-    for _ in range(columns):
-        table.add_column(style="dim")
-        table.add_column(justify="right")
     for start in range(0, len(cells), columns):
-        row = cells[start : start + columns]
-        table.add_row(*(text for cell in row for text in cell))
+        table.add_row(*(Text.assemble((label, "dim"), value.rjust(width - len(label))) for label, value in cells[start : start + columns]))
     return table
+
+
+BYTES = (" B", " kB", " MB", " GB")
+
+
+def loading(model: str, parameters: int, dtype: str, device: str) -> None:
+    """Say before some slow seconds what is loaded."""
+    info(f"loading {model} ({_short(parameters)} parameters, {dtype}, {device})")
+
+
+def _short(number: float, units: tuple[str, ...] = ("", "k", "M", "B")) -> str:
+    """Write a number with three digits and a unit of thousands: 1.72B."""
+    power = min(len(units) - 1, max(0, int(math.log10(max(1, number)) / 3)))
+    return f"{number / 1000**power:.3g}{units[power]}"
+
+
+# Results in words: what a terminal is shown of the objects that a pipe is given
+
+
+def run_table(result: dict) -> list[tuple[str, str]]:
+    """A trainer's result: the checkpoint, the figures of the last step, the last evaluation."""
+    evaluation = {name.removeprefix("eval_"): value for name, value in result.items() if name.startswith("eval_")}
+    figures = _figures(result, evaluation or None)
+    return [("checkpoint", result["checkpoint"]), ("step", f"{result['step']:,}"), *figures, ("labels", f"{result.get('labels', 0):,}")]
+
+
+def eval_table(result: dict) -> list[tuple[str, str]]:
+    """An evaluation's results."""
+    k = result["k"]
+    return [
+        ("name", result["name"]),
+        ("data set", result["dataset"] or "-"),
+        ("problems", f"{result['problems']:,}"),
+        (f"avg@{k}", f"{result['avg_at_k']:.1%} ± {result['se']:.1%}"),
+        (f"pass@{k}", f"{result['pass_at_k']:.1%}"),
+        ("truncated", f"{result['truncated']:.1%}"),
+        ("tokens/rollout", f"{result['mean_tokens']:,.0f}"),
+        ("not graded", f"{result['ungraded']:,}"),
+    ]
+
+
+def plan_table(plan: dict) -> list[tuple[str, str]]:
+    """The plan of --dry-run; whether it fits is said where it tells the `available_bytes`."""
+    parts = {name: value for name, value in plan.items() if name.endswith("_bytes") and value}
+    total, available = parts.pop("total_bytes"), parts.pop("available_bytes", None)
+    memory = _short(total, BYTES)
+    if available:
+        memory = f"{'fits' if total <= available else 'does not fit'}: {total / 1e9:.3g} of {available / 1e9:.3g} GB"
+    return [
+        ("steps", f"{plan['steps']:,} of {plan['rollouts_per_step']:,} rollouts, {plan['rollouts']:,} in all"),
+        ("tokens", f"at most {_short(plan['completion_tokens_at_most'])} are sampled"),
+        ("parameters", f"{_short(plan['parameters'])}, of which {_short(plan['trained_parameters'])} are trained"),
+        ("memory", memory),
+        *((f"  {name.removesuffix('_bytes')}", _short(value, BYTES)) for name, value in parts.items()),
+        ("output", plan["out"]),
+    ]
+
+
+def aligned(pairs: list[tuple[str, str]]) -> str:
+    """Return names and values in two columns."""
+    width = max(len(name) for name, _ in pairs)
+    return "".join(f"{name:{width}}  {printable(value)}\n" for name, value in pairs)
 
 
 def markdown(table: list[list[str]]) -> str:

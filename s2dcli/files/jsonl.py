@@ -11,7 +11,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -273,8 +273,8 @@ def open_output(path: str | Path, *, overwrite: bool = False, append: bool = Fal
             stream.close()
 
 
-def print_result(result: dict) -> None:
-    """Print one JSON object on standard output: a command's closing line for scripts."""
+def print_result(result: dict, table: Callable[[dict], list[tuple[str, str]]] | None = None) -> None:
+    """Print one JSON object on standard output: a command's closing line for scripts. A terminal is shown its `table`."""
     out = console.claim_stdout()
-    out.write(dumps(result))
+    out.write(console.aligned(table(result)).encode() if table and out.isatty() else dumps(result))
     out.flush()

@@ -7,6 +7,7 @@ that `datasets` and jq read every column back with the type it was written with.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -95,7 +96,8 @@ def take_reward(record: dict, where: str) -> float | None:
     """Return the reward of a graded row, None where it has no verdict."""
     if "reward" not in record:
         name = where.rpartition(":")[0]
-        through = "pipe it through s2d verify" if name == jsonl.input_name(jsonl.STDIN) else f"s2d verify {name} -o graded.jsonl"
+        piped = name == jsonl.input_name(jsonl.STDIN)
+        through = "pipe it through s2d verify" if piped else f"s2d verify {shlex.quote(name)} -o graded.jsonl"
         raise DataError("no field 'reward'", where=where, hint=f"grade it first: {through}")
     return None if record["reward"] is None else take_number(record, "reward", where)
 
@@ -222,7 +224,7 @@ def read_problems(path: str | Path) -> list[Problem]:
         if "prompt_ids" in record or "completion" in record:
             raise DataError("this is a rollout, a problem was expected", where=where)
         if "id" not in record and {"problem", "question", "prompt"} & record.keys():
-            raise DataError("not a problem record", where=where, hint=f"make one: s2d prepare {path} -o problems.jsonl")
+            raise DataError("not a problem record", where=where, hint=f"make one: s2d prepare {shlex.quote(str(path))} -o problems.jsonl")
         problem = Problem.from_record(record, where)
         if problem.id in seen:
             raise DataError(f"id {problem.id!r} was already used at {seen[problem.id]}", where=where)

@@ -89,12 +89,18 @@ class RunFolder(OutputFolder):
         if self.problems and not self.step:
             self._write_records(self.folder / PROBLEMS, self.problems)
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        """Close what is open; of an interrupt it notes what is saved and what is lost."""
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            saved = f"step {self.step} of {self.steps} is saved" if self.step else "no step is saved"
+            begun = self.last_row.get("step", 0) + 1
+            lost = f"step {begun}" if begun == self.step + 1 else f"steps {self.step + 1} to {begun}"
+            error.add_note(f"{saved}, the work on {lost} is discarded" if self.step < self.steps else saved)
         for file in self._files.values():
             with suppress(OSError):  # of a row that could not be written, which has been told
                 file.close()
         self.keep |= bool(self.last_row or self.last_eval)
-        super().__exit__(*error)
+        super().__exit__(kind, error)
 
     @property
     def checkpoint(self) -> Path:

@@ -133,7 +133,7 @@ class TrainingRun:
                 yield step
                 row = self._row(step)
                 self.folder.add_row(row)
-                show(row)
+                show(row, self.folder.last_eval)
                 if number % self.running.eval_every == 0 or number == steps:
                     self._evaluate(number)
                 every_steps, every_seconds = self._cadence
