@@ -54,7 +54,7 @@ ExcludeNear = Annotated[
 Template = Annotated[
     str,
     typer.Option(
-        metavar="TEXT|none", help=f"Text of the prompt, with {PLACE} in it; none: the problem alone.", show_default="asks for \boxed{}"
+        metavar="TEXT|none", help=f"Text of the prompt, with {PLACE} in it; none: the problem alone.", show_default="asks for \\boxed{}"
     ),
 ]
 Solutions = Annotated[
@@ -171,7 +171,8 @@ def _check_options(
         raise UsageError("--solutions needs --tokenizer CKPT: rollouts are trained on by their token ids")
     if tokenizer is not None and not solution_files:
         raise UsageError("--tokenizer is used for --solutions only; problems hold text")
-    if {*map(os.path.abspath, problem_files)} & {*map(os.path.abspath, solution_files)}:
+    places = [{os.path.abspath(jsonl.output_name(file)) for file in files} for files in (problem_files, solution_files)]
+    if places[0] & places[1]:
         raise UsageError("problems and --solutions would go to the same place", hint="-o and --solutions need different names")
     if [*names, *exclude].count(jsonl.STDIN) > 1:
         raise UsageError("standard input can be read once only")

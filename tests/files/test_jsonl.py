@@ -58,7 +58,7 @@ def write_zstd(path, content):
         stream.write(content)
 
 
-@pytest.mark.parametrize("write", [lambda path, content: path.write_bytes(gzip.compress(content)), write_zstd])
+@pytest.mark.parametrize("write", [lambda path, content: path.write_bytes(gzip.compress(content)), write_zstd], ids=["gzip", "zstd"])
 def test_compressed_files_are_read_whatever_their_name(tmp_path, write):
     rows = [{"a": "x" * 100_000}, {"a": 2}]
     path = tmp_path / "rows.jsonl.z"
@@ -84,6 +84,7 @@ def test_compressed_files_are_read_whatever_their_name(tmp_path, write):
         (b"Question\tAnswer\na\t1\n", "is TSV, JSON lines were expected; python -c 'import csv"),
         (b"PAR1\x15\x04", "is a parquet file, JSON lines were expected; python -c 'import datasets"),
     ],
+    ids=["UTF-16 with BOM", "UTF-16 without BOM", "array over lines", "array on one line", "CSV", "TSV", "parquet"],
 )
 def test_other_formats_are_named_with_the_command_that_converts_them(tmp_path, content, says):
     path = tmp_path / "rows.txt"

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -284,6 +285,16 @@ def test_worked_solutions_become_rollouts(prepare, tmp_path):
     assert list(first) == list(second)
 
 
+def test_worked_solutions_end_where_the_model_stops(prepare, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TOY_TEACHER, model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|user|>{% endfor %}<|im_end|>")
+    (model / "generation_config.json").write_text('{"eos_token_id": [3, 1]}')
+    write(tmp_path / "a.jsonl", [{"problem": "7-1=", "answer": "6", "solution": "\\boxed{6}"}])
+    assert prepare("a.jsonl", "-o", "p.jsonl", "--solutions", "gold.jsonl", "--tokenizer", "model").code == 0
+    assert read(tmp_path / "gold.jsonl")[0]["completion_ids"][-1] == 1  # <|user|>; the tokenizer's EOS is 3
+
+
 def test_datasets_gives_the_strings_back(prepare, tmp_path):
     from datasets import load_dataset
 
@@ -325,6 +336,7 @@ def test_existing_outputs_are_refused_before_anything_is_read(prepare, tmp_path)
         (["--template", "no place"], "--template has no {problem}"),
         (["--solutions", "s.jsonl"], "--solutions needs --tokenizer"),
         (["--solutions", "-", "--tokenizer", "x"], "same place"),
+        (["--solutions", "-", "-o", "/dev/stdout", "--tokenizer", "x"], "same place"),
         (["--source-split", "test"], "--source-split chooses within a folder"),
         (["--exclude-near"], "--exclude-near needs --exclude"),
     ],
