@@ -14,13 +14,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from s2dcli.errors import DataError
 from s2dcli.files.records import Message
-
-if TYPE_CHECKING:
-    from s2dcli.datasets.sources import Row
 
 TEXT_FIELDS = ("prompt", "problem", "question")
 # A worked solution is asked last: where a row has a gold column, that is what its authors grade by.
@@ -45,6 +42,16 @@ _GSM8K_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace counts as text
 _ONLY_BOX = re.compile(r"\$*\\(?:boxed|fbox)\s*\{.*\}\.?\$*\.?", re.DOTALL)
+
+
+class Row(NamedTuple):
+    """One raw row: `where` is its place for error messages, `index` its position from 0."""
+
+    where: str
+    record: dict
+    dataset: str
+    split: str
+    index: int
 
 
 class Question(NamedTuple):
@@ -104,7 +111,7 @@ def _missing(record: dict, names: tuple[str, ...], what: str) -> str:
 
 
 def question(record: dict, where: str) -> Question:
-    """Find the problem in a row. Raises DataError if there is none or it is no text or chat."""
+    """Find the problem in a row. Raises DataError if there is none or it is neither text nor chat."""
     found = _find(record, TEXT_FIELDS)
     if found is None:
         raise DataError(_missing(record, TEXT_FIELDS, "problem text"), where=where)
@@ -136,7 +143,7 @@ def _chat(messages: list, name: str, where: str) -> list:
 def gold(record: dict, where: str, *, required: bool = True) -> Gold:
     """Find the gold answer and the worked solution in a row.
 
-    Raises DataError if there is no answer, unless it is not required, or if it is no text or number.
+    Raises DataError if there is no answer, unless it is not required, or if it is neither text nor number.
     """
     model = record.get("reward_model")
     if isinstance(model, dict) and _is_empty(record.get("answer")) and not _is_empty(model.get("ground_truth")):
@@ -146,7 +153,7 @@ def gold(record: dict, where: str, *, required: bool = True) -> Gold:
         if found is None:
             if required:
                 message = _missing(record, ANSWER_FIELDS, "answer")
-                raise DataError(message, where=where, hint="--unlabelled takes problems without answers")
+                raise DataError(message, where=where, hint="--unlabelled keeps problems without answers")
             return Gold("", "")
         name, value = found
     text = _as_text(value, name, where)
@@ -170,7 +177,9 @@ def _is_bare_answer(text: str) -> bool:
 
 
 def _type_name(value: Any) -> str:
-    names = {bool: "true or false", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"not a finite number ({value})"
+    names = {bool: "true or false", int: "an integer", float: "a number", list: "a list", dict: "an object", type(None): "null"}
     return names.get(type(value), f"of type {type(value).__name__}")
 
 

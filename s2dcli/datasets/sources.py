@@ -1,11 +1,13 @@
-"""Data sets as they are found in the world, read as rows: files, folders in hub layout, hub ids.
+"""Data sets in the forms they are published in, read as rows: files, folders in hub layout, hub ids.
 
-`read` yields raw rows with their place in the source; what they hold is for `columns.py` to find.
+`read` yields raw rows with their place in the source; `columns.py` finds what they hold.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from s2dcli import console
-from s2dcli.datasets.columns import wanted
+from s2dcli.datasets.columns import Row, wanted
 from s2dcli.errors import DataError, nearest
 from s2dcli.files import jsonl
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 ROWS_AT_A_TIME = 2048  # of a parquet file or a hub data set: a few MB of Python objects
+HUB_SECONDS = 10.0  # that the hub is given to say whether it has a data set, before only the local cache is tried
 
 _SHARD = re.compile(r"^(?P<split>.+)-\d{5}-of-\d{5}$")
 _SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|training|test|testing|validation|valid|val|dev)(?![a-z0-9])", re.IGNORECASE)
@@ -63,16 +66,6 @@ SHORT_NAMES = {
 }
 
 
-class Row(NamedTuple):
-    """One raw row: `where` is its place for error messages, `index` its position from 0."""
-
-    where: str
-    record: dict
-    dataset: str
-    split: str
-    index: int
-
-
 def read(source: str, *, subset: str | None = None, split: str | None = None, every_split: bool = False) -> Iterator[Row]:
     """Yield the rows of a file, a folder in hub layout, a hub data set, or standard input for `-`.
 
@@ -89,7 +82,8 @@ def read(source: str, *, subset: str | None = None, split: str | None = None, ev
             yield from _read_hub(SHORT_NAMES.get(source.lower(), source), subset, split, every_split)
         case Kind.file:
             # Where a file is named after its split, its folder names the data set.
-            dataset, name = (path.resolve().parent.name, path.stem) if _SPLIT_WORD.fullmatch(path.stem) else (path.stem, "")
+            stem = _uncompressed(path).stem
+            dataset, name = (path.resolve().parent.name, stem) if _SPLIT_WORD.fullmatch(stem) else (stem, "")
             yield from _number(_read_file(path), dataset, name)
 
 
@@ -100,11 +94,20 @@ def kind_of(source: str) -> Kind:
         return Kind.stdin
     if path.is_dir():
         return Kind.folder
-    if path.exists() or path.suffix.lower() in _READERS:
+    if path.exists() or _format(path) in _READERS:
         return Kind.file
     if source.lower() in SHORT_NAMES or _HUB_ID.match(source):
         return Kind.hub
     raise DataError(f"no such file or folder{nearest(source, SHORT_NAMES)}", where=source, hint="a hub data set is named OWNER/NAME")
+
+
+def _uncompressed(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
+
+
+def _format(path: Path) -> str:
+    """Return what a file's name says of its format, compressed or not: `.jsonl` of `train.jsonl.gz`."""
+    return _uncompressed(path).suffix.lower()
 
 
 def _number(records: Iterable[tuple[str, dict]], dataset: str, split: str) -> Iterator[Row]:
@@ -117,7 +120,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
         with jsonl.open_input(path, "problems") as stream:
             if stream.read(24) == b"version https://git-lfs.":
                 raise DataError("this is a Git LFS pointer, not the data", where=str(path), hint="fetch it with `git lfs pull`")
-    return _READERS.get(path.suffix.lower(), _read_jsonl)(path)
+    return _READERS.get(_format(path), _read_jsonl)(path)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -153,18 +156,16 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, record
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(2**31 - 1)  # worked solutions outgrow the default of 128 KiB
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
+        with jsonl.open_input(path, "problems") as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            reader = csv.DictReader(text, delimiter=delimiter, strict=True)
             for number, record in enumerate(reader, 1):
                 where = f"{path} row {number}"
                 if None in record or None in record.values():
                     raise DataError(f"has not the {len(reader.fieldnames or ())} fields of the header", where=where)
                 yield where, record
-    except OSError as error:
-        raise DataError(f"cannot read problems: {error.strerror}", where=str(path)) from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"not CSV in UTF-8 ({error})", where=str(path)) from None
 
@@ -182,7 +183,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
         raise DataError(f"not a readable parquet file ({_first_line(error)})", where=str(path)) from None
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": functools.partial(_read_csv, delimiter="\t"),
+    ".parquet": _read_parquet,
+}
 
 
 def _arrow_rows(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], name: str) -> Iterator[tuple[str, dict]]:
@@ -246,7 +253,7 @@ def _declared_layout(folder: Path) -> dict[str, dict[str, list[Path]]]:
             name, patterns = (entry.get("split", "train"), entry.get("path", [])) if isinstance(entry, dict) else ("train", entry)
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
                 if not pattern.startswith("/") and "://" not in pattern:
-                    splits.setdefault(name, []).extend(sorted(path for path in folder.glob(pattern) if path.suffix.lower() in _READERS))
+                    splits.setdefault(name, []).extend(sorted(path for path in folder.glob(pattern) if _format(path) in _READERS))
         if files := {name: paths for name, paths in splits.items() if paths}:
             layout[config.get("config_name", "default")] = files
     return layout
@@ -258,9 +265,9 @@ def _found_layout(folder: Path) -> dict[str, dict[str, list[Path]]]:
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         is_metadata = path.suffix == ".json" and path.stem in ("dataset_info", "dataset_infos", "dataset_dict", "state")
-        if path.suffix.lower() not in _READERS or is_metadata or any(part.startswith(".") for part in parts) or not path.is_file():
+        if _format(path) not in _READERS or is_metadata or any(part.startswith(".") for part in parts) or not path.is_file():
             continue
-        *folders, split = [*parts[:-1], path.stem]
+        *folders, split = [*parts[:-1], _uncompressed(path).stem]
         if shard := _SHARD.match(split):
             split = shard["split"]
         words = [match[1].lower() for name in (split, *reversed(folders)) if (match := _SPLIT_WORD.search(name))]
@@ -276,6 +283,7 @@ def _found_layout(folder: Path) -> dict[str, dict[str, list[Path]]]:
 
 def _read_hub(name: str, subset: str | None, split: str | None, every_split: bool) -> Iterator[Row]:
     """Read a data set from the hub or its local cache. Code that a data set brings is never run."""
+    console.info(f"asking the hub for {name} (there is no such file or folder here)")
     import datasets
 
     if not console.live_display():
@@ -284,12 +292,14 @@ def _read_hub(name: str, subset: str | None, split: str | None, every_split: boo
     subsets = (subset,) if subset is not None or defaults is None else defaults.subsets
     if split is None and defaults is not None and not every_split:
         split = defaults.split
+    unreachable = _find_on_hub(name)
     for subset_name in subsets:
         try:
             splits = datasets.load_dataset(name, subset_name)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+            reason = f"the hub cannot be reached ({unreachable}) and its cache does not hold it" if unreachable else _first_line(error)
             raise DataError(
-                f"no such file or folder, and as a hub data set it cannot be loaded ({_first_line(error)})",
+                f"no such file or folder here, and as a hub data set it cannot be loaded: {reason}",
                 where=name,
                 hint="a folder or a file of the data set works without the network",
             ) from None
@@ -297,3 +307,25 @@ def _read_hub(name: str, subset: str | None, split: str | None, every_split: boo
             data = splits[split_name]
             data = data.select_columns(wanted(data.column_names)).with_format("arrow")
             yield from _number(_arrow_rows(data.iter(ROWS_AT_A_TIME), f"{name} {split_name}"), name, split_name)
+
+
+def _find_on_hub(name: str) -> str:
+    """Ask once whether the hub has a data set: its library would try six times to reach it. Raises DataError if it has not.
+
+    Returns "", or why the hub cannot be reached; then data sets are looked for in the local cache only.
+    """
+    import datasets
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_SECONDS)
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
+        raise DataError(
+            "no such file or folder here, and no such data set on the hub",
+            where=name,
+            hint="HF_TOKEN gives access to private ones",
+        ) from None
+    except Exception as error:  # the hub's client raises its own, requests' and httpx' errors alike
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return _first_line(error)
+    return ""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import select
+import shlex
 import stat
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -45,7 +49,8 @@ def sha256(records: Iterable[dict]) -> str:
 
 
 def is_stream(path: str | Path) -> bool:
-    return str(path) == STDIN
+    """Whether a path is standard input or output; `./-`, or a Path of it, is a file of that name."""
+    return path == STDIN or str(path) in ("/dev/stdin", "/dev/stdout")
 
 
 def output_name(path: str | Path) -> str:
@@ -56,10 +61,29 @@ def input_name(path: str | Path) -> str:
     return "standard input" if is_stream(path) else str(path)
 
 
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_UTF16 = ("UTF-16 text", "iconv -f UTF-16 -t UTF-8 {} > utf8.jsonl")
+# First bytes of other formats: their names, and the commands that convert them
+_FOREIGN = {
+    _GZIP: ("gzip-compressed", "gunzip -c {} | s2d ..."),
+    _ZSTD: ("zstd-compressed", "zstd -dc {} | s2d ..."),
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
+    b"PAR1": ("a parquet file", 'python -c \'import datasets; datasets.Dataset.from_parquet("{}").to_json("rows.jsonl")\' converts it'),
+}
+# One of these names in a first line that is not JSON shows a table's header.
+_COLUMNS = {b"prompt", b"problem", b"question", b"answer", b"solution", b"completion", b"reward", b"ground_truth"}
+
+
 @contextmanager
 def open_input(path: str | Path, expects: str) -> Iterator[BinaryIO]:
-    """Open a file, or standard input for `-`; `expects` says what belongs there."""
+    """Open a file, or standard input for `-`; `expects` says what belongs there.
+
+    A file that is compressed with gzip or zstd, whatever its name, is read decompressed.
+    """
     if is_stream(path):
+        if sys.stdin is None:
+            raise UsageError(f"standard input is closed: pipe {expects} into this command or name a file")
         if sys.stdin.isatty():
             raise UsageError(f"nothing to read: pipe {expects} into this command or name a file")
         yield sys.stdin.buffer
@@ -71,7 +95,49 @@ def open_input(path: str | Path, expects: str) -> Iterator[BinaryIO]:
     except OSError as error:
         raise DataError(f"cannot read {expects}: {error.strerror}", where=str(path)) from None
     with stream:
-        yield stream
+        # A pipe is not waited for here: what comes through one shows at its first line.
+        start = stream.peek(len(_ZSTD)) if stat.S_ISREG(os.fstat(stream.fileno()).st_mode) else b""
+        if not start.startswith((_GZIP, _ZSTD)):
+            yield stream
+            return
+        try:
+            with gzip.open(stream) if start.startswith(_GZIP) else _open_zstd(stream) as content:
+                yield content
+        except (OSError, EOFError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise DataError(f"the compressed file is damaged or cut short ({error})", where=str(path)) from None
+
+
+def _open_zstd(stream: BinaryIO) -> BinaryIO:
+    import pyarrow  # which is there for parquet, and knows zstd
+
+    content = io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
+    content.fileno = stream.fileno  # pyarrow's has none
+    return content
+
+
+def _refuse_foreign(raw: bytes, name: str, expects: str) -> None:
+    """Raise DataError if the first line of a file shows that its format is not JSON lines."""
+    head = raw.strip()
+    if head.startswith(b"{") and head[1:2] != b"\0":
+        return
+    cells = {cell.strip(b'" ').lower() for cell in re.split(rb"[,\t]", head)}
+    found = next((_FOREIGN[start] for start in _FOREIGN if raw.startswith(start)), None)
+    if head == b"[" or head.startswith(b"[{"):
+        found = ("a JSON array", "jq -c '.[]' {} > rows.jsonl")
+    elif raw[:1] == b"\0" or raw[1:2] == b"\0":
+        found = _UTF16
+    elif len(cells) > 1 and (cells & _COLUMNS or name.lower().endswith((".csv", ".tsv"))):
+        kind, option = ("TSV", ', delimiter="\\t"') if b"\t" in head else ("CSV", "")
+        script = f"import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin{option})]"
+        found = (kind, f"python -c '{script}' < {{}} > rows.jsonl")
+    if found:
+        what, command = found
+        if expects == "problems" and name.lower().endswith((".csv", ".tsv", ".parquet")):
+            command = "s2d prepare {} -o problems.jsonl"
+        file = "FILE" if name == input_name(STDIN) else shlex.quote(name)
+        raise DataError(f"is {what}, JSON lines were expected", where=name, hint=command.replace("{}", file))
 
 
 def parse_line(raw: bytes, where: str, **decoding: Any) -> dict:
@@ -85,18 +151,21 @@ def parse_line(raw: bytes, where: str, **decoding: Any) -> dict:
     except ValueError as error:
         raise DataError(f"not a line of JSON ({error})", where=where) from None
     if not isinstance(record, dict):
-        raise DataError(f"a JSON object was expected, this is a {type(record).__name__}", where=where)
+        kind = {list: "list", str: "text", bool: "boolean", type(None): "null"}.get(type(record), "number")
+        raise DataError(f"a JSON object was expected, this is {kind}", where=where)
     return record
 
 
 def read(path: str | Path, expects: str) -> Iterator[Line]:
-    """Yield the objects of a JSONL file as they come; blank lines are passed over.
+    """Yield the objects of a JSONL file as they come; blank lines are skipped.
 
-    Raises DataError at the first line that is no JSON object.
+    Raises DataError at the first line that is not a JSON object.
     """
     name = input_name(path)
     with open_input(path, expects) as stream:
         for number, raw in enumerate(stream, 1):
+            if number == 1:
+                _refuse_foreign(raw, name, expects)
             if raw.strip():
                 where = f"{name}:{number}"
                 yield Line(where, parse_line(raw, where))
@@ -126,7 +195,7 @@ def with_fields(raw: bytes, record: dict, fields: dict) -> bytes:
     """Return the line `raw`, which parses to `record`, with `fields` added, as ASCII JSON.
 
     What the line held stays as it was written, to the digit, unless it already has one of the
-    fields: then the record is written anew without it.
+    fields: then the record is written again without it.
     """
     added = dumps(fields)[1:]
     if not record.keys().isdisjoint(fields):
@@ -144,15 +213,15 @@ def with_fields(raw: bytes, record: dict, fields: dict) -> bytes:
 
 
 class RawLines:
-    """The lines of a file or pipe as (where, bytes), blank ones passed over.
+    """The lines of a file or pipe as (where, bytes), blank ones skipped.
 
     `ready` tells whether the next one is there without waiting, `fileno` what to wait for.
     """
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
-        self._fd = stream.fileno()
+        self._stream = stream
         self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
+        self._poll.register(stream, select.POLLIN)
         self._name = name
         self._lines: deque[bytes] = deque()
         self._partial: list[bytes] = []
@@ -160,10 +229,10 @@ class RawLines:
         self._number = 0
 
     def fileno(self) -> int:
-        return self._fd
+        return self._stream.fileno()
 
     def _fill(self) -> None:
-        chunk = os.read(self._fd, _CHUNK)
+        chunk = self._stream.read1(_CHUNK)  # what is there, without waiting for more
         head, newline, rest = chunk.partition(b"\n")
         self._partial.append(head)
         if newline or not chunk:
@@ -191,6 +260,8 @@ class RawLines:
                 raise StopIteration
             raw = self._lines.popleft()
             self._number += 1
+            if self._number == 1:
+                _refuse_foreign(raw, self._name, "rollouts")
             if raw.strip():
                 return f"{self._name}:{self._number}", raw
 
@@ -242,8 +313,9 @@ class Writer:
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """Raise UsageError if the output exists and `--overwrite` was not given."""
-    if not overwrite and os.path.lexists(path):
+    """Raise UsageError if the output exists and `--overwrite` was not given; devices and FIFOs are written to."""
+    is_special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    if not overwrite and os.path.lexists(path) and not is_special:
         raise UsageError("output exists", where=str(path), hint="--overwrite replaces it, or choose another -o")
 
 

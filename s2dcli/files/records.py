@@ -31,8 +31,11 @@ def sha256_text(text: str) -> str:
 
 
 def problem_sha256(text: str) -> str:
-    """Hash a bare problem text: NFKC, white space folded to single blanks, ends stripped."""
-    return sha256_text(" ".join(unicodedata.normalize("NFKC", text).split()))
+    """Hash a bare problem text: NFC, white space folded to single blanks, ends stripped.
+
+    Nothing that changes mathematics is folded: NFKC would make one problem of "2² + 1" and "22 + 1".
+    """
+    return sha256_text(" ".join(unicodedata.normalize("NFC", text).split()))
 
 
 def row_seed(seed: int, group_id: str, sample_index: int) -> int:
@@ -61,6 +64,8 @@ def take(record: dict, field: str, kind: type | tuple[type, ...], where: str) ->
 def take_messages(record: dict, field: str, where: str) -> list[Message]:
     """Return a field that holds a list of {role, content}."""
     messages = take(record, field, list, where)
+    if not messages:
+        raise DataError(f"field {field!r} holds no message", where=where)
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f"field {field!r} must be a list of objects with role and content", where=where)
@@ -119,12 +124,16 @@ class Problem:
 
     @classmethod
     def from_record(cls, record: dict, where: str) -> Problem:
+        source = take(record, "source", dict, where)
+        for name, kind in (("dataset", str), ("split", str), ("index", int)):
+            if name in source:
+                take({f"source.{name}": source[name]}, f"source.{name}", kind, where)
         return cls(
             id=take(record, "id", str, where),
             prompt=take_messages(record, "prompt", where),
             answer=take(record, "answer", str, where),
             problem_sha256=take(record, "problem_sha256", str, where),
-            source=take(record, "source", dict, where),
+            source=source,
         )
 
     def to_record(self) -> dict:

@@ -7,7 +7,7 @@ second tokenisation can add a BOS or split a completion differently.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not
 
 # How completions become text, for every record: the same ids must always give the same text.
 DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+_ANSWER = "the-answer"  # stands for a completion where a template is rendered to see what it writes after one
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -153,9 +154,22 @@ class PromptEncoder:
             raise UsageError("a prompt encodes to no tokens", where=str(self.tokenizer.name_or_path))
         return ids
 
-    def encode_completion(self, text: str) -> list[int]:
-        """Return the ids of a completion's text, closed by EOS: for texts that no model has sampled."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+    @cached_property
+    def _after_answer(self) -> list[int]:
+        """Ids that the template writes after an assistant's answer; none for `plain`."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+        text = self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False, **self.kwargs)
+        _, found, after = text.rpartition(_ANSWER)
+        return self.tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+
+    def encode_completion(self, text: str, eos_ids: Collection[int] = ()) -> list[int]:
+        """Return the ids of a completion's text and of the end of its turn: for texts that no model has sampled.
+
+        The end of the turn is the first of the model's `eos_ids` that the template writes after an answer, else
+        the first special token there, else the tokenizer's EOS.
+        """
+        ends = (i for known in (eos_ids, self.tokenizer.all_special_ids) for i in self._after_answer if i in known)
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], next(ends, self.tokenizer.eos_token_id)]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of a completion, without special tokens."""

@@ -1,66 +1,71 @@
 """`s2d prepare`: problems.jsonl from any data set of verifiable problems.
 
-Reads files (JSONL, JSON, parquet, CSV), folders in hub layout and hub data sets, finds problem and
-answer in each row (`datasets/columns.py` lists the layouts), removes duplicates and whatever an
-evaluation set holds, and splits what is left. In this order, so that no two parts share a problem:
+Reads files (JSONL, JSON, parquet, CSV, TSV), folders in hub layout and hub data sets, finds problem and
+answer in each row (`datasets/columns.py` lists the layouts), removes duplicates and the problems of
+evaluation sets, and splits what is left. In this order, so that no two parts share a problem:
 
     s2d prepare gsm8k/train.jsonl --exclude gsm8k/test.jsonl -o problems.jsonl
     s2d prepare BytedTsinghua-SIA/DAPO-Math-17k --split 1H=0.5,2H=0.5 -o data
 
-A problem is known by the hash of its bare text, before any template; DAPO's wrapper is taken off
-first. Rows that are already problems of ours pass through as they are. `--solutions` writes the
-data set's worked solutions as rollouts, for a teacher that is trained on them (route R6).
+The identity of a problem is the hash of its bare text, without template or DAPO's wrapper; white space
+makes no difference. `--exclude` also looks for near-duplicates (`datasets/near.py`): it warns of them, and
+`--exclude-near` removes them. Problems that s2d prepared before keep their prompts. `--solutions` writes
+the worked solutions as rollouts, for the supervised fine-tuning of a teacher (route R6).
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
-import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from fractions import Fraction
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 
 from s2dcli import console, options
 from s2dcli.datasets import columns, sources
+from s2dcli.datasets.problems import DEFAULT_TEMPLATE, PLACE, collect, read_excluded
+from s2dcli.datasets.split import Part, divide, parse_split
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
 from s2dcli.files.output import check_output, open_recorded
-from s2dcli.files.records import Message, Problem, Rollout, problem_sha256, row_seed, sha256_text, text_of
-
-PLACE = "{problem}"
-DEFAULT_TEMPLATE = PLACE + "\n\nWork it out step by step, then give the final answer in \\boxed{}."
-ID_DIGITS = 16  # hexadecimal digits of a prompt's hash that serve as its id
-HASHES_KEPT = 2**16  # texts whose hash is remembered, for data sets that repeat every problem many times
-ROWS_PER_UPDATE = 4096  # of the progress display
+from s2dcli.files.records import Problem, Rollout, row_seed
 
 Sources = Annotated[
     list[str] | None,
-    typer.Argument(metavar="SOURCE", help="Files, folders in hub layout or hub ids; - is standard input (JSONL).", show_default=False),
+    typer.Argument(
+        metavar="SOURCE",
+        help="Files (JSONL, JSON, CSV, TSV, parquet), folders in hub layout, hub ids; - is standard input (JSONL).",
+        show_default=False,
+    ),
 ]
 Split = Annotated[
     str | None,
-    typer.Option(metavar="NAME=SHARE,...", help="Cut into disjoint parts, by share (1H=0.5) or by count (1H=512); -o is then a folder."),
+    typer.Option(metavar="NAME=SHARE,...", help="Disjoint random parts, by share (1H=0.5) or count (1H=512); -o is then a folder."),
 ]
-Exclude = Annotated[list[str] | None, typer.Option(metavar="SOURCE", help="Drop problems that are in here too; may be repeated.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="SOURCE", help="Evaluation set whose problems are removed (all splits); may be repeated.")
+]
+ExcludeNear = Annotated[
+    bool, typer.Option("--exclude-near", help="Remove near-duplicates of --exclude too: problems reworded or reformatted.")
+]
 Template = Annotated[
-    str, typer.Option(metavar="TEXT|none", help=f"Text with {PLACE} in it; none: the bare problem.", show_default="asks for \\boxed{}")
+    str,
+    typer.Option(
+        metavar="TEXT|none", help=f"Text of the prompt, with {PLACE} in it; none: the problem alone.", show_default="asks for \\boxed{}"
+    ),
 ]
 Solutions = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Write worked solutions as rollouts too; with --split a folder.", rich_help_panel=options.OUTPUT),
+    typer.Option(
+        metavar="FILE", help="Also write the worked solutions, as rollouts; with --split a folder.", rich_help_panel=options.OUTPUT
+    ),
 ]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(metavar="CKPT", help="Whose token ids --solutions writes.", rich_help_panel=options.MODEL),
+    typer.Option(metavar="CKPT", help="Model that --solutions is tokenized for.", rich_help_panel=options.MODEL),
 ]
 
 
@@ -69,9 +74,10 @@ def prepare(
     out: options.OutFile = "-",
     split: Split = None,
     exclude: Exclude = None,
+    exclude_near: ExcludeNear = False,
     solutions: Solutions = None,
     template: Template = DEFAULT_TEMPLATE,
-    unlabelled: Annotated[bool, typer.Option("--unlabelled", help='Take problems without an answer; it is "" then.')] = False,
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help='Keep problems without an answer, with "" for it.')] = False,
     subset: Annotated[str | None, typer.Option(metavar="NAME", help="Subset of a folder or hub data set.")] = None,
     source_split: Annotated[str | None, typer.Option(metavar="NAME", help="Split of a folder or hub data set.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after N distinct problems.")] = None,
@@ -82,34 +88,33 @@ def prepare(
     trust_remote_code: options.TrustRemoteCode = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Make problems.jsonl from any data set."""
+    """Make problems.jsonl from any data set: find problems and answers, remove duplicates and evaluation sets, split."""
     settings = options.flatten(locals())
     started = time.monotonic()
     names = source or [jsonl.STDIN]
-    parts = _parse_split(split) if split else []
+    parts = parse_split(split) if split else []
     template = _check_template(template)
     inputs = [*names, *(exclude or [])]
     problem_files = _outputs(out, parts, inputs, overwrite)
     solution_files = _outputs(solutions, parts, inputs, overwrite) if solutions else []
-    _check_options(names, problem_files, solution_files, tokenizer, subset, source_split)
+    _check_options(names, exclude or [], exclude_near, problem_files, solution_files, tokenizer, subset, source_split)
 
     encode = _solution_encoder(tokenizer, chat_template, chat_template_kwargs, trust_remote_code, seed) if tokenizer else None
-    excluded = _hashes_of(exclude or [])
-    found = _collect(
+    found = collect(
         (row for name in names for row in sources.read(name, subset=subset, split=source_split)),
-        excluded=excluded,
+        excluded=read_excluded(exclude or [], template),
+        exclude_near=exclude_near,
         template=template,
         unlabelled=unlabelled,
         keep_solutions=bool(solutions),
         limit=limit,
     )
-    found.counts.tell(bool(exclude))
+    found.counts.tell(bool(exclude), exclude_near)
     if not found.problems:
         raise DataError("no problems are left", where=", ".join(map(jsonl.input_name, names)))
     if solutions and not found.solutions:
         raise DataError("no problem has a worked solution", where=", ".join(map(jsonl.input_name, names)), hint="leave out --solutions")
-    problems = _with_ids(found.problems)
-    divided = _divide(problems, parts, seed) if parts else [problems]
+    divided = divide(found.problems, parts, seed) if parts else [found.problems]
 
     manifest = describe("prepare", settings, inputs=inputs)
     for path, part in zip(problem_files, divided, strict=True):
@@ -129,41 +134,6 @@ def prepare(
             console.warn(f"{len(part) - len(solved)} problems have no worked solution")
 
 
-# What the options ask for
-
-
-class Part(NamedTuple):
-    """One part of a split: a share of all problems, or a number of them."""
-
-    name: str
-    size: Fraction | int
-
-
-def _parse_split(text: str) -> list[Part]:
-    """Parse `--split`. Raises UsageError on what is no list of NAME=SHARE or NAME=COUNT."""
-    example = "e.g. --split 1H=0.5,2H=0.5 or --split train=512,test=200"
-    parts = []
-    for item in text.split(","):
-        name, equals, size = (piece.strip() for piece in item.partition("="))
-        if not equals or not re.fullmatch(r"\w[\w.-]*", name):
-            raise UsageError(f"--split: {item!r} is not NAME=SHARE or NAME=COUNT", hint=example)
-        try:
-            value = int(size) if re.fullmatch(r"[0-9]+", size) else Fraction(size)
-        except (ValueError, ZeroDivisionError):
-            raise UsageError(f"--split: {size!r} is neither a share nor a count", hint=example) from None
-        if value <= 0 or (isinstance(value, Fraction) and value > 1):
-            raise UsageError(f"--split: {name} = {size} is neither a share between 0 and 1 nor a count", hint=example)
-        parts.append(Part(name, value))
-    if len({part.name.lower() for part in parts}) < len(parts):
-        raise UsageError("--split names a part twice", hint=example)
-    shares = [part.size for part in parts if isinstance(part.size, Fraction)]
-    if 0 < len(shares) < len(parts):
-        raise UsageError("--split mixes shares and counts", hint="a share is of all problems: write 1.0 for all of them, 1 for one")
-    if sum(shares) > 1:
-        raise UsageError(f"--split: the shares add up to {float(sum(shares)):g}, more than 1", hint=example)
-    return parts
-
-
 def _check_template(template: str) -> str:
     if template.strip().lower() == "none":
         return PLACE
@@ -175,7 +145,7 @@ def _check_template(template: str) -> str:
 def _outputs(out: str, parts: list[Part], inputs: list[str], overwrite: bool) -> list[str]:
     """Return the files to write, one for each part. Raises UsageError if one exists or a folder is needed."""
     if parts and jsonl.is_stream(out):
-        raise UsageError("--split writes one file for each part", hint="-o FOLDER says where")
+        raise UsageError("--split writes one file for each part, not standard output", hint="-o FOLDER names their folder")
     if parts and Path(out).exists() and not Path(out).is_dir():
         raise UsageError("is a file, but --split needs a folder", where=out)
     files = [str(Path(out) / f"{part.name}.jsonl") for part in parts] or [out]
@@ -186,6 +156,8 @@ def _outputs(out: str, parts: list[Part], inputs: list[str], overwrite: bool) ->
 
 def _check_options(
     names: list[str],
+    exclude: list[str],
+    exclude_near: bool,
     problem_files: list[str],
     solution_files: list[str],
     tokenizer: str | None,
@@ -193,164 +165,22 @@ def _check_options(
     source_split: str | None,
 ) -> None:
     """Raise UsageError on options that contradict each other or would do nothing."""
+    if exclude_near and not exclude:
+        raise UsageError("--exclude-near needs --exclude SOURCE, the problems to compare with")
     if solution_files and tokenizer is None:
         raise UsageError("--solutions needs --tokenizer CKPT: rollouts are trained on by their token ids")
     if tokenizer is not None and not solution_files:
         raise UsageError("--tokenizer is used for --solutions only; problems hold text")
-    if {*map(os.path.abspath, problem_files)} & {*map(os.path.abspath, solution_files)}:
+    places = [{os.path.abspath(jsonl.output_name(file)) for file in files} for files in (problem_files, solution_files)]
+    if places[0] & places[1]:
         raise UsageError("problems and --solutions would go to the same place", hint="-o and --solutions need different names")
-    if names.count(jsonl.STDIN) > 1:
+    if [*names, *exclude].count(jsonl.STDIN) > 1:
         raise UsageError("standard input can be read once only")
     kinds = {sources.kind_of(name) for name in names}
+    for name in exclude:
+        sources.kind_of(name)  # that it exists, before anything is read
     if (subset or source_split) and kinds.isdisjoint({sources.Kind.folder, sources.Kind.hub}):
         raise UsageError(f"{'--subset' if subset else '--source-split'} chooses within a folder or hub data set, and no source is one")
-
-
-# What the sources hold
-
-
-class Counts:
-    """What happened to the rows; told on standard error."""
-
-    def __init__(self) -> None:
-        self.rows = self.kept = self.duplicates = self.excluded = self.unwrapped = self.prepared = self.unlabelled = 0
-        self.conflicts: set[str] = set()
-
-    def tell(self, exclude: bool) -> None:
-        console.info(f"{self.rows} rows, {self.duplicates} duplicates removed")
-        if exclude:
-            console.info(f"{self.excluded} problems excluded")
-        if self.unwrapped:
-            console.info(f"{self.unwrapped} problems taken out of DAPO's wrapper")
-        if self.prepared:
-            console.info(f"{self.prepared} problems were prepared before and keep their prompts")
-        if self.unlabelled:
-            console.info(f"{self.unlabelled} problems have no answer")
-        if self.conflicts:
-            console.warn(f"{len(self.conflicts)} problems come with different answers; the first one is kept")
-
-
-class Found(NamedTuple):
-    """Distinct problems in the order of the sources (id "" where none was given), and solutions by problem_sha256."""
-
-    problems: list[Problem]
-    solutions: dict[str, str]
-    counts: Counts
-
-
-def _hash_of_texts() -> Callable[[str], str]:
-    """Return `problem_sha256` with a memory, since data sets may repeat their problems a hundred times."""
-    return functools.lru_cache(HASHES_KEPT)(problem_sha256)
-
-
-def _hashes_of(names: list[str]) -> set[str]:
-    """Return the problem_sha256 of all that the sources of `--exclude` hold, in every split."""
-    hash_of = _hash_of_texts()
-    hashes = set()
-    for name in names:
-        for row in sources.read(name, every_split=True):
-            given = row.record.get("problem_sha256")
-            hashes.add(given if isinstance(given, str) and given else hash_of(columns.question(row.record, row.where).text))
-    return hashes
-
-
-def _collect(
-    rows: Iterable[sources.Row], *, excluded: set[str], template: str, unlabelled: bool, keep_solutions: bool, limit: int | None
-) -> Found:
-    """Read all rows and keep the first of each problem. Raises DataError on a row without problem or answer."""
-    hash_of = _hash_of_texts()
-    answers: dict[str, str | None] = {}  # problem_sha256 -> the answer that is kept, None for an excluded problem
-    problems: list[Problem] = []
-    solutions: dict[str, str] = {}
-    counts = Counts()
-    for row in _watched(rows):
-        counts.rows += 1
-        record, where = row.record, row.where
-        if "problem_sha256" in record:
-            problem, solution, unwrapped = Problem.from_record(record, where), "", False
-            digest, answer = problem.problem_sha256, problem.answer
-        else:
-            if "completion_ids" in record:
-                raise DataError("this is a rollout, a problem was expected", where=where)
-            problem = None
-            text, before, unwrapped = columns.question(record, where)
-            answer, solution = columns.gold(record, where, required=not unlabelled)
-            digest = hash_of(text)
-
-        if digest in answers:
-            counts.duplicates += 1
-            if answer and answers[digest] and answer != answers[digest]:
-                counts.conflicts.add(digest)
-            continue
-        if digest in excluded:
-            answers[digest] = None
-            counts.excluded += 1
-            continue
-        answers[digest] = answer
-        if problem is None:
-            given, source = columns.origin(row)
-            problem = Problem(given, _prompt(text, before, template), answer, digest, source)
-        else:
-            counts.prepared += 1
-        problems.append(problem)
-        counts.unwrapped += unwrapped
-        counts.unlabelled += not answer
-        if keep_solutions and solution:
-            solutions[digest] = solution
-        if len(problems) == limit:
-            break
-    return Found(problems, solutions, counts)
-
-
-def _watched(rows: Iterable[sources.Row]) -> Iterator[sources.Row]:
-    with console.progress("reading", None, "rows") as advance:
-        for number, row in enumerate(rows, 1):
-            yield row
-            if number % ROWS_PER_UPDATE == 0:
-                advance(ROWS_PER_UPDATE)
-
-
-def _prompt(text: str, before: list[Message], template: str) -> list[Message]:
-    return [*before, {"role": "user", "content": template.replace(PLACE, text)}]
-
-
-def _with_ids(problems: list[Problem]) -> list[Problem]:
-    """Return the problems with ids that are unique: the given one, else the beginning of the prompt's hash."""
-    uses = Counter(problem.id for problem in problems)
-    repeated = sum(count for given, count in uses.items() if given and count > 1)
-    if repeated:
-        console.info(f"{repeated} problems share their id with another one and get one from their prompt")
-    return [
-        problem if problem.id and uses[problem.id] == 1 else replace(problem, id=sha256_text(text_of(problem.prompt))[:ID_DIGITS])
-        for problem in problems
-    ]
-
-
-def _divide(problems: list[Problem], parts: list[Part], seed: int) -> list[list[Problem]]:
-    """Cut the problems into disjoint random parts, each in the order of the sources.
-
-    Problems are drawn in the order of sha256(seed, problem), so that a part depends on the seed and on
-    which problems there are, not on their order or on a library's shuffle. Raises UsageError if
-    there are too few.
-    """
-    drawn = sorted(range(len(problems)), key=lambda i: sha256_text(f"{seed}\n{problems[i].problem_sha256}"))
-    if isinstance(parts[0].size, int):
-        sizes = [int(part.size) for part in parts]
-        if sum(sizes) > len(problems):
-            raise UsageError(f"--split asks for {sum(sizes)} problems, there are {len(problems)}")
-    else:
-        # Rounding the boundaries, not the sizes, gives every problem away when the shares add up to 1.
-        bounds = [round(sum(part.size for part in parts[:count]) * len(problems)) for count in range(len(parts) + 1)]
-        sizes = [end - start for start, end in itertools.pairwise(bounds)]
-    if 0 in sizes:
-        raise UsageError(f"--split leaves nothing for {parts[sizes.index(0)].name}: there are {len(problems)} problems")
-    divided, start = [], 0
-    for size in sizes:
-        divided.append([problems[i] for i in sorted(drawn[start : start + size])])
-        start += size
-    if start < len(problems):
-        console.info(f"{len(problems) - start} problems are in no part of the split")
-    return divided
 
 
 # Worked solutions
@@ -363,11 +193,13 @@ def _solution_encoder(
 
     No model has sampled these tokens: their log-probs are 0.0 and `sampler` names no checkpoint.
     """
-    from s2dcli.models.checkpoints import resolve
+    from s2dcli.models.checkpoints import eos_ids, resolve
     from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
 
     template_kwargs = parse_template_kwargs(chat_template_kwargs)
-    encoder = PromptEncoder(load_tokenizer(resolve(tokenizer).folder, trust_remote_code), chat_template, template_kwargs)
+    checkpoint = resolve(tokenizer)
+    encoder = PromptEncoder(load_tokenizer(checkpoint.folder, trust_remote_code), chat_template, template_kwargs)
+    ends = eos_ids(encoder.tokenizer, checkpoint, trust_remote_code)
     sampler = {
         "model": "",
         "revision": "",
@@ -384,7 +216,7 @@ def _solution_encoder(
 
     def encode(problem: Problem, solution: str) -> Rollout:
         text = _ending_in_box(solution, problem.answer)
-        completion_ids = encoder.encode_completion(text)
+        completion_ids = encoder.encode_completion(text, ends)
         return Rollout(
             problem_id=problem.id,
             problem_sha256=problem.problem_sha256,

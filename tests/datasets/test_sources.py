@@ -1,6 +1,9 @@
 """Raw rows of every layout, and what is found in them."""
 
+import ast
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -138,11 +141,17 @@ def test_files_of_each_kind_give_the_same_rows(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(records, indent=1))
     (tmp_path / "object.json").write_text(json.dumps({"version": 1, "tags": ["x"], "data": records}))
     (tmp_path / "f.csv").write_bytes(b'\xef\xbb\xbfquestion,answer\r\n"a, ""b""\nc",025\r\nd,1\r\n')
+    (tmp_path / "f.tsv").write_bytes(b'question\tanswer\r\n"a, ""b""\nc"\t025\r\nd\t1\r\n')
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "f.parquet")
-    for name in ("f.jsonl", "lines.json", "list.json", "object.json", "f.csv", "f.parquet"):
+    for name in ("f.jsonl", "list.json", "f.csv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    with pyarrow.output_stream(str(tmp_path / "f.jsonl.zst"), compression="zstd") as stream:
+        stream.write((tmp_path / "f.jsonl").read_bytes())
+    plain = ("f.jsonl", "lines.json", "list.json", "object.json", "f.csv", "f.tsv", "f.parquet")
+    for name in (*plain, "f.jsonl.gz", "f.jsonl.zst", "list.json.gz", "f.csv.gz"):
         rows = list(sources.read(str(tmp_path / name)))
         assert [row.record for row in rows] == records, name
-        assert rows[1].where == str(tmp_path / name) + (":2" if name in ("f.jsonl", "lines.json") else " row 2")
+        assert rows[1].where == str(tmp_path / name) + (":2" if name.startswith(("f.jsonl", "lines.json")) else " row 2")
         assert [(row.dataset, row.split, row.index) for row in rows] == [(name.split(".")[0], "", 0), (name.split(".")[0], "", 1)]
 
 
@@ -191,6 +200,13 @@ def test_folder_with_one_split_is_read_whole(folder):
         ("data/train-00000-of-00002.jsonl", "set", "train", 0),
         ("data/train-00001-of-00002.jsonl", "set", "train", 0),
     ]
+
+
+def test_compressed_files_of_a_folder_are_named_after_their_split(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl.gz").write_bytes(gzip.compress(json.dumps({"question": split}).encode()))
+    assert [row[1:4] for row in rows_of(tmp_path, split="test")] == [("test", tmp_path.name, "test")]
+    assert [row[1:4] for row in rows_of(tmp_path / "test.jsonl.gz")] == [("test", tmp_path.name, "test")]
 
 
 def test_folder_with_one_file_of_any_name_is_its_train_split(folder):
@@ -283,3 +299,9 @@ def test_unknown_hub_data_sets_need_a_split_where_there_are_several(hub, tmp_pat
     assert len(list(sources.read("someone/math", subset="hard", split="test"))) == 2
     assert hub[-1] == ("someone/math", "hard")
     assert len(list(sources.read("gsm8k", every_split=True))) == 4
+
+
+def test_columns_are_found_without_knowing_sources():
+    tree = ast.parse(Path(columns.__file__).read_text())
+    imports = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert "s2dcli.datasets.sources" not in imports

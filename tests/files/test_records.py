@@ -7,10 +7,21 @@ from s2dcli.errors import DataError
 from s2dcli.files.records import Problem, problem_sha256, read_graded, read_problems, read_rollouts, take
 
 
-def test_problem_hash_ignores_spacing_and_compatibility_forms_only():
-    assert problem_sha256(" What is\n  1 + 1? ") == problem_sha256("What is 1 + 1?")
-    assert problem_sha256("１+1") == problem_sha256("1+1")
+def test_problem_hash_ignores_white_space_and_composition_only():
+    assert problem_sha256(" What is\n  1\u00a0+ 1? ") == problem_sha256("What is 1 + 1?")
+    assert problem_sha256("Poincare\u0301") == problem_sha256("Poincar\u00e9")
     assert problem_sha256("what is 1 + 1?") != problem_sha256("What is 1 + 1?")
+
+
+@pytest.mark.parametrize(("one", "other"), [("2\u00b2 + 1", "22 + 1"), ("x\u2081", "x1"), ("\u00bd", "1\u20442"), ("\uff11+1", "1+1")])
+def test_problem_hash_tells_different_mathematics_apart(one, other):
+    assert problem_sha256(one) != problem_sha256(other)
+
+
+def test_shipped_problems_carry_the_hash_of_their_text(toy):
+    for path in (toy / "problems").iterdir():
+        for row in read_jsonl(path):
+            assert row["problem_sha256"] == problem_sha256(row["prompt"][0]["content"]), path
 
 
 def test_problems_round_trip(toy):
@@ -29,6 +40,9 @@ def problem(**changes) -> dict:
         (problem(answer=None), "field 'answer' is null, text was expected"),
         (problem(prompt="1+1"), "field 'prompt' is text, list was expected"),
         (problem(prompt=[{"role": "user"}]), "objects with role and content"),
+        (problem(prompt=[]), "field 'prompt' holds no message"),
+        (problem(source={"dataset": 5}), r"field 'source\.dataset' is integer, text was expected"),
+        (problem(source={"index": "0"}), r"field 'source\.index' is text, integer was expected"),
         ({key: value for key, value in problem(problem_sha="f").items() if key != "problem_sha256"}, "did you mean 'problem_sha'"),
     ],
 )

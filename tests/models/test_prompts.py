@@ -80,6 +80,18 @@ def test_completions_are_closed_by_eos_and_decode_without_it():
     assert encoder.decode([5, 6, 2]) == "b c"
 
 
+def test_worked_solutions_end_with_the_end_of_turn_that_the_template_writes():
+    """Phi-3.5's layout: a turn ends with <|end|>, a conversation with the tokenizer's EOS."""
+    tokenizer = make("a b c question", template="{% for m in messages %}{{ m['content'] }} <|end|> \n{% endfor %}{{ eos_token }}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    encoder = PromptEncoder(tokenizer)
+    assert encoder.encode_completion("b c", eos_ids=(2, end)) == [5, 6, end]
+    assert encoder.encode_completion("b c", eos_ids=(2,)) == [5, 6, 2]  # the model stops at nothing else
+    assert encoder.encode_completion("b c") == [5, 6, end]  # without a generation config: what the template writes
+    assert PromptEncoder(tokenizer, "plain").encode_completion("b c", eos_ids=(2, end)) == [5, 6, 2]
+
+
 def test_identity_of_tokenizers():
     assert tokenizer_sha256(make()) == tokenizer_sha256(make(template="other"))
     assert tokenizer_sha256(make()) != tokenizer_sha256(make("a c b"))

@@ -1,10 +1,14 @@
 """`s2d prepare` through its command line: problems, splits, exclusions, solutions, and what is refused."""
 
 import hashlib
+import http.server
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,14 +122,56 @@ def test_system_messages_stay_before_the_templated_problem(prepare):
 
 def test_duplicates_are_found_by_normalised_text_and_the_first_answer_wins(prepare, tmp_path):
     rows = [
-        {"problem": "Find ½ of x\u00b2.", "answer": "1"},
-        {"problem": " Find  1⁄2 of\nx2. ", "answer": "2"},
-        {"problem": "Find ½ of x\u00b2.", "answer": "1"},
-        {"problem": "find ½ of x\u00b2.", "answer": "3"},
+        {"problem": "Find \u00e9 of x\u00b2.", "answer": "1"},
+        {"problem": " Find  e\u0301 of\nx\u00b2. ", "answer": "2"},
+        {"problem": "Find \u00e9 of x\u00b2.", "answer": "1"},
+        {"problem": "find \u00e9 of x\u00b2.", "answer": "3"},
     ]
     done = prepare(write(tmp_path / "a.jsonl", rows), "-q")
     assert [json.loads(line)["answer"] for line in done.out.splitlines()] == ["1", "3"]
     assert done.err == "warning: 1 problems come with different answers; the first one is kept\n"
+
+
+def test_different_mathematics_is_no_duplicate(prepare, tmp_path):
+    problems = ["2\u00b2 + 1", "22 + 1", "x\u2081 = 5", "x1 = 5", "\u00bd of 6", "1\u20442 of 6"]
+    write(tmp_path / "a.jsonl", [{"problem": text, "answer": "1"} for text in problems])
+    write(tmp_path / "eval.jsonl", [{"problem": text} for text in problems[::2]])
+    done = prepare("a.jsonl", "--exclude", "eval.jsonl", "--template", "none", "-o", "b.jsonl")
+    assert texts(tmp_path / "b.jsonl") == problems[1::2]
+    assert "6 rows, 0 duplicates removed" in done.err
+
+
+REWORDED = "Suppose that Ann had 17 apples and gave 5 of them to Bob, who had 3 apples before. How many apples has Bob now?"
+
+
+@pytest.fixture
+def reworded(prepare, tmp_path):
+    """Three problems in a.jsonl; the second one reworded in eval.jsonl, and prepared with a prompt in prepared.jsonl."""
+    rows = toy_rows(2)
+    rows.insert(1, {"id": "apples", "problem": REWORDED, "answer": "8"})
+    write(tmp_path / "a.jsonl", rows)
+    other = "ANN had 17 apples and gave 5 of them to Bob, who had $3$ apples before. Find out how many apples Bob has now."
+    write(tmp_path / "eval.jsonl", [{"id": "e1", "question": "2 + 2", "answer": "4"}, {"id": "e2", "question": other, "answer": "8"}])
+    assert prepare("eval.jsonl", "-o", "prepared.jsonl").code == 0
+    return rows
+
+
+@pytest.mark.parametrize("exclude", ["eval.jsonl", "prepared.jsonl"])
+def test_near_duplicates_of_excluded_problems_are_listed(prepare, tmp_path, reworded, exclude):
+    done = prepare("a.jsonl", "--exclude", exclude, "-o", "b.jsonl", "--template", "none")
+    assert texts(tmp_path / "b.jsonl") == [row["problem"] for row in reworded]
+    assert "warning: 1 problems are near-duplicates of excluded ones; --exclude-near drops them\n" in done.err
+    assert f"\n  'apples' (a.jsonl:2) resembles 'e2' ({exclude}:2): " in done.err
+    assert "0 problems excluded" in done.err
+
+
+def test_near_duplicates_are_dropped_on_request_also_of_prepared_problems(prepare, tmp_path, reworded):
+    done = prepare("a.jsonl", "--exclude", "eval.jsonl", "--exclude-near", "-o", "b.jsonl", "--limit", 2)
+    assert [row["answer"] for row in read(tmp_path / "b.jsonl")] == ["1", "2"]
+    assert "1 near-duplicates of excluded problems dropped\n  'apples' (a.jsonl:2) resembles" in done.err
+    assert prepare("a.jsonl", "-o", "c.jsonl").code == 0
+    done = prepare("c.jsonl", "--exclude", "prepared.jsonl", "--exclude-near", "-o", "d.jsonl")
+    assert [row["answer"] for row in read(tmp_path / "d.jsonl")] == ["1", "2"]  # the template that all share is no likeness
 
 
 def test_given_ids_are_kept_where_they_are_unique(prepare, tmp_path):
@@ -239,6 +285,16 @@ def test_worked_solutions_become_rollouts(prepare, tmp_path):
     assert list(first) == list(second)
 
 
+def test_worked_solutions_end_where_the_model_stops(prepare, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TOY_TEACHER, model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|user|>{% endfor %}<|im_end|>")
+    (model / "generation_config.json").write_text('{"eos_token_id": [3, 1]}')
+    write(tmp_path / "a.jsonl", [{"problem": "7-1=", "answer": "6", "solution": "\\boxed{6}"}])
+    assert prepare("a.jsonl", "-o", "p.jsonl", "--solutions", "gold.jsonl", "--tokenizer", "model").code == 0
+    assert read(tmp_path / "gold.jsonl")[0]["completion_ids"][-1] == 1  # <|user|>; the tokenizer's EOS is 3
+
+
 def test_datasets_gives_the_strings_back(prepare, tmp_path):
     from datasets import load_dataset
 
@@ -280,7 +336,9 @@ def test_existing_outputs_are_refused_before_anything_is_read(prepare, tmp_path)
         (["--template", "no place"], "--template has no {problem}"),
         (["--solutions", "s.jsonl"], "--solutions needs --tokenizer"),
         (["--solutions", "-", "--tokenizer", "x"], "same place"),
+        (["--solutions", "-", "-o", "/dev/stdout", "--tokenizer", "x"], "same place"),
         (["--source-split", "test"], "--source-split chooses within a folder"),
+        (["--exclude-near"], "--exclude-near needs --exclude"),
     ],
 )
 def test_impossible_options_are_usage_errors(prepare, tmp_path, options, says):
@@ -299,7 +357,10 @@ def test_impossible_options_are_usage_errors(prepare, tmp_path, options, says):
         ({"question": "a", "anser": "1"}, "a.jsonl:2: no field 'answer' (did you mean 'anser'?)"),
         ({"problem": "a", "prompt": None, "answer": ["1", "2"]}, "a.jsonl:2: field 'answer' is a list"),
         ({"prompt": "a", "answer": "1", "completion_ids": [1]}, "a.jsonl:2: this is a rollout"),
-        ({"prompt": "a", "answer": "1", "problem_sha256": "0"}, "a.jsonl:2: no field 'id'"),
+        ({"prompt": "a", "answer": "1", "problem_sha256": "0", "source": {}}, "a.jsonl:2: no field 'id'"),
+        ({"problem": 5, "answer": "1"}, "a.jsonl:2: field 'problem' is an integer, text"),
+        ({"problem": "a", "answer": float("inf")}, "a.jsonl:2: field 'answer' is not a finite number"),
+        ({"problem": "a", "reward_model": {"ground_truth": [1, 2]}}, "a.jsonl:2: field 'reward_model.ground_truth' is a list"),
     ],
 )
 def test_bad_rows_are_named(prepare, tmp_path, row, says):
@@ -319,13 +380,76 @@ def test_nothing_left_is_an_error(prepare, tmp_path):
     assert prepare("empty.jsonl").code == 1
 
 
-def test_hub_data_sets_out_of_reach_are_one_line(tmp_path):
-    command = [sys.executable, "-m", "s2dcli", "prepare", "gsm8k"]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+def ask_hub(tmp_path, endpoint, source, offline="0"):
+    """Run `s2d prepare SOURCE` with a hub at `endpoint` and an empty cache."""
+    command = [sys.executable, "-m", "s2dcli", "prepare", source]
+    env = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": endpoint}
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_hub_out_of_reach_is_asked_once(tmp_path, offline):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    done = ask_hub(tmp_path, endpoint, "gsm8k", offline)
     assert (done.returncode, done.stdout) == (1, "")
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: openai/gsm8k: ")
+    asking, error = done.stderr.splitlines()  # no line of the hub's library, which tries six times in 23 seconds
+    assert asking == "asking the hub for openai/gsm8k (there is no such file or folder here)"
+    assert error.startswith("error: openai/gsm8k: no such file or folder here, and ")
+    assert "the hub cannot be reached (" in error
+
+
+def test_what_the_hub_does_not_have_is_one_line(tmp_path):
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        done = ask_hub(tmp_path, f"http://127.0.0.1:{hub.server_port}", "someone/tpyo")
+        hub.shutdown()
+    assert done.returncode == 1
+    assert [path for path in asked if "someone" in path] == ["/api/datasets/someone/tpyo"]
+    assert done.stderr.splitlines()[1:] == [
+        "error: someone/tpyo: no such file or folder here, and no such data set on the hub; HF_TOKEN gives access to private ones"
+    ]
+
+
+@pytest.mark.parametrize("name", ["typo", "./someone/typo", "a/b/c", "none/"])
+def test_what_is_no_hub_id_is_not_asked_for(prepare, tmp_path, name):
+    write(tmp_path / "a.jsonl", toy_rows(1))
+    for arguments in ([name], ["a.jsonl", "--exclude", name]):
+        done = prepare(*arguments)
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith(f"error: {name}: no such file or folder")
+        assert len(done.err.splitlines()) == 1
+
+
+def test_closed_standard_input_is_a_usage_error(tmp_path):
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m s2dcli prepare <&-"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: standard input is closed: pipe problems into this command or name a file\n"
+
+
+def test_outputs_that_are_streams_and_one_that_is_not(prepare, tmp_path):
+    write(tmp_path / "a.jsonl", toy_rows(1))
+    expected = prepare("a.jsonl").out
+    assert prepare("a.jsonl", "-o", "/dev/stdout").out == expected
+    assert prepare("a.jsonl", "-o", "/dev/null")[:2] == (0, "")
+    assert prepare("a.jsonl", "-o", "./-")[:2] == (0, "")
+    assert (tmp_path / "-").read_text() == expected
+    assert prepare("a.jsonl", "-o", "./-").code == 2  # it exists
 
 
 def test_a_closed_pipe_is_no_failure(tmp_path):
