@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from s2dcli.models.selftest import FastPaths
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SETUP = (".json", ".model", ".txt", ".jinja", ".py")
 # What a checkpoint needs; other weight formats are not even downloaded. Code is run with --trust-remote-code only.
@@ -176,6 +178,7 @@ class LoadedModel:
     pad_id: int
     autocast: torch.dtype | None  # computes in this type although the weights are float32
     compute_dtype: torch.dtype  # of the forward pass, whatever the weights are
+    paths: FastPaths  # which shortcuts compute the same as plain forward passes
 
 
 def load(
@@ -197,7 +200,7 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from s2dcli.models.forward import require_known_head
+    from s2dcli.models.selftest import self_test
 
     quieten_transformers()
     tokenizer = tokenizer or load_tokenizer(checkpoint.folder, trust_remote_code)
@@ -216,7 +219,7 @@ def load(
     _require_all_weights(report, model, checkpoint.name)
     vocabulary = vocabulary_size(tokenizer)
     model = model.to(place).eval()
-    require_known_head(model, vocabulary, checkpoint.name)
+    paths = self_test(model, vocabulary, checkpoint.name, compute)
     _return_freed_memory()
     return LoadedModel(
         checkpoint=checkpoint,
@@ -227,6 +230,7 @@ def load(
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         autocast=compute if masters and compute != torch.float32 else None,
         compute_dtype=compute,
+        paths=paths,
     )
 
 

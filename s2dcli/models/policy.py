@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from s2dcli.models.batching import MicroBatch, Row, micro_batches
-from s2dcli.models.forward import Head, can_pack, can_share_prompts, head_of, hidden_states, shared_prompt_states
+from s2dcli.models.forward import Head, head_of, hidden_states, shared_prompt_states
 from s2dcli.models.readers import token_logprobs
+from s2dcli.models.selftest import can_pack, can_share_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

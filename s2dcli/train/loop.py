@@ -29,8 +29,8 @@ from s2dcli.files.records import Problem
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.models.batching import MicroBatch, Row, micro_batches
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, saved_dtype
-from s2dcli.models.forward import can_pack, can_share_prompts
 from s2dcli.models.policy import Loss, Policy, score
+from s2dcli.models.selftest import can_pack, can_share_prompts
 from s2dcli.options import Schedule, parse_cadence
 from s2dcli.train.optimizer import MasterOptimizer
 

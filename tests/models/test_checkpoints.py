@@ -11,7 +11,7 @@ from tiny import VOCABULARY, tiny
 
 from s2dcli.errors import ModelError, UsageError
 from s2dcli.models.checkpoints import load, pick_device, resolve, saved_dtype
-from s2dcli.models.forward import require_known_head
+from s2dcli.models.selftest import self_test
 
 
 def test_a_run_folder_means_its_latest_step(toy, tmp_path):
@@ -69,16 +69,16 @@ def test_devices():
 
 def test_an_unknown_logit_transformation_is_refused():
     model = tiny("llama")
-    require_known_head(model, VOCABULARY, "llama")
+    self_test(model, VOCABULARY, "llama")
     forward = model.lm_head.forward
     model.lm_head.forward = lambda hidden: forward(hidden) * 1.3
     with pytest.raises(ModelError, match="transforms its logits in a way s2d does not know"):
-        require_known_head(model, VOCABULARY, "odd")
+        self_test(model, VOCABULARY, "odd")
 
 
 def test_a_model_narrower_than_its_tokenizer_is_refused():
     with pytest.raises(ModelError, match="the tokenizer knows 41 ids, the model only 40"):
-        require_known_head(tiny("llama"), VOCABULARY + 1, "narrow")
+        self_test(tiny("llama"), VOCABULARY + 1, "narrow")
 
 
 def changed(toy, folder, edit) -> str:
