@@ -10,12 +10,15 @@ Shapes: P distinct prompts, B rows, T positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams
+from s2dcli.models.forward import CachedDecoder, PlainDecoder, head_of
+from s2dcli.models.selftest import fast_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,22 +54,29 @@ class TransformersEngine:
         self.vocabulary = vocabulary
         self.autocast = autocast
         self.batch_tokens = batch_tokens
+        self.paths = fast_paths(model)
 
     def close(self) -> None:
         """Nothing to release: the model belongs to the caller."""
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
-        """Yield (index, sample) batch by batch, in the order of the requests."""
+        """Yield (index, sample) batch by batch, in the order of the requests; by prompt length where left padding is wrong."""
         requests = list(requests)
+        padded = self.paths.left_padding or not self.paths.cache
+        order = range(len(requests)) if padded else sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         start = 0
         while start < len(requests):
             end, longest = start, 0
             while end < len(requests):
-                longest = max(longest, len(requests[end].prompt_ids))
+                length = len(requests[order[end]].prompt_ids)
+                if end > start and not padded and length != longest:
+                    break
+                longest = max(longest, length)
                 if end > start and (end - start + 1) * (longest + params.max_tokens) > self.batch_tokens:
                     break
                 end += 1
-            yield from enumerate(self._sample_batch(requests[start:end], params), start)
+            batch = [requests[index] for index in order[start:end]]
+            yield from zip(order[start:end], self._sample_batch(batch, params), strict=True)
             start = end
 
     @torch.inference_mode()
@@ -86,8 +96,13 @@ class TransformersEngine:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return ids [B, T], log-probs [B, T] and lengths [B]; length max_tokens + 1 means unfinished."""
         count = len(requests)
-        out, cache, mask_BT, position_B = self._prefill(requests, device)
-        logits_BV = out.logits[:, -1]
+        distinct: dict[tuple[int, ...], int] = {}
+        prompt_of_B = torch.tensor([distinct.setdefault(tuple(r.prompt_ids), len(distinct)) for r in requests], device=device)
+        decoder = (CachedDecoder if self.paths.cache else PlainDecoder)(self.model, list(distinct), prompt_of_B, self.pad_id)
+        head = head_of(self.model, self.vocabulary)
+        if self.autocast is not None:  # once, not for every token
+            head = replace(head, weight_VD=head.weight_VD.to(self.autocast))
+        states_BD = decoder.states_BD
         noise_BT = None if params.temperature == 0 else _noise(requests, params.max_tokens).to(device)
         ids_BT = torch.full((count, params.max_tokens), self.pad_id, device=device)
         logprobs_BT = torch.zeros(count, params.max_tokens, device=device)
@@ -96,7 +111,9 @@ class TransformersEngine:
         live_B = torch.ones(count, dtype=torch.bool, device=device)
         for t in range(params.max_tokens):
             uniforms_B = None if noise_BT is None else noise_BT[rows_B, t]
-            tokens_B, chosen_B = choose(logits_BV[:, : self.vocabulary], uniforms_B, params)
+            # The final norm's float32 weight lifts states to float32; the head computes in the type asked for, as in training.
+            logits_BV = head.logits(states_BD if self.autocast is None else states_BD.to(self.autocast))
+            tokens_B, chosen_B = choose(logits_BV, uniforms_B, params)
             ids_BT[rows_B, t] = torch.where(live_B, tokens_B, self.pad_id)
             logprobs_BT[rows_B, t] = chosen_B
             ends_B = live_B & torch.isin(tokens_B, self.eos_ids_E)
@@ -107,47 +124,10 @@ class TransformersEngine:
                 break
             if num_live <= len(rows_B) * DROP_SHARE:
                 keep = live_B.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                rows_B, live_B, tokens_B, position_B = rows_B[keep], live_B[keep], tokens_B[keep], position_B[keep]
-                mask_BT = None if mask_BT is None else mask_BT[keep]
-            if mask_BT is not None:
-                mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
-            out = self.model(
-                input_ids=tokens_B[:, None],
-                attention_mask=mask_BT,
-                position_ids=position_B[:, None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            position_B = position_B + 1
-            logits_BV = out.logits[:, -1]
+                decoder.keep(keep)
+                rows_B, live_B, tokens_B = rows_B[keep], live_B[keep], tokens_B[keep]
+            states_BD = decoder.step(tokens_B)
         return ids_BT, logprobs_BT, lengths_B
-
-    def _prefill(self, requests: Sequence[Request], device: torch.device):
-        """Run each distinct prompt once, left-padded, then copy its cache to all of its rows."""
-        from transformers import DynamicCache
-
-        distinct: dict[tuple[int, ...], int] = {}
-        prompt_of_B = torch.tensor([distinct.setdefault(tuple(r.prompt_ids), len(distinct)) for r in requests], device=device)
-        longest = max(map(len, distinct))
-        padded = [[self.pad_id] * (longest - len(ids)) + list(ids) for ids in distinct]
-        lengths_P = torch.tensor([len(ids) for ids in distinct], device=device)
-        mask_PT = (torch.arange(longest, device=device)[None] >= (longest - lengths_P)[:, None]).long()
-        unpadded = bool((lengths_P == longest).all())
-        cache = DynamicCache(config=self.model.config)
-        out = self.model(
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=None if unpadded else mask_PT,
-            position_ids=(mask_PT.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        if len(distinct) < len(requests):
-            cache.batch_select_indices(prompt_of_B)
-        out.logits = out.logits[prompt_of_B]
-        return out, cache, None if unpadded else mask_PT[prompt_of_B], lengths_P[prompt_of_B]
 
 
 def _noise(requests: Sequence[Request], max_tokens: int) -> torch.Tensor:

@@ -8,21 +8,30 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from s2dcli.errors import ModelError, UsageError
 from s2dcli.files.checkpoint import latest_step, step_of
 from s2dcli.files.manifest import MANIFEST, files_sha256
-from s2dcli.models.prompts import load_tokenizer, loading_failed, vocabulary_size
+from s2dcli.models.prompts import load_tokenizer, loading, vocabulary_size
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from s2dcli.models.selftest import FastPaths
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SETUP = (".json", ".model", ".txt", ".jinja", ".py")
 # What a checkpoint needs; other weight formats are not even downloaded. Code is run with --trust-remote-code only.
 _HUB_FILES = [f"*{suffix}" for suffix in (*_SETUP, ".safetensors")]
+_INDEX = "model.safetensors.index.json"
+# Files that are read whatever the family, each one JSON object.
+_OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", _INDEX)
+_LFS_POINTER = b"version https://git-lfs"
+NAMED_TENSORS = 3  # in an error; the others are counted
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ def resolve(name: str) -> Checkpoint:
         if not (path / "config.json").is_file():
             raise ModelError("neither a checkpoint (no config.json) nor a run folder (no latest)", where=name)
         _require_safetensors(path, name)
+        _require_whole(path)
         return Checkpoint(name, path, "", step_of(path))
     if path.exists() or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise UsageError("no such checkpoint folder", where=name)
@@ -83,7 +93,77 @@ def _download(name: str) -> Checkpoint:
             hint="check the spelling, the network, and HF_TOKEN for gated models",
         ) from None
     _require_safetensors(folder, name)
+    _require_whole(folder)
     return Checkpoint(name, folder, folder.name, 0)
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise ModelError, naming the file, for weights or JSON that cannot be read, and for weights from outside the folder."""
+    objects = {path.name: _read_object(path) for path in (folder / name for name in _OBJECTS) if path.is_file()}
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            "holds an adapter (adapter_config.json), with which transformers would load the weights of another folder",
+            where=str(folder),
+            hint="merge it into its model first: peft's merge_and_unload, then save_pretrained",
+        )
+    shards = objects.get(_INDEX, {}).get("weight_map", {})
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError("weight_map must map names of tensors to files", where=str(folder / _INDEX))
+    for name in sorted(set(shards.values())):
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"names weights outside the checkpoint's folder, or of another format: {name!r}",
+                where=str(folder / _INDEX),
+                hint="copy the file into the folder and name it there",
+            )
+        if not (folder / name).is_file():
+            raise ModelError(f"names {name}, which is not there", where=str(folder / _INDEX), hint="download or copy the checkpoint again")
+    for path in sorted(folder.glob("*.safetensors")):
+        _require_readable(path)
+    for name in ("config.json", "generation_config.json"):
+        for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            _require_ids(objects.get(name, {}).get(key), key, folder / name)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ModelError(f"is not UTF-8 ({error.reason} at byte {error.start})", where=str(path)) from None
+    except ValueError as error:
+        bom = "with a byte order mark" in str(error) or "BOM" in str(error)
+        raise ModelError(
+            "begins with a byte order mark (BOM)" if bom else f"is not JSON: {error}",
+            where=str(path),
+            hint="save it as UTF-8 without BOM" if bom else "download or copy the checkpoint again",
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelError("must hold one JSON object", where=str(path))
+    return value
+
+
+def _require_ids(value: Any, key: str, path: Path) -> None:
+    """Raise ModelError unless a field is a token id, a list of them, or null."""
+    for item in value if isinstance(value, list) else [value]:
+        if item is not None and (isinstance(item, bool) or not isinstance(item, int)):
+            raise ModelError(f"{key} must be a token id or a list of them, not {json.dumps(value)}", where=str(path))
+
+
+def _require_readable(path: Path) -> None:
+    """Raise ModelError unless the header of a safetensors file is whole and fits the file's length."""
+    from safetensors import SafetensorError, safe_open
+
+    again = "download or copy the file again"
+    if path.stat().st_size == 0:
+        raise ModelError("is empty", where=str(path), hint=again)
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ModelError("is a Git LFS pointer in place of the weights", where=str(path), hint="git lfs pull")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"is damaged or cut off ({str(error).splitlines()[0]})", where=str(path), hint=again) from None
 
 
 @dataclass(frozen=True)
@@ -98,6 +178,7 @@ class LoadedModel:
     pad_id: int
     autocast: torch.dtype | None  # computes in this type although the weights are float32
     compute_dtype: torch.dtype  # of the forward pass, whatever the weights are
+    paths: FastPaths  # which shortcuts compute the same as plain forward passes
 
 
 def load(
@@ -119,25 +200,26 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from s2dcli.models.forward import require_known_head
+    from s2dcli.models.selftest import self_test
 
     quieten_transformers()
     tokenizer = tokenizer or load_tokenizer(checkpoint.folder, trust_remote_code)
     place = pick_device(device)
     compute = pick_dtype(dtype, place)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    with loading("the model", checkpoint.name):
+        model, report = AutoModelForCausalLM.from_pretrained(
             str(checkpoint.folder),
             dtype=torch.float32 if masters else compute,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
         )
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise loading_failed("the model", error, checkpoint.name) from None
+    _require_all_weights(report, model, checkpoint.name)
     vocabulary = vocabulary_size(tokenizer)
     model = model.to(place).eval()
-    require_known_head(model, vocabulary, checkpoint.name)
+    paths = self_test(model, vocabulary, checkpoint.name, compute)
     _return_freed_memory()
     return LoadedModel(
         checkpoint=checkpoint,
@@ -148,7 +230,30 @@ def load(
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         autocast=compute if masters and compute != torch.float32 else None,
         compute_dtype=compute,
+        paths=paths,
     )
+
+
+def _require_all_weights(report: Mapping[str, Collection], model: PreTrainedModel, name: str) -> None:
+    """Raise ModelError, naming tensors, unless every weight of the model came from the checkpoint and none was left over.
+
+    transformers would draw missing weights at random. Its report leaves out what a family may lack: tied
+    weights, buffers that are computed, parts of a larger model.
+    """
+    family = type(model).__name__
+    shapes = [f"{key} ({list(theirs)} in place of {list(ours)})" for key, theirs, ours in sorted(report["mismatched_keys"])]
+    for what, tensors in (
+        (f"lacks weights of {family}", sorted(report["missing_keys"])),
+        (f"holds weights of another shape than config.json gives {family}", shapes),
+        (f"holds weights that {family} does not have", sorted(report["unexpected_keys"])),
+    ):
+        if tensors:
+            more = f" and {len(tensors) - NAMED_TENSORS} more" if len(tensors) > NAMED_TENSORS else ""
+            raise ModelError(
+                f"{what}: {', '.join(tensors[:NAMED_TENSORS])}{more}",
+                where=name,
+                hint="config.json and weights must be those of one model, and complete",
+            )
 
 
 def _return_freed_memory() -> None:
@@ -162,10 +267,8 @@ def model_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Pre
     """Read what config.json says of a model. Raises ModelError."""
     from transformers import AutoConfig
 
-    try:
+    with loading("config.json", checkpoint.name):
         return AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise loading_failed("config.json", error, checkpoint.name) from None
 
 
 def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -175,11 +278,8 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreT
 
     quieten_transformers()
     config = model_config(checkpoint, trust_remote_code)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise loading_failed("the model of config.json", error, checkpoint.name) from None
+    with loading("the model of config.json", checkpoint.name), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
 
 
 def quieten_transformers() -> None:

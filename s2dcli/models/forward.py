@@ -6,7 +6,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,9 @@ import torch
 from s2dcli.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# Log-probs from our head and from the model's own forward must agree to this many nats (float32).
-HEAD_TOLERANCE = 1e-3
+    from transformers import Cache, PreTrainedModel
+# What families call the cap on their logits: Gemma, RecurrentGemma, xLSTM.
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,13 @@ def head_of(model: PreTrainedModel, vocabulary: int, gradient_of: Callable[[torc
     if getattr(config, "logits_scaling", None):  # Granite
         scale = 1.0 / float(config.logits_scaling)
     bias = getattr(layer, "bias", None)
+    caps = (getattr(config, name, None) for name in _SOFT_CAPS)
     collects = gradient_of is not None and layer.weight.requires_grad and torch.is_grad_enabled()
     return Head(
         weight_VD=_first(layer.weight, vocabulary),
         bias_V=None if bias is None else _first(bias, vocabulary),
         scale=scale,
-        soft_cap=getattr(config, "final_logit_softcapping", None),  # Gemma
+        soft_cap=next(filter(None, caps), None),
         gradient_VD=gradient_of(layer.weight)[:vocabulary] if collects else None,
     )
 
@@ -93,26 +94,39 @@ def hidden_states(model: PreTrainedModel, input_ids_BT: torch.Tensor, position_i
     """Run the backbone on right-padded rows; returns hidden states [B, T, D] after the final norm.
 
     No mask is needed: a causal model never looks at what stands to the right, and states of padding are
-    never read. Positions that start anew at 0 within a row mark sequences packed into it, which do not
+    never read. Positions that restart at 0 within a row mark sequences packed into it, which do not
     see each other; transformers takes that from the positions as long as there is neither mask nor cache.
     """
-    return model.base_model(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False).last_hidden_state
+    return _run(model, input_ids_BT, position_ids_BT=position_ids_BT)
 
 
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether sequences packed into one row cost what they would alone: kernels of variable length, no T x T mask."""
-    return str(model.config.get_text_config()._attn_implementation).startswith(("flash", "flex"))
+def _run(
+    model: PreTrainedModel,
+    input_ids_BT: torch.Tensor,
+    *,
+    mask_BT: torch.Tensor | None = None,
+    position_ids_BT: torch.Tensor | None = None,
+    cache: Cache | None = None,
+) -> torch.Tensor:
+    """Run the backbone under the names that its family gives its inputs; returns hidden states [B, T, D].
 
-
-def can_share_prompts(model: PreTrainedModel) -> bool:
-    """Whether `shared_prompt_states` is right for a model: full attention in every layer.
-
-    A sliding window is counted in cache positions, which the padding behind a short prompt would use up.
+    Families that place tokens by the cache or the mask take no position_ids. Losses that mixture-of-experts
+    families add to balance their experts are no part of this, and dropout is off: models are in eval mode.
     """
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    return not (any(cache.is_sliding) or any(cache.is_linear))
+    backbone = model.base_model
+    if backbone is model:  # Llama-4's text model looks for it under the name that its multimodal one has
+        backbone = model.model
+    known = inspect.signature(backbone.forward).parameters
+    given: dict[str, object] = {}
+    if mask_BT is not None:
+        given["attention_mask"] = mask_BT
+    if position_ids_BT is not None and "position_ids" in known:
+        given["position_ids"] = position_ids_BT
+    if "use_cache" in known:
+        given["use_cache"] = cache is not None
+    if cache is not None:
+        given["cache_params" if "past_key_values" not in known and "cache_params" in known else "past_key_values"] = cache
+    return backbone(input_ids=input_ids_BT, **given).last_hidden_state
 
 
 def shared_prompt_states(
@@ -130,7 +144,7 @@ def shared_prompt_states(
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    prompt_PTD = model.base_model(input_ids=prompt_ids_PT, past_key_values=cache, use_cache=True).last_hidden_state
+    prompt_PTD = _run(model, prompt_ids_PT, cache=cache)
     prompts = torch.arange(len(prompt_ids_PT), device=prompt_ids_PT.device)
     first_BD = prompt_PTD[prompts, prompt_lengths_P - 1][prompt_of_B]
     rows, length = completion_ids_BT.shape
@@ -143,31 +157,75 @@ def shared_prompt_states(
     if int(prompt_lengths_P.min()) < width:
         seen_BT = torch.arange(width, device=lengths_B1.device) < lengths_B1
         mask_BT = torch.cat([seen_BT, seen_BT.new_ones(rows, length - 1)], dim=1).long()
-    cache.batch_select_indices(prompt_of_B)
-    rest_BTD = model.base_model(
-        input_ids=completion_ids_BT[:, :-1],
-        attention_mask=mask_BT,
-        position_ids=lengths_B1 + positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
+    cache.reorder_cache(prompt_of_B)
+    rest_BTD = _run(model, completion_ids_BT[:, :-1], mask_BT=mask_BT, position_ids_BT=lengths_B1 + positions, cache=cache)
     return torch.cat([first_BD[:, None], rest_BTD], dim=1)
 
 
-@torch.no_grad()
-def require_known_head(model: PreTrainedModel, vocabulary: int, name: str) -> None:
-    """Compare our head with the model's own logits on a few tokens.
+class CachedDecoder:
+    """Rows that grow token by token, what was computed of them kept in a cache. Each distinct prompt is run once, left-padded."""
 
-    A family with a logit transformation that is unknown here would train on wrong probabilities
-    without any other sign. Raises ModelError beyond HEAD_TOLERANCE.
-    """
-    ids_BT = torch.arange(min(8, vocabulary), device=model.device)[None]
-    own = model(input_ids=ids_BT, use_cache=False).logits[..., :vocabulary].float().log_softmax(-1)
-    ours = head_of(model, vocabulary).logits(hidden_states(model, ids_BT)).log_softmax(-1)
-    tolerance = HEAD_TOLERANCE * (1 if own.dtype == model.dtype else 50)  # bfloat16 rounds at 2^-8
-    difference = (own - ours).abs()[own > -20].max().item()
-    if not difference <= tolerance:
-        raise ModelError(
-            f"{type(model).__name__} transforms its logits in a way s2d does not know (log-probs differ by {difference:.2g} nats)",
-            where=name,
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of_B: torch.Tensor, pad_id: int) -> None:
+        """`states_BD` predict the first token of each row."""
+        from transformers import DynamicCache
+
+        device = prompt_of_B.device
+        longest = max(map(len, prompts))
+        ids_PT = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+        lengths_P = torch.tensor([len(ids) for ids in prompts], device=device)
+        mask_PT = (torch.arange(longest, device=device) >= (longest - lengths_P)[:, None]).long()
+        unpadded = bool((lengths_P == longest).all())
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        states_PTD = _run(
+            model,
+            ids_PT,
+            mask_BT=None if unpadded else mask_PT,
+            position_ids_BT=(mask_PT.cumsum(1) - 1).clamp(min=0),
+            cache=self.cache,
         )
+        if len(prompts) < len(prompt_of_B):
+            self.cache.reorder_cache(prompt_of_B)
+        self.states_BD = states_PTD[:, -1][prompt_of_B]
+        self._mask_BT = None if unpadded else mask_PT[prompt_of_B]
+        self._position_B = lengths_P[prompt_of_B]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all other rows."""
+        self.cache.reorder_cache(rows)  # the one selection of rows that every layer's cache has
+        self._position_B = self._position_B[rows]
+        self._mask_BT = None if self._mask_BT is None else self._mask_BT[rows]
+
+    def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
+        """Append a token to each row; returns the states [B, D] that predict the next ones."""
+        if self._mask_BT is not None:
+            self._mask_BT = torch.cat([self._mask_BT, self._mask_BT.new_ones(len(tokens_B), 1)], dim=1)
+        states_B1D = _run(self.model, tokens_B[:, None], mask_BT=self._mask_BT, position_ids_BT=self._position_B[:, None], cache=self.cache)
+        self._position_B = self._position_B + 1
+        return states_B1D[:, -1]
+
+
+class PlainDecoder:
+    """What CachedDecoder does, every row run whole for each of its tokens: for families whose cache is missing or wrong."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of_B: torch.Tensor, pad_id: int) -> None:
+        self.model = model
+        self.pad_id = pad_id
+        longest = max(map(len, prompts))
+        ids_PT = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in prompts], device=prompt_of_B.device)
+        lengths_P = torch.tensor([len(ids) for ids in prompts], device=prompt_of_B.device)
+        self.states_BD = self._last(ids_PT, lengths_P)[prompt_of_B]
+        self._ids_BT, self._lengths_B = ids_PT[prompt_of_B], lengths_P[prompt_of_B]
+
+    def _last(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        return hidden_states(self.model, ids_BT)[torch.arange(len(ids_BT), device=ids_BT.device), lengths_B - 1]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._ids_BT, self._lengths_B = self._ids_BT[rows], self._lengths_B[rows]
+
+    def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
+        if int(self._lengths_B.max()) == self._ids_BT.shape[1]:
+            self._ids_BT = torch.nn.functional.pad(self._ids_BT, (0, 1), value=self.pad_id)
+        self._ids_BT = self._ids_BT.scatter(1, self._lengths_B[:, None], tokens_B[:, None])
+        self._lengths_B = self._lengths_B + 1
+        return self._last(self._ids_BT, self._lengths_B)

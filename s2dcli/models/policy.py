@@ -6,7 +6,7 @@ error; so whatever wraps a model wraps this module, and the loss is computed wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """What a model is trained on; train/objectives.py has them all."""
+    """What a model is trained on; train/objectives.py has them all. `others`: further models that are given its micro-batches."""
+
+    others: Sequence[Policy]
 
     def loss(self, batch: MicroBatch, hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss, a sum over completion tokens, and figures per token, [N] each, for the metrics."""

@@ -7,7 +7,8 @@ second tokenisation can add a BOS or split a completion differently.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,20 +34,26 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
     """Load the tokenizer of a checkpoint folder. Raises ModelError if there is none or it has no EOS."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading("the tokenizer", str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise loading_failed("the tokenizer", error, str(folder)) from None
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so no completion could ever end", where=str(folder))
     return tokenizer
 
 
-def loading_failed(what: str, error: Exception, where: str) -> ModelError:
-    """Return the error that tells in one line why transformers could not load a checkpoint."""
-    text = str(error).strip() or type(error).__name__
-    hint = "--trust-remote-code runs the code that it brings" if "trust_remote_code" in text else ""
-    return ModelError(f"cannot load {what}: {text.splitlines()[0].rstrip(' .')}", where=where, hint=hint)
+@contextmanager
+def loading(what: str, where: str) -> Iterator[None]:
+    """Turn whatever transformers raises over the files of a checkpoint into a ModelError of one line."""
+    try:
+        yield
+    except Exception as error:  # a wrong type or number in a config surfaces anywhere in the library
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # Errors of a config's validation name the field first and what is wrong with it behind.
+        text = " ".join(lines) if type(error).__name__.startswith("StrictDataclass") else lines[0]
+        plain = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+        hint = "--trust-remote-code runs the code that it brings" if "trust_remote_code" in text else ""
+        kind = "" if plain or type(error).__name__.startswith("StrictDataclass") else f"{type(error).__name__}: "
+        raise ModelError(f"cannot load {what}: {kind}{text.rstrip(' .')}", where=where, hint=hint) from None
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from s2dcli.models.batching import MicroBatch, Row, micro_batches
-from s2dcli.models.forward import Head, can_pack, can_share_prompts
+from s2dcli.models.forward import Head
 from s2dcli.models.policy import Policy
 from s2dcli.models.readers import token_logprobs
+from s2dcli.models.selftest import can_pack, can_share_prompts
 
 # (hidden states [N, D], head, micro-batch) -> one tensor or several, [N, ...] each
 Reader = Callable[[torch.Tensor, Head, MicroBatch], tuple[torch.Tensor, ...]]

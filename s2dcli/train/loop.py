@@ -9,7 +9,9 @@ for step in run:
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +28,10 @@ from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, save_we
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.models.batching import micro_batches
 from s2dcli.models.checkpoints import LoadedModel, saved_dtype
-from s2dcli.models.forward import can_pack, can_share_prompts
 from s2dcli.models.policy import Objective, Policy
 from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
+from s2dcli.models.selftest import fast_paths
 from s2dcli.options import RunOptions, Schedule, TrainingOptions, parse_cadence
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.rows import TrainingRow
@@ -149,9 +151,10 @@ class TrainingRun:
         The loss runs inside the policy's forward; the gradients of the micro-batches add up to that of all rows.
         """
         with step.phase("update"):
+            paths = functools.reduce(operator.and_, (fast_paths(policy.model) for policy in (self.policy, *objective.others)))
             # Prompts are shared through a cache, which layers that run twice would fill twice.
-            share = can_share_prompts(self.loaded.model) and not self.training.gradient_checkpointing
-            layout = {"share_prompts": share, "pack": can_pack(self.loaded.model)}
+            share = paths.share_prompts and not self.training.gradient_checkpointing
+            layout = {"share_prompts": share, "pack": paths.pack}
             for batch in micro_batches(rows, self.training.tokens_per_batch, self.loaded.pad_id, self.device, **layout):
                 loss, figures = self.policy(batch, objective)
                 loss.backward()

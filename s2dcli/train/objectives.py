@@ -36,6 +36,7 @@ class PolicyGradient:
     `importance_weights` multiplies each token's weight, `sequence_log_ratio` makes the ratio its row's.
     """
 
+    others = ()
     temperature: float
     clip_low: float
     clip_high: float
@@ -90,6 +91,10 @@ class Distillation:
     temperature: float
     top_k: int | None = None
 
+    @property
+    def others(self) -> list[Policy]:
+        return [self.teacher]
+
     def loss(self, batch: MicroBatch, hidden_ND: torch.Tensor, head: Head) -> Loss:
         with torch.no_grad():
             teacher_NE, teacher_head = self.teacher.states(batch), self.teacher.head()
@@ -109,6 +114,7 @@ class SampledDistillation:
     position. Needs the teacher's log-probs of the sampled tokens only, `teacher_logprobs`.
     """
 
+    others = ()
     temperature: float
 
     def loss(self, batch: MicroBatch, hidden_ND: torch.Tensor, head: Head) -> Loss:
@@ -127,6 +133,8 @@ class SampledDistillation:
 @dataclass(frozen=True)
 class CrossEntropy:
     """Negative log-prob of the tokens as they stand: supervised fine-tuning on samples ("hard labels")."""
+
+    others = ()
 
     def loss(self, batch: MicroBatch, hidden_ND: torch.Tensor, head: Head) -> Loss:
         weights_N = _weights(batch)

@@ -10,9 +10,10 @@ from tiny import VOCABULARY, ragged_rows, scores, tiny, training_row
 
 from s2dcli.models import batching
 from s2dcli.models.batching import micro_batches, split
-from s2dcli.models.forward import can_pack, can_share_prompts, head_of, require_known_head
+from s2dcli.models.forward import head_of
 from s2dcli.models.policy import Policy, freeze
 from s2dcli.models.rows import Row
+from s2dcli.models.selftest import can_pack, can_share_prompts, self_test
 from s2dcli.options import Aggregate, KlEstimator, Surrogate
 from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient, SampledDistillation
 from s2dcli.train.rows import set_weights
@@ -80,7 +81,7 @@ def test_the_split_into_micro_batches_never_changes_the_gradient(family, aggrega
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_the_models_own_logits_row_by_row(family, group):
     model = tiny(family)
-    require_known_head(model, VOCABULARY, family)
+    self_test(model, VOCABULARY, family)
     rows = ragged_rows(group=group)
     found = scores(Policy(model, VOCABULARY), rows, tokens_per_batch=100, pad_id=0)
     for row, ours in zip(rows, found, strict=True):
