@@ -122,7 +122,7 @@ class Supervisor:
             elif frame.kind == wire.CONFIG:
                 self.config = wire.decode(frame.body)
                 sys.path[:] = self.config["path"]
-                if rewards.MATH in self.config["rewards"]:
+                if {rewards.MATH, rewards.MATH_STRICT} & {*self.config["rewards"]}:
                     answer.warm_up()
                 gc.collect()
                 gc.freeze()

@@ -141,10 +141,10 @@ def confine(memory_limit: int, supervisor: int) -> None:
 
 
 def _built_in(name: str, lenient: bool, note: Note) -> Callable[[list], tuple[float | None, str, str]]:
-    judge = answer.is_right if name == rewards.MATH else answer.is_same
+    judge = {rewards.MATH: answer.MATH, rewards.MATH_STRICT: answer.MATH_STRICT, rewards.EXACT: answer.EXACT}[name]
 
     def grade(row: list) -> tuple[float | None, str, str]:
-        verdict = answer.grade(row[0], row[1], row[2], judge=judge, lenient=lenient, progress=note.progress)
+        verdict = answer.grade(*row[:4], judge=judge, lenient=lenient, progress=note.progress)
         return verdict.score, verdict.extracted, verdict.error
 
     return grade
@@ -155,7 +155,7 @@ def _function(name: str, note: Note) -> Callable[[list], tuple[float | None, str
 
     def grade(row: list) -> tuple[float | None, str, str]:
         note.progress(True, "")
-        gold, completion, _, record = row
+        gold, completion, *_, record = row
         try:
             score = rewards.score_of(function(completion, gold, record))
         except MemoryError:
