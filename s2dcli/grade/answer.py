@@ -35,6 +35,7 @@ REFUSED = "refused"  # beyond the caps
 FAILED = "failed"  # an exception
 NOT_JUDGED = "not judged"  # a user's function returned None
 WORKER_FAILURE = "worker failure"
+FAILURES = (TIMEOUT, KILLED, MEMORY, CRASHED, FAILED, WORKER_FAILURE)  # of a reward, not of the answer alone
 
 EXTRACTED_LENGTH = 1000  # characters of the extracted answer that the verdict carries
 MOST_SIGNS = 3  # plus-minus signs of one element

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from s2dcli.grade.normalise import is_prose
@@ -24,6 +25,15 @@ JOINT_LENGTH = 80  # characters between two boxes of one answer, `\\boxed{1} \\q
 STATED_DEPTH = 3  # "Final answer: the answer is 42"
 STATED_TRIES = 50  # mentions of "answer", from the end, that are looked at
 
+PROBLEM_LENGTH = 20_000  # characters of a problem, from its end, that are searched for what it asks
+CACHE = 1024  # problems whose wish is remembered: groups share them
+
+_ORDER = re.compile(
+    r"\bin (?:\w+ )?order\b(?! to\b| that\b)|\b(?:in|de)creasing(?:ly)? order|\b(?:as|de)scending\b|\brespectively\b"
+    r"|\bfrom (?:the )?(?:small|larg|great|low|high|least|most)|\bsorted\b|\bordered list\b|\bfirst (?:\w+ )?terms\b",
+    re.IGNORECASE,
+)
+_ALL = re.compile(r"\b(?:all|solve|solutions?|roots?|zeros|possible values?)\b", re.IGNORECASE)
 # A box with or without its brace, a doubled backslash before a brace, an escaped brace, a brace.
 _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+(\{)?|\\\\(?=[{}])|\\[{}]|[{}]")
 _JOINT = re.compile(
@@ -82,6 +92,21 @@ def opens_thinking(prompt: Any) -> bool:
         text = _text_of_content(last.get("content"))
         return text.rfind(OPEN) > text.rfind(CLOSE)
     return isinstance(prompt, str) and prompt.rstrip().endswith(OPEN)
+
+
+@lru_cache(maxsize=CACHE)
+def _order_in(text: str) -> bool | None:
+    if _ORDER.search(text):
+        return True
+    return False if _ALL.search(text) else None
+
+
+def asks_for_order(prompt: Any) -> bool | None:
+    """Whether a problem asks for its answers in an order: False where it asks for all solutions, None where it does not say."""
+    if isinstance(prompt, list):
+        turns = [message for message in prompt if isinstance(message, dict) and message.get("role") == "user"]
+        prompt = _text_of_content(turns[-1].get("content")) if turns else ""
+    return _order_in(prompt[-PROBLEM_LENGTH:]) if isinstance(prompt, str) and prompt else None
 
 
 def visible(text: str, thinking: bool) -> str | None:
