@@ -237,7 +237,7 @@ def verify(
             if verdict["verify_error"]:
                 failed = dict(failures(grader.rewards, verdict["verify_error"]))
                 examples.update(failed | examples)
-                errors.update(failed or [": ".join(verdict["verify_error"].split(": ")[:depth])])
+                errors.update(list(failed) or [": ".join(verdict["verify_error"].split(": ")[:depth])])
             if "completion" not in record:
                 unlike = unlike or nearest("completion", record)
                 num_mute += 1
