@@ -119,16 +119,26 @@ class Rollout:
     source: dict[str, Any]
     sampler: dict[str, Any]
     template_sha256: str
+    reasoning_open: bool = False  # the rendered prompt ends inside <think>, which its messages need not show
 
     @classmethod
     def from_record(cls, record: dict, where: str) -> Rollout:
         kinds = {"prompt": take_messages, "completion": take_messages, "prompt_ids": take_ids, "completion_ids": take_ids}
         values = {}
         for column in fields(cls):
+            if column.name == "reasoning_open" and column.name not in record:
+                continue
             if column.name in kinds:
                 values[column.name] = kinds[column.name](record, column.name, where)
             else:
-                kind = {"sample_index": int, "seed": int, "source": dict, "sampler": dict, "completion_logprobs": list}
+                kind = {
+                    "sample_index": int,
+                    "seed": int,
+                    "source": dict,
+                    "sampler": dict,
+                    "completion_logprobs": list,
+                    "reasoning_open": bool,
+                }
                 values[column.name] = take(record, column.name, kind.get(column.name, str), where)
         row = cls(**values)
         if len(row.completion_logprobs) != len(row.completion_ids):

@@ -29,6 +29,7 @@ COLUMNS = [
     "source",
     "sampler",
     "template_sha256",
+    "reasoning_open",
 ]
 
 
@@ -51,6 +52,21 @@ def test_rows_hold_the_contracts_columns_in_input_order(rolled, few):
         assert all(value <= 0 and round(value, 6) == value for value in row["completion_logprobs"])
         assert row["sampler"]["temperature"] == 1.0
         assert len(row["sampler"]["checkpoint"]) == 64
+
+
+def test_an_answer_inside_reasoning_that_the_template_opened_is_none(s2d, toy, few, tmp_path):
+    own = json.loads((toy / "teacher" / "tokenizer_config.json").read_text()).get("chat_template")
+    template = tmp_path / "thinking.jinja"
+    template.write_text((own or (toy / "teacher" / "chat_template.jinja").read_text()) + "<think>")
+    done = s2d("rollout", "--model", toy / "teacher", few, "-n", 1, "--max-tokens", 16, "--chat-template", template)
+    assert done.code == 0, done.err
+    assert all(row["reasoning_open"] is True for row in done.rows)
+    rows = [{**row, "completion": rf"\boxed{{{row['answer']}}}"} for row in done.rows]
+    for ends, reward in (("", 0.0), ("so </think>", 1.0)):
+        given = b"".join(json.dumps({**row, "completion": ends + row["completion"]}).encode() + b"\n" for row in rows)
+        graded = s2d("verify", stdin=given).rows
+        assert [row["reward"] for row in graded] == [reward] * len(rows)
+    assert all("<think> was never closed" in row["verify_error"] for row in s2d("verify", stdin=json.dumps(rows[0]).encode()).rows)
 
 
 def test_stored_ids_are_what_a_chat_template_gives_and_the_text_decodes_from_them(rolled, toy):
