@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -55,10 +56,13 @@ def test_rows_hold_the_contracts_columns_in_input_order(rolled, few):
 
 
 def test_an_answer_inside_reasoning_that_the_template_opened_is_none(s2d, toy, few, tmp_path):
-    own = json.loads((toy / "teacher" / "tokenizer_config.json").read_text()).get("chat_template")
-    template = tmp_path / "thinking.jinja"
-    template.write_text((own or (toy / "teacher" / "chat_template.jinja").read_text()) + "<think>")
-    done = s2d("rollout", "--model", toy / "teacher", few, "-n", 1, "--max-tokens", 16, "--chat-template", template)
+    model = tmp_path / "thinker"
+    shutil.copytree(toy / "teacher", model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_text((model / name).read_text().replace("<|assistant|>", "<think>"))
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template.replace("<|assistant|>", "<think>"))
+    done = s2d("rollout", "--model", model, few, "-n", 1, "--max-tokens", 16)
     assert done.code == 0, done.err
     assert all(row["reasoning_open"] is True for row in done.rows)
     rows = [{**row, "completion": rf"\boxed{{{row['answer']}}}"} for row in done.rows]
