@@ -244,4 +244,5 @@ class Sampler:
                 "template": self.encoder.description,
             },
             template_sha256=self.encoder.template_sha256,
+            reasoning_open=self.encoder.opens_reasoning(problem.prompt),
         )

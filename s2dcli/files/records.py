@@ -159,6 +159,7 @@ class Rollout:
     source: dict[str, Any]
     sampler: dict[str, Any]
     template_sha256: str
+    reasoning_open: bool = field(default=False, kw_only=True)  # the rendered prompt ends inside <think>; its messages need not show it
     extra: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @classmethod
@@ -205,7 +206,8 @@ def _rollout_columns(record: dict, where: str) -> dict[str, Any]:
     """Return the columns of a rollout by name. Raises DataError that names file, line and field."""
     takes = {"prompt": take_messages, "completion": take_messages, "prompt_ids": take_ids, "completion_ids": take_ids}
     takes["completion_logprobs"] = take_logprobs
-    kinds = {"sample_index": int, "seed": int, "source": dict, "sampler": dict}
+    kinds = {"sample_index": int, "seed": int, "source": dict, "sampler": dict, "reasoning_open": bool}
+    record = {"reasoning_open": False, **record}  # files of other tools have no such column
     columns = {
         column.name: takes[column.name](record, column.name, where)
         if column.name in takes

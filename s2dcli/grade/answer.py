@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise, product
 from typing import NamedTuple
 
-from s2dcli.grade import caps, estimate, exact, symbolic
-from s2dcli.grade.extract import extract, from_prose, neighbouring_boxes
+from s2dcli.grade import caps, estimate, exact, parts, reals, symbolic
+from s2dcli.grade.extract import extract, from_prose, last_box
 from s2dcli.grade.normalise import bracketed, is_prose, is_words, normalise, split, unwrap, words
 
 POLICY = "s2d.math/1"  # raise the number when a verdict may change
@@ -34,6 +35,7 @@ REFUSED = "refused"  # beyond the caps
 FAILED = "failed"  # an exception
 NOT_JUDGED = "not judged"  # a user's function returned None
 WORKER_FAILURE = "worker failure"
+FAILURES = (TIMEOUT, KILLED, MEMORY, CRASHED, FAILED, WORKER_FAILURE)  # of a reward, not of the answer alone
 
 EXTRACTED_LENGTH = 1000  # characters of the extracted answer that the verdict carries
 MOST_SIGNS = 3  # plus-minus signs of one element
@@ -41,14 +43,12 @@ MOST_ELEMENTS = 20  # of a list whose elements need sympy
 CACHE = 4096  # verdicts and gold answers that a worker remembers: groups share them
 CACHED_LENGTH = 300  # characters of an answer whose verdict is remembered
 
-_AND = re.compile(
-    r"\s*,?\s*(?:\\(?:text|mbox|mathrm|textrm) ?\{[^{}]*?(?<![A-Za-z])(?:and|or),?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*"
-)
+_ALTERNATIVES = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])")
 _SET = re.compile(r"\\(?:\{|lbrace)(.*)\\(?:\}|rbrace)", re.DOTALL)
 _RELATION = re.compile(r"\\approx(?![A-Za-z])")
 _INEQUALITY = re.compile(r"[<>!:]=|[<>]|\\(?:leq?|geq?|neq?|lt|gt|in|subset\w*|to|equiv)(?![A-Za-z])")
-_LABEL = re.compile(r"(?=[^=]*[A-Za-z])[A-Za-z\\(][^=+*/^<>\[\]-]{0,60}")
-_NAME = re.compile(r"[A-Za-z][A-Za-z ]{0,30}:\s*")
+_LABEL = re.compile(r"(?=[^=]*[A-Za-z])[A-Za-z\\(|][^=+*/^<>\[\]-]{0,60}")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9 ]{0,30}:\s*")
 _CHOICE = re.compile(r"\(?([A-J])\)?(?:[).:](?:\s.*)?)?|\(([A-J])\).*", re.DOTALL)
 _CHOICE_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*(\(?[A-J]\)?[^{}]*)\}")
 _BASE = re.compile(r"(\d+)\s*_\s*\{?\s*(\d+)\s*\}?")
@@ -57,12 +57,24 @@ _DOTS = re.compile(r"\\[lc]?dots(?![A-Za-z])|\.\.\.")
 _ADJACENT = re.compile(r"\d \.?\d")
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
+_VARIABLE = re.compile(r"[A-Za-z]")
 _FUNCTION = re.compile(r"([A-Za-z]) ?\( ?([A-Za-z]) ?\)")
+_BRACED = re.compile(r"([\^_])\{(\w)\}")
+_POINT = re.compile(r"[A-Z]'? ?(\([^()]*,.*\))")
 _COLUMN = re.compile(r"\\begin ?\{[pb]?matrix\}([^&]*?)(?:\\\\ ?)?\\end ?\{[pb]?matrix\}", re.DOTALL)
 
 
-Judge = Callable[[str, str], bool]
 Progress = Callable[[bool, str], None]
+
+
+class Judge(NamedTuple):
+    """A way of comparing normalised answers: `same(gold, prediction, ordered)`.
+
+    `reads`: it has to understand the gold answer, and looks for the answer in a sentence.
+    """
+
+    same: Callable[[str, str, bool | None], bool]
+    reads: bool
 
 
 class Verdict(NamedTuple):
@@ -92,8 +104,8 @@ def warm_up() -> None:
 
 @lru_cache(maxsize=CACHE)
 def gold_answer(text: str) -> str:
-    """Return the normalised gold answer; of a worked solution, what it boxes (all boxes, if several)."""
-    box = neighbouring_boxes(text)
+    """Return the normalised gold answer; of a worked solution, what it boxes."""
+    box = last_box(text)
     return normalise(text if box is None else box)
 
 
@@ -102,14 +114,16 @@ def problem_of(gold: str) -> str:
     """Return why a normalised gold answer is not understood, "" if it is."""
     elements = _elements(gold)[1] if not caps.refusal(gold) else [gold]
     for element in elements:
-        if exact.read(element) or _letter(element) or is_words(element) or _DOTS.fullmatch(element):
+        if approximation := parts.approximation(element):
+            element = approximation[0]
+        if exact.read(element) or _letter(element) or is_words(element) or _DOTS.fullmatch(element) or parts.choices(element):
             continue
         if estimate.estimate(_right_side(element)) is not None or _BASE.fullmatch(element):
             continue
         if refusal := caps.refusal(element):
             return f"{REFUSED}: {refusal}"
         if symbolic.parse(_right_side(element)) is None and symbolic.parse(gold) is None:
-            return "not read by math-verify"
+            return "" if reals.pieces(gold) else "not read by math-verify"
     return ""
 
 
@@ -117,36 +131,41 @@ def grade(
     gold: str,
     completion: str,
     thinking: bool,
+    ordered: bool | None = None,
     *,
     judge: Judge,
     lenient: bool,
     progress: Progress,
 ) -> Verdict:
-    """Return the verdict on one completion. `progress(understood, extracted)` is told how far it got."""
+    """Return the verdict on one completion. `progress(understood, extracted)` is told how far it got.
+
+    `thinking`: the prompt ends inside the reasoning. `ordered`: whether the problem asks for a list in an
+    order, None where that has to be told from the gold answer.
+    """
     if not gold.strip():
         return Verdict(None, "", GOLD_MISSING)
     found, why_not = extract(completion, thinking, lenient)
     if found is not None and len(found) <= CACHED_LENGTH and len(gold) <= CACHED_LENGTH:
-        return _cached_verdict(gold, found, "", judge, progress)
-    return _verdict(gold, found, why_not, judge, progress)
+        return _cached_verdict(gold, found, "", ordered, judge, progress)
+    return _verdict(gold, found, why_not, ordered, judge, progress)
 
 
-def _verdict(gold: str, found: str | None, why_not: str, judge: Judge, progress: Progress) -> Verdict:
+def _verdict(gold: str, found: str | None, why_not: str, ordered: bool | None, judge: Judge, progress: Progress) -> Verdict:
     shown = _shown(found or "")
     wanted = gold_answer(gold)
     if found is not None and wanted and is_same(wanted, normalise(found)):
         return Verdict(1.0, shown, "")
-    if judge is is_right:
+    if judge.reads:
         problem = problem_of(wanted) if wanted else "empty"
         if problem:
             return Verdict(None, shown, f"{GOLD_UNPARSABLE}: {problem}")
     progress(True, shown)
     if found is None:
         return Verdict(0.0, "", f"{NO_ANSWER}: {why_not}")
-    if judge is is_right and is_prose(found) and not is_words(wanted):
+    if judge.reads and is_prose(found) and not is_words(wanted):
         found = from_prose(found) or found
     try:
-        return Verdict(float(judge(wanted, normalise(found))), shown, "")
+        return Verdict(float(judge.same(wanted, normalise(found), ordered)), shown, "")
     except Refused as refusal:
         return Verdict(0.0, shown, f"{REFUSED}: {refusal}")
 
@@ -164,12 +183,13 @@ def _squeeze(text: str) -> str:
 
 
 def is_same(gold: str, prediction: str) -> bool:
-    """Whether two normalised answers are the same text, blanks aside."""
-    return _squeeze(gold) == _squeeze(prediction)
+    """Whether two normalised answers are the same text, blanks and needless braces aside."""
+    gold, prediction = _squeeze(gold), _squeeze(prediction)
+    return gold == prediction or ("{" in gold + prediction and _BRACED.sub(r"\1\2", gold) == _BRACED.sub(r"\1\2", prediction))
 
 
 @lru_cache(maxsize=CACHE)
-def is_right(gold: str, prediction: str) -> bool:
+def is_right(gold: str, prediction: str, ordered: bool | None = None) -> bool:
     """Whether a normalised prediction is the gold answer. Raises Refused beyond the caps."""
     if is_same(gold, prediction):
         return True
@@ -180,15 +200,24 @@ def is_right(gold: str, prediction: str) -> bool:
         return exact.equal(left, right)
     if letter := _letter(gold):
         return letter == (_letter(prediction) or _letter(prediction.upper() if len(prediction.strip("()")) == 1 else ""))
-    if is_words(gold):
-        if words(gold) == words(prediction):
+    if (by_words := _same_words(gold, prediction)) is not None:
+        return by_words
+    if left and exact.may_be_rounded(left) and not _VARIABLE.search(_COMMAND.sub("", prediction)) and "." not in prediction:
+        value = estimate.estimate(prediction)
+        if value is not None and exact.rounds_to(Fraction(value), left):
             return True
-        if is_prose(gold) or gold.startswith("\\text"):
-            return False
     if estimate.differ(gold, prediction):
         return False
     if refusal := caps.refusal(prediction):
         raise Refused(refusal)
+    if "\\approx" in gold or "\\approx" in prediction:
+        return _same_approximated(gold, prediction, ordered)
+    if (reals.is_condition(gold) or reals.is_condition(prediction)) and reals.same(gold, prediction, is_right):
+        return True
+    if (named := _without_names(gold, prediction)) is not None:
+        return is_right(*named)
+    if renamed := parts.same_parameter(gold, prediction):
+        return is_right(gold, renamed)
     sides_wanted, sides = _sides(gold), _sides(prediction)
     if len(sides_wanted) > 1 or len(sides) > 1:
         return _same_sides(gold, sides_wanted, prediction, sides)
@@ -196,13 +225,102 @@ def is_right(gold: str, prediction: str) -> bool:
     kind, wanted = _elements(gold)
     kind_found, found = _elements(prediction)
     if len(wanted) > 1 or len(found) > 1:
-        if any(len(parts) == 1 and estimate.estimate(text) is not None for parts, text in ((wanted, gold), (found, prediction))):
+        if any(len(elements) == 1 and estimate.estimate(text) is not None for elements, text in ((wanted, gold), (found, prediction))):
             return False  # one value is no list
-        sequence = kind == kind_found == "" and _is_sequence(gold, wanted)
-        same = _same_elements(kind, wanted, kind_found, found, sequence)
+        ordered = _is_sequence(gold, wanted) if ordered is None else ordered
+        same = _same_elements(kind, wanted, kind_found, found, ordered and kind == kind_found == "")
         if same is not None:
             return same
     return _same_leaf(gold, prediction)
+
+
+def is_right_number(gold: str, prediction: str, ordered: bool | None = None) -> bool:
+    """Whether a prediction is right and, where the gold answer is made of numbers, is made of numbers that are worked out.
+
+    Those are integers, decimals, fractions, mixed numbers and powers of ten with a factor. A percentage is
+    a hundredth of its number.
+    """
+    if not is_right(gold, prediction, ordered):
+        return False
+    wanted, found = ([exact.read(normalise(_sides(element)[-1])) for element in _elements(text)[1]] for text in (gold, prediction))
+    if None in wanted or is_same(gold, prediction):
+        return True
+    if None in found:
+        return False
+    if {number.percent for number in wanted} == {number.percent for number in found}:
+        return True
+    values, others = (sorted(number.value / (100 if number.percent else 1) for number in numbers) for numbers in (wanted, found))
+    return values == others
+
+
+MATH = Judge(is_right, reads=True)
+MATH_STRICT = Judge(is_right_number, reads=True)
+EXACT = Judge(lambda gold, prediction, _: is_same(gold, prediction), reads=False)
+
+
+def _same_words(gold: str, prediction: str) -> bool | None:
+    """Compare answers of which at least one is words or a choice of letters, None where the words do not decide."""
+    picked = parts.choices(gold), parts.choices(prediction)
+    if all(picked) and (picked[0][0] or picked[1][0]):
+        return picked[0][1] == picked[1][1]
+    in_words = is_words(gold)
+    if in_words or is_words(prediction) or "set" in gold or "nothing" in gold:
+        meant = parts.phrase(gold), parts.phrase(prediction)
+        if all(meant):
+            return meant[0] == meant[1]
+    if not in_words:
+        return None
+    if words(gold) == words(prediction) or (is_prose(gold) and parts.sentence_says(gold, prediction)):
+        return True
+    return False if is_prose(gold) or gold.startswith("\\text") else None
+
+
+def _same_approximated(gold: str, prediction: str, ordered: bool | None) -> bool:
+    r"""Compare answers of which at least one has a decimal behind it, `\frac{7}{9} \approx 0.78`; that must fit what it stands for."""
+    if len(_elements(gold)[1]) > 1 and len(_elements(prediction)[1]) > 1:
+        same = _same_elements("", _elements(gold)[1], "", _elements(prediction)[1], bool(ordered))
+        return bool(same)
+    wanted, found = parts.approximation(gold), parts.approximation(prediction)
+    if ("\\approx" in gold and wanted is None) or ("\\approx" in prediction and found is None):
+        return _same_sides(gold, _sides(gold), prediction, _sides(prediction))
+    if found is not None:
+        prediction, decimal = found
+        value = _value(_right_side(prediction))
+        if value is None and _LABEL.fullmatch(prediction):
+            prediction = f"{prediction}={decimal.text}"
+        elif value is not None and abs(value - decimal.value) * 10 ** max(decimal.decimals, 0) > 1:
+            return False
+    if wanted is None:
+        return is_right(gold, prediction, ordered) or (found is not None and is_right(gold, found[1].text))
+    return is_right(wanted[0], prediction, ordered) or prediction == wanted[1].text
+
+
+def _value(text: str) -> Fraction | None:
+    """Return the value of a formula without variables, as far as a float has it."""
+    if number := exact.read(text):
+        return number.value
+    value = None if _VARIABLE.search(_COMMAND.sub("", text)) else estimate.estimate(text)
+    return None if value is None else Fraction(value)
+
+
+def _without_names(gold: str, prediction: str) -> tuple[str, str, bool | None] | None:
+    """Write answers that name several values without the names, and say whether their order counts; None if neither does."""
+    wanted, found = parts.solutions(gold), parts.solutions(prediction)
+    if wanted and found:
+        if set(wanted[0]) != set(found[0]):
+            return None
+        return parts.bare(wanted, wanted[0]), parts.bare(found, wanted[0]), False
+    if wanted:
+        if "=" in prediction:
+            return None
+        written = parts.bare(wanted, wanted[0])
+        if len(wanted[0]) > 1 and len(wanted[1]) == 1 and not bracketed(prediction):
+            prediction = f"({','.join(_elements(prediction)[1])})"
+        return written, prediction, False
+    if found and "=" not in gold:
+        written = parts.bare(found, found[0])
+        return gold, written if bracketed(gold) or len(found[1]) > 1 else written.strip("()"), None
+    return None
 
 
 def _letter(text: str) -> str:
@@ -214,7 +332,7 @@ def _letter(text: str) -> str:
 
 def _elements(text: str) -> tuple[str, list[str]]:
     """Return the kind of a list ("", "{", or its brackets as "(]") and its elements, labels removed."""
-    text = _AND.sub(",", text)
+    text = parts.AND.sub(",", text)
     kind = ""
     if bracketed(text) and len(tuples := _both_signs(text)) > 1:
         return kind, tuples
@@ -222,12 +340,12 @@ def _elements(text: str) -> tuple[str, list[str]]:
         kind, text = "{", match[1]
     elif bracketed(text) and len(split(text[1:-1])) > 1:
         kind, text = text[0] + text[-1], text[1:-1]
-    parts = [part for part in (normalise(_NAME.sub("", part.strip(), count=1)) for part in split(text)) if part]
-    if len(parts) == 1 and _SET.fullmatch(_right_side(parts[0])) and kind == "":
-        return _elements(_right_side(parts[0]))
+    elements = [part for part in (normalise(_NAME.sub("", part.strip(), count=1)) for part in split(text)) if part]
+    if len(elements) == 1 and _SET.fullmatch(_right_side(elements[0])) and kind == "":
+        return _elements(_right_side(elements[0]))
     if not kind.startswith(("(", "[")):
-        parts = [side for part in parts for side in _both_signs(part)]
-    return kind, parts
+        elements = [side for element in elements for side in _both_signs(element)]
+    return kind, elements
 
 
 def _both_signs(text: str) -> list[str]:
@@ -240,7 +358,9 @@ def _both_signs(text: str) -> list[str]:
 
 
 def _as_tuples(gold: str, prediction: str) -> tuple[str, str]:
-    """Write a column vector as a tuple if the other answer is one."""
+    """Write a column vector as a tuple if the other answer is one, and leave out the name of a point, `A(1,2)`."""
+    if bracketed(gold) != bracketed(prediction):
+        gold, prediction = (match[1] if (match := _POINT.fullmatch(text)) else text for text in (gold, prediction))
     columns = [_COLUMN.fullmatch(text) for text in (gold, prediction)]
     if bool(columns[0]) == bool(columns[1]):
         return gold, prediction
@@ -251,12 +371,14 @@ def _as_tuples(gold: str, prediction: str) -> tuple[str, str]:
 def _is_sequence(gold: str, wanted: list[str]) -> bool:
     """Whether a plain gold list means its order: three numbers or more, named by nothing, that are not in order of size.
 
-    A set of solutions is written from the smallest or from the largest on.
+    A set of solutions is written from the smallest or from the largest on, has `or` in it, or a number and its opposite.
     """
     values = [exact.read(element) for element in wanted]
-    if len(values) < 3 or None in values or "=" in gold or ":" in gold:
+    if len(values) < 3 or None in values or "=" in gold or ":" in gold or _ALTERNATIVES.search(gold):
         return False
     numbers = [value.value for value in values]
+    if any(-number in numbers for number in numbers if number):
+        return False
     return numbers not in (sorted(numbers), sorted(numbers, reverse=True))
 
 
@@ -286,7 +408,7 @@ def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[st
 
 def _sides(text: str) -> list[str]:
     """Cut an answer at the equals signs outside all brackets; a list of equations is not cut."""
-    if ("=" not in text and "\\approx" not in text) or len(split(_AND.sub(",", text))) > 1:
+    if ("=" not in text and "\\approx" not in text) or len(split(parts.AND.sub(",", text))) > 1:
         return [text]
     text = _RELATION.sub(lambda match: match[0] if match[0] != "\\approx" else "=", text)
     return [side.strip() for side in split(text, "=")] if not _INEQUALITY.search(text) else [text]

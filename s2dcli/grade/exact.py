@@ -12,6 +12,7 @@ from typing import NamedTuple
 MOST_DIGITS = 1000  # of one number; longer ones are compared as text
 MOST_POWER = 400  # of ten
 LEAST_DIGITS = 3  # significant digits from which a decimal gold answer may be a rounded one
+LONG_DIGITS = 10  # significant digits from which a decimal answer may be a fraction worked out by a calculator
 
 _UNSIGNED = r"(?:\d++(?:\.\d*+)?|\.\d++)"
 _NUMBER = re.compile(rf"([-+]?) ?({_UNSIGNED})")
@@ -25,6 +26,13 @@ _EXPONENT = re.compile(rf"([-+]?) ?({_UNSIGNED})[eE]([-+]?\d++)")
 _PERCENT = re.compile(r" ?(?:\\?%|percent|pct)$| ?\\(?:text|mathrm|mbox) ?\{ ?(?:\\?%|percent|pct|percentage) ?\}$")
 _DEGREES = re.compile(r" ?\^ ?(?:\\circ|\{ ?\\circ ?\})(?: ?C| ?F)?$| ?\\degree$")
 _UNIT = re.compile(r" ?\\(?:text|mbox|mathrm|textrm|rm|mathit|operatorname)(?:bf|it|rm)? ?\{[^{}\d]*\}(?: ?\^ ?(?:\d|\{ ?-?\d ?\}))?$")
+_WORD_UNIT = (
+    r"(?:(?:square|cubic|sq) )?(?:[kcm]m|[mk]g|lb|oz|ft|in|mi|yd|mph|kph|ml|sec|min|hr|(?:kilo|centi|milli)?met(?:er|re)|(?:kilo)?gram"
+    r"|inch|inche|feet|foot|mile|yard|second|minute|hour|day|week|month|year|dollar|cent|unit|degree|radian|lit(?:er|re)|point|people)s?"
+)
+_PLAIN_UNIT = re.compile(
+    rf" ?(?<![A-Za-z]){_WORD_UNIT}(?: ?(?:/|per) ?(?:{_WORD_UNIT}|[hs]))?(?: ?\^ ?(?:\d|\{{ ?-?\d ?\}}))?$|(?<=\d) m/s$"
+)
 _CURRENCY = re.compile(r"^([-+]?) ?(?:\\?\$|[€£¥₹]|\\(?:text|mathrm) ?\{ ?(?:\\?\$|USD) ?\}) ?(?=[\d.])")
 
 
@@ -35,6 +43,7 @@ class Exact(NamedTuple):
     percent: bool
     decimals: int  # digits after the point of a plain decimal, -1 for other notations
     digits: int  # significant digits of a plain decimal
+    text: str  # without unit and signs of percent, degree and currency
 
 
 def _sign(mark: str | None) -> int:
@@ -58,6 +67,7 @@ def read(text: str) -> Exact | None:
     percent = bool(_PERCENT.search(bare)) or bool(_PERCENT.search(text))
     bare = _PERCENT.sub("", bare if not _PERCENT.search(text) else text)
     bare = _DEGREES.sub("", bare)
+    bare = _PLAIN_UNIT.sub("", bare) if bare[-1:].isalpha() or "^" in bare else bare
     bare = _CURRENCY.sub(r"\1", bare).strip()
     plain = _NUMBER.fullmatch(bare)
     if plain:
@@ -65,9 +75,9 @@ def read(text: str) -> Exact | None:
             return None
         decimals = len(plain[2].partition(".")[2]) if "." in plain[2] else -1
         digits = len(plain[2].replace(".", "").lstrip("0"))
-        return Exact(_sign(plain[1]) * _unsigned(plain[2]), percent, decimals, digits)
+        return Exact(_sign(plain[1]) * _unsigned(plain[2]), percent, decimals, digits, bare)
     value = _compound(bare)
-    return None if value is None else Exact(value, percent, -1, 0)
+    return None if value is None else Exact(value, percent, -1, 0, bare)
 
 
 def _compound(text: str) -> Fraction | None:
@@ -103,15 +113,24 @@ def equal(gold: Exact, prediction: Exact) -> bool:
 
     A percentage on one side only may be meant as `28` or as `0.28`. A gold answer that is a
     decimal of at least three significant digits is taken for a rounded one when the prediction is
-    a fraction: 21.93 for 307/14.
+    a fraction or a long decimal: 21.93 for 307/14. A long decimal is also the fraction that it is
+    the value of, to its last digit: 0.1428571428571429 for 1/7.
     """
     values = {prediction.value}
     if gold.percent != prediction.percent:
         values |= {prediction.value / 100} if prediction.percent else {prediction.value * 100}
     if gold.value in values:
         return True
-    rounded = gold.decimals > 0 and gold.digits >= LEAST_DIGITS
-    return rounded and prediction.decimals < 0 and prediction.value.denominator > 1 and rounds_to(prediction.value, gold)
+    if may_be_rounded(gold) and rounds_to(prediction.value, gold):
+        return prediction.digits >= LONG_DIGITS if prediction.decimals >= 0 else prediction.value.denominator > 1
+    if gold.decimals < 0 and gold.value.denominator > 1 and prediction.decimals > 0 and prediction.digits >= LONG_DIGITS:
+        return abs(prediction.value - gold.value) * 10**prediction.decimals < 1  # rounded or cut off
+    return False
+
+
+def may_be_rounded(gold: Exact) -> bool:
+    """Whether a gold answer is a decimal of so many digits that it may be the rounded value of a formula."""
+    return gold.decimals > 0 and gold.digits >= LEAST_DIGITS
 
 
 def rounds_to(value: Fraction, gold: Exact) -> bool:

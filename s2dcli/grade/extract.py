@@ -2,8 +2,9 @@ r"""Which part of a completion is its answer.
 
 The policy: what stands before the last `</think>` is dropped; a `<think>` that was opened, in the
 prompt or in the completion, and never closed means that there is no answer; the last complete box
-counts (`\boxed{42}`, `\boxed 42`, `\fbox{42}`), and an empty one is no answer. Prose does not
-outvote a box and boxes are not merged. Without a box the last stated answer counts, if `lenient`.
+counts (`\boxed{42}`, `\boxed 42`, `\fbox{42}`), and an empty one is no answer. Boxes that nothing but
+`and`, `or`, a comma or spacing joins are one answer of several parts. Prose does not outvote a box.
+Without a box the last stated answer counts, if `lenient`.
 
 Everything here is linear in the length of the text, whatever the text holds.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from s2dcli.grade.normalise import is_prose
@@ -19,12 +21,26 @@ from s2dcli.grade.normalise import is_prose
 OPEN = "<think>"
 CLOSE = "</think>"
 STATED_LENGTH = 300  # characters that a stated answer may have
-BETWEEN_BOXES = 20  # characters between the boxes of one gold answer, `\\boxed{1} and \\boxed{2}`
+JOINT_LENGTH = 80  # characters between two boxes of one answer, `\\boxed{1} \\quad \\text{and} \\quad \\boxed{2}`
 STATED_DEPTH = 3  # "Final answer: the answer is 42"
 STATED_TRIES = 50  # mentions of "answer", from the end, that are looked at
 
+PROBLEM_LENGTH = 20_000  # characters of a problem, from its end, that are searched for what it asks
+CACHE = 1024  # problems whose wish is remembered: groups share them
+
+_ORDER = re.compile(
+    r"\bin (?:\w+ )?order\b(?! to\b| that\b)|\b(?:in|de)creasing(?:ly)? order|\b(?:as|de)scending\b|\brespectively\b"
+    r"|\bfrom (?:the )?(?:small|larg|great|low|high|least|most)|\bsorted\b|\bordered list\b|\bfirst (?:\w+ )?terms\b",
+    re.IGNORECASE,
+)
+_ALL = re.compile(r"\b(?:all|solve|solutions?|roots?|zeros|possible values?)\b", re.IGNORECASE)
 # A box with or without its brace, a doubled backslash before a brace, an escaped brace, a brace.
 _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+(\{)?|\\\\(?=[{}])|\\[{}]|[{}]")
+_JOINT = re.compile(
+    r"(?:[\s,$~*&]|\\[()\[\],;:! ]|\\q?quad(?![a-z])|\\\\|\\(?:text|mbox|textrm|mathrm|textbf) ?\{\s*+(?:,?\s*+(?:and|or)\b,?\s*+)?\}"
+    r"|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))++\Z"
+)
+_WORD = re.compile(r"and|or")
 _BARE = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*+([^\s{}$\\]++)")
 _BARE_START = re.compile(r"[-+(\[.\w]")
 _STATED = re.compile(r"[\s*_]*+(?:is|are|was|=|:|：|equals)?[\s*_]*+(?:therefore|thus)?[:：\s*_]*+")
@@ -78,6 +94,21 @@ def opens_thinking(prompt: Any) -> bool:
     return isinstance(prompt, str) and prompt.rstrip().endswith(OPEN)
 
 
+@lru_cache(maxsize=CACHE)
+def _order_in(text: str) -> bool | None:
+    if _ORDER.search(text):
+        return True
+    return False if _ALL.search(text) else None
+
+
+def asks_for_order(prompt: Any) -> bool | None:
+    """Whether a problem asks for its answers in an order: False where it asks for all solutions, None where it does not say."""
+    if isinstance(prompt, list):
+        turns = [message for message in prompt if isinstance(message, dict) and message.get("role") == "user"]
+        prompt = _text_of_content(turns[-1].get("content")) if turns else ""
+    return _order_in(prompt[-PROBLEM_LENGTH:]) if isinstance(prompt, str) and prompt else None
+
+
 def visible(text: str, thinking: bool) -> str | None:
     """Return what follows the reasoning, None if the reasoning never ended."""
     end = text.rfind(CLOSE)
@@ -96,12 +127,31 @@ class Box(NamedTuple):
 
 
 def last_box(text: str) -> str | None:
-    """Return the content of the complete box that starts last, None if there is none."""
+    """Return the content of the complete box that starts last, together with those that are joined to it; None if there is none."""
     last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if last < 0:
         return None
     found = boxes(text, last) or boxes(text)
-    return max(found).content if found else None
+    if not found:
+        return None
+    box = max(found)
+    joint = _JOINT.search(text, max(0, box.start - JOINT_LENGTH), box.start)
+    if joint is None or joint.start() == 0 or text[joint.start() - 1] not in "}0123456789":
+        return box.content
+    return _joined(text, boxes(text), box)
+
+
+def _joined(text: str, found: list[Box], last: Box) -> str:
+    """Return the contents of `last` and of the boxes before it that only `and`, `or`, a comma or spacing separates from it."""
+    parts = [last.content]
+    for box in sorted(found, reverse=True):
+        between = text[box.end : last.start]
+        if box.end > last.start or len(between) > JOINT_LENGTH or not _JOINT.fullmatch(between):
+            continue
+        if _WORD.search(between) or "," in between or box.content != last.content:  # else the same answer, boxed twice
+            parts.insert(0, box.content)
+        last = box
+    return ", ".join(parts)
 
 
 def boxes(text: str, start: int | None = None) -> list[Box]:
@@ -125,20 +175,6 @@ def boxes(text: str, start: int | None = None) -> list[Box]:
             if bare and _BARE_START.match(bare[1]):
                 found.append(Box(token.start(), bare.end(), bare[1].rstrip(".,;:?")))
     return found
-
-
-def neighbouring_boxes(text: str) -> str | None:
-    """Return the last box and those right before it, as a list: how a gold answer names several."""
-    found = boxes(text)
-    if not found:
-        return None
-    last = max(found)
-    parts = [last.content]
-    for box in reversed(found[:-1]):
-        if box.end <= last.start <= box.end + BETWEEN_BOXES:
-            parts.insert(0, box.content)
-            last = box
-    return ",".join(parts)
 
 
 def last_stated(text: str) -> str | None:

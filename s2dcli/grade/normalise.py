@@ -12,25 +12,42 @@ import unicodedata
 
 _SUPERSCRIPTS = {ord(c): d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True)}
 _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]++")
+_CIRCLED = re.compile("[①②③④⑤⑥⑦⑧⑨](?=[①②③④⑤⑥⑦⑧⑨])")  # statements by number, one after the other
 _SUBSCRIPTS = {ord(c): d for c, d in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)}
 _SUBSCRIPT_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]++")
+_HTML_SCRIPT = re.compile(r"<(sup|sub)>([^<>]{1,40})</\1>")
 _VULGAR = re.compile("[¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 _SYMBOLS = {
     "−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
     "∞": r"\infty ", "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "±": r"\pm ", "√": r"\sqrt ",
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^\circ ", "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
     "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "…": r"\ldots ",
-    "∅": r"\emptyset ", "、": ",", "“": "", "”": "", "≈": r"\approx ", "→": r"\to ", "。": ".",
+    "∅": r"\emptyset ", "∀": r"\forall ", "∃": r"\exists ", "、": ",", "“": "", "”": "", "≈": r"\approx ", "→": r"\to ", "。": ".",
 }  # fmt: skip
 _SYMBOL_TABLE = {ord(k): v for k, v in _SYMBOLS.items()}
 
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>")
 _TOO_MANY_BACKSLASHES = re.compile(r"\\\\(?=[A-Za-z]{2})")
-_SIZES = re.compile(r"\\(?:left|right|[bB]ig[glmr]*+|displaystyle|textstyle|limits)(?![A-Za-z])\.?")
+_SIZES = re.compile(r"\\(?:left|right|middle|[bB]ig[glmr]*+|displaystyle|textstyle|limits)(?![A-Za-z])\.?")
 _SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|\\(?:hspace|hfill)(?:\{[^{}]*\})?|~|\s++")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _BINOMIALS = re.compile(r"\\[dt]binom(?![A-Za-z])")
 _COMPARISONS = re.compile(r"\\(le|ge|ne)(?:qslant|qq|q)?(?![A-Za-z])")
+_TEXT_NAMES = re.compile(r"\\(?:textnormal|textup|textsf|mbox)(?![A-Za-z])")
+_UNIT_LETTER = re.compile(r"(?<=[\d}]) ?\\(?:mathrm|text|rm|operatorname)\s*+\{\s*+([mgshLNJWVCK])\s*+\}")
+_BLANK_TEXT = re.compile(r"\\text\s*+\{\s*+\}")
+# `\text{ for all } x \in \mathbb{R}`, and `, k \in \mathbb{Z}` or `\text{ where } k \text{ is an integer}` at the end.
+_FOR_ALL = re.compile(
+    r",? ?(?:\\text ?\{[ ,]*+)?(?<![A-Za-z])for (?:all|any|every|each) ?"
+    r"(?:(?:real|integers?|positive|rational|natural|numbers?|values? of) ?)*+\}? ?"
+    r"\$?[A-Za-z](?![A-Za-z])\$?(?: ?\\in ?\\mathbb ?\{?[A-Z]\}?(?: ?[\^_] ?(?:[+*]|\{[^{}]*+\}))?)?\}?(?= ?(?:$|[,;]|\\text|and(?![a-z])))"
+)
+_WHERE = r"(?:\\text ?\{[ ,]*+(?:where|for|with)(?: some)? ?\} ?|(?:where|for|with)(?: some)? )?"
+_DOMAIN = re.compile(
+    rf"(?<=.)[,;]? ?(?:{_WHERE}\(? ?[a-z] ?\\in ?\\mathbb ?(?:\{{ ?[ZR] ?\}}|[ZR]) ?\)?"
+    r"|\\text ?\{[ ,]*+(?:where|for|with) ?\} ?[a-z] ?\\text ?\{ ?is an integer ?\}"
+    r"|\\text ?\{[ ,]*+(?:where|for|with) (?:some |any |all )?integers? ?\} ?[a-z])$"
+)
 _FONTS = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|text|textbf|textit|textrm|operatorname|rm|bf)\s*+\{\s*+([A-Za-z])\s*+\}")
 _FUNCTIONS = re.compile(
     r"\\(?:mathrm|text|operatorname)\s*+\{\s*+(sin|cos|tan|cot|sec|csc|log|ln|lg|exp|arcsin|arccos|arctan|max|min|gcd|lcm)\s*+\}"
@@ -40,6 +57,7 @@ _BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm|pmb)(?![A-Za-z])")
 _GROUP = r"(?<![\d.,])([1-9]\d{0,2})((?:%s\d{3})++)(?!\d|,\d)"
 _SPACED = re.compile(_GROUP % r"(?:\{,\}|,\\! *|\\! *|\\,|\\ |\\;|\\:| |~|')")
 _THOUSANDS = re.compile(_GROUP % ",")
+_DOLLARS = re.compile(r"(?<!\\)\$(?!\d) ?|(?<=\d)\$")  # of formulas inside the answer, not of prices
 _BRACKET = re.compile(r"[(\[{]")
 _NOT_DIGIT = re.compile(r"\D")
 _GROUPED_COMMAS = re.compile(r"\{\s*,\s*\}")
@@ -48,7 +66,11 @@ _HALF_BRACED = re.compile(r"\\frac ?(\{[^{}]*+\}) ?([A-Za-z0-9])(?![A-Za-z0-9])"
 _SET_BUILDER = re.compile(r"\\\{ ?([A-Za-z]) ?(?:\\mid|\||:|\\vert)(?![A-Za-z]) ?(?:\1 ?\\in ?\\mathbb ?\{?R\}? ?, ?)?([^{}]*?)\\\}")
 _SIGN_RUN = re.compile(r"[-+]\s*+[-+]")
 _SIGNS = re.compile(r"[-+\s]*[-+][-+\s]*")
-_PREFIX = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*+(?:is|:|=)?\s*+:?\s*+(?=\S)|result\s*+(?:is|:)\s*+", re.IGNORECASE)
+_PREFIX = re.compile(
+    r"(?:\\text\s*+\{\s*+)?only\s*+\}?\s*+(?=[A-Za-z]\s*+=|\d)"
+    r"|(?:the\s+)?(?:final\s+)?answer\s*+(?:is|:|=)?\s*+:?\s*+(?=\S)|result\s*+(?:is|:)\s*+",
+    re.IGNORECASE,
+)
 _PARENTHESISED_ROOT = re.compile(r"\\sqrt\s*+\(([^()]*+)\)")
 _ONE_WORD = re.compile(r"[A-Za-z]{3,}")
 _PROSE = re.compile(
@@ -60,10 +82,12 @@ _BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 def _unicode(text: str) -> str:
     """Spell Unicode mathematics in LaTeX and remove what cannot be seen."""
-    if text.isascii() and text.isprintable():
+    if text.isascii() and text.isprintable() and "<su" not in text:
         return text
     text = _SUPERSCRIPT_RUN.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
     text = _SUBSCRIPT_RUN.sub(lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
+    text = _HTML_SCRIPT.sub(lambda m: f"{'^' if m[1] == 'sup' else '_'}{{{m[2]}}}", text)
+    text = _CIRCLED.sub(r"\g<0>,", text)
     text = _VULGAR.sub(lambda m: r"\frac{" + unicodedata.normalize("NFKC", m[0]).replace("⁄", "}{") + "}", text)
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOL_TABLE)).translate(_SYMBOL_TABLE)
     return "".join(c for c in text if c in "\t\n\r" or unicodedata.category(c) not in ("Cf", "Cc", "Cs", "Mn"))
@@ -177,20 +201,26 @@ def normalise(text: str) -> str:
     text = _SPACED.sub(_digits, text)
     text = _GROUPED_COMMAS.sub(",", text)
     text = text.replace(r"\!", "")
+    text = _BLANK_TEXT.sub(" ", _TEXT_NAMES.sub(r"\\text", text))
     text = _SPACES.sub(" ", text)
     text = _FRACTIONS.sub(r"\\frac", text)
     text = _BINOMIALS.sub(r"\\binom", text)
     text = _COMPARISONS.sub(r"\\\1q", text)
+    text = _UNIT_LETTER.sub(r" \\mbox{\1}", text)
     text = _FONTS.sub(r"\1", text)
     text = _FUNCTIONS.sub(r"\\\1 ", text)
     text = _BOLD.sub("", text)
     text = _PARENTHESISED_ROOT.sub(r"\\sqrt{\1}", text)
+    if "\\in" in text or "for" in text or "where" in text:
+        text = _DOMAIN.sub("", _FOR_ALL.sub("", text))
     text = text.strip()
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     text = text.strip().strip("*").rstrip(".。,;:?").strip()
     text = unwrap(unwrap(text).rstrip(".,;: "))
     if "," in text and not _BRACKET.search(_TEXT.sub("", text)):
         text = _THOUSANDS.sub(_digits, text)  # in brackets, a comma separates
+    if "$" in text:
+        text = _DOLLARS.sub(" ", text).strip()
     if match := _DECIMAL_COMMA.fullmatch(text):
         text = f"{match[1]}0.{match[2]}"
     if match := _SET_BUILDER.fullmatch(text):

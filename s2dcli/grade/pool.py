@@ -19,27 +19,41 @@ import select
 import socket
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from s2dcli import console
 from s2dcli.errors import GradingError, UsageError
+from s2dcli.files.records import Rollout
 from s2dcli.grade import answer, wire
-from s2dcli.grade.extract import opens_thinking, text_of_answer, text_of_completion
-from s2dcli.grade.rewards import MATH, parse_all
+from s2dcli.grade.extract import asks_for_order, opens_thinking, text_of_answer, text_of_completion
+from s2dcli.grade.rewards import MATH, Reward, parse_all
 from s2dcli.stats import verdict
 
 WINDOW_ROWS = 2048  # rows that may be under way at a time
 WINDOW_BYTES = 32 << 20  # ... and their bytes; one row may always be under way
 LEAST_MEMORY = 256 << 20  # bytes; below this a worker cannot even import sympy
+MOST_MEMORY = 1 << 50  # bytes; more than any machine has
+MOST_SECONDS = 86_400.0  # of a timeout
 RESTARTS = 3  # supervisors that may die in a row without a verdict in between
 END_GRACE = 2.0  # seconds that the supervisor has for leaving by itself
 EXTRACT_MODES = ("strict", "lenient")
 VERDICT = ("reward", "rewards", "label", "extracted", "verifier", "verify_error")  # the fields that grading adds to a row
 
+# Runs the supervisor from where this package lies, whatever else is called s2dcli in the isolated interpreter.
+_BOOTSTRAP = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("s2dcli", sys.argv[4])
+sys.modules["s2dcli"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+importlib.import_module(sys.argv[1]).main()
+"""
+_LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
+_PACKAGE = Path(__file__).resolve().parents[1] / "__init__.py"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -47,12 +61,64 @@ def parse_size(text: str | int) -> int:
     """Return the bytes that `2GiB`, `500MB` or `1073741824` stands for. Raises UsageError."""
     match = _SIZE.fullmatch(str(text).strip())
     if not match:
-        raise UsageError(f"{text!r} is no size", hint="write it as 2GiB or 800MB")
+        raise UsageError(f"invalid size {text!r}", where="--memory-limit", hint="write it as 2GiB or 800MB")
     number, prefix, binary = match.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
-    if size < LEAST_MEMORY:
-        raise UsageError(f"{text} is too little memory for a grading process", hint="at least 256MiB")
-    return size
+    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+    if not LEAST_MEMORY <= size <= MOST_MEMORY:
+        raise UsageError(f"{text} is out of range for the memory of a grading process", where="--memory-limit", hint="256MiB to 1024TiB")
+    return int(size)
+
+
+def check_settings(
+    rewards: Sequence[str] = (MATH,), timeout: float = 5.0, memory_limit: str | int = "2GiB", extract: str = "strict"
+) -> list[Reward]:
+    """Return the rewards that are named. Raises UsageError on settings of a `Grader` that are invalid; starts nothing."""
+    parsed = parse_all(list(rewards))
+    if not 0 < timeout <= MOST_SECONDS:
+        raise UsageError(f"a timeout of {timeout:g} s is out of range", where="--timeout", hint=f"at most {MOST_SECONDS:g} seconds")
+    parse_size(memory_limit)
+    if extract not in EXTRACT_MODES:
+        raise UsageError(f"extract is strict or lenient, not {extract!r}")
+    return parsed
+
+
+def check_reward(reward: str, timeout: float = 5.0, memory_limit: str | int = "2GiB") -> None:
+    """Load a reward and grade one made-up rollout with it. Raises UsageError if that fails."""
+    messages = [{"role": "assistant", "content": r"2 + 2 = \boxed{4}"}]
+    row = Rollout(
+        problem_id="check", problem_sha256="", group_id="check", sample_index=0, prompt=[{"role": "user", "content": "What is 2 + 2?"}],
+        completion=messages, answer="4", prompt_ids=[0], completion_ids=[0], completion_logprobs=[0.0], finish_reason="stop", seed=0,
+        source={}, sampler={}, template_sha256="",
+    )  # fmt: skip
+    with Grader([reward], workers=1, timeout=timeout, memory_limit=memory_limit) as grader:
+        list(grader.grade([row.to_record()]))
+        errors = grader.take_errors()
+    if errors.counts:
+        raise UsageError(f"the reward fails on a made-up rollout: {errors.first}", where=f"--reward {reward}")
+
+
+class Errors(NamedTuple):
+    """Failures of rewards: how many of each kind (`failed`, `timeout`, `killed`, `memory`, `crashed`, ...), and the first in words."""
+
+    counts: Counter[str]
+    first: str
+
+
+def failures(rewards: Sequence[Reward], verify_error: str) -> list[tuple[str, str]]:
+    """Return the kind of each failure that a row's `verify_error` names, and the failure in words.
+
+    `failed` and `python:my:reward raised KeyError: 'x'`, or `timeout` and `math: timeout`. Answers that are
+    missing or wrong are no failures.
+    """
+    found = []
+    for reward in rewards:
+        name = f"{reward.name}: " if len(rewards) > 1 else ""
+        start = verify_error.find(name)
+        error = verify_error[start + len(name) :].partition("; ")[0] if len(rewards) > 1 else verify_error
+        kind, _, detail = error.partition(": ")
+        if start >= 0 and kind in answer.FAILURES:
+            found.append((kind, f"{reward.name} raised {detail}" if kind == answer.FAILED else f"{reward.name}: {error}"))
+    return found
 
 
 def available_cpus() -> int:
@@ -80,30 +146,27 @@ class Grader:
         memory_limit: str | int = "2GiB",
         extract: str = "strict",
     ) -> None:
-        self.rewards = parse_all(list(rewards))
-        if not timeout > 0:
-            raise UsageError(f"a timeout of {timeout} s leaves no time to grade")
-        if extract not in EXTRACT_MODES:
-            raise UsageError(f"extract is strict or lenient, not {extract!r}")
+        self.rewards = check_settings(rewards, timeout, memory_limit, extract)
         self._config = {
             "rewards": [reward.name for reward in self.rewards],
             "workers": workers or available_cpus(),
             "timeout": float(timeout),
             "memory_limit": parse_size(memory_limit),
             "extract": extract,
-            "path": [os.path.abspath(entry) for entry in sys.path],
+            "libraries": sorted({str(importlib.metadata.distribution(name).locate_file("")) for name in _LIBRARIES}),
+            # Where the user's own functions lie. Nothing else is ever imported from there.
+            "path": [] if all(r.built_in for r in self.rewards) else [*(os.path.abspath(entry) for entry in sys.path), os.getcwd()],
         }
-        if os.getcwd() not in self._config["path"]:
-            self._config["path"].append(os.getcwd())  # where the user's own functions lie
         self.verifier = self._describe(memory_limit)
         self._judge = next((number for number, reward in enumerate(self.rewards) if reward.built_in), 0)  # whose verdict `label` is
         self._whole_records = not all(reward.built_in for reward in self.rewards)
         self._ids = count(1)
+        self._errors = Errors(Counter(), "")
         self._start()
 
     def _describe(self, memory_limit: str | int) -> str:
         """Return who grades, in which version, with which settings: it stands on every row."""
-        versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("math-verify", "latex2sympy2_extended", "sympy")]
+        versions = [f"{name}-{importlib.metadata.version(name)}" for name in _LIBRARIES]
         named = ",".join(r.name if r.weight == 1 else f"{r.name}={r.weight:g}" for r in self.rewards)
         settings = f"rewards={named} extract={self._config['extract']} timeout={self._config['timeout']:g} memory={memory_limit}"
         return f"{answer.POLICY} {' '.join(versions)} {settings}"
@@ -112,15 +175,13 @@ class Grader:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "s2dcli.grade.supervisor", str(theirs.fileno()), str(os.getpid())]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(self._config["path"])}
+        command = [sys.executable, "-I", "-c", _BOOTSTRAP, "s2dcli.grade.supervisor", str(theirs.fileno()), str(os.getpid()), str(_PACKAGE)]
         with theirs:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # standard output carries data only
                 pass_fds=[theirs.fileno()],
-                env=environment,
                 process_group=0,  # Ctrl-C is the caller's to handle
             )
         ours.setblocking(False)
@@ -221,10 +282,10 @@ class Grader:
         """Return what a worker needs to know of a record, as JSON."""
         gold = text_of_answer(record.get("answer"))
         completion = text_of_completion(record.get("completion"))
-        thinking = opens_thinking(record.get("prompt"))
-        if self._whole_records:
-            return wire.encode([gold, completion, thinking, record])
-        return wire.encode([gold, completion, thinking])
+        prompt = record.get("prompt")
+        thinking = record.get("reasoning_open") is True or opens_thinking(prompt)
+        request = [gold, completion, thinking, asks_for_order(prompt)]
+        return wire.encode([*request, record] if self._whole_records else request)
 
     def _exchange(self, rows: dict[int, _Row], pending: deque[_Row], *, wait: bool, also: Any = None) -> None:
         """Send what can be sent, take the verdicts that are there; `wait` for one (or for `also`)."""
@@ -256,6 +317,11 @@ class Grader:
                     row.num_missing -= 1
                 self._restarts = 0
 
+    def take_errors(self) -> Errors:
+        """Return the failures of rewards since the last call; answers that are wrong or missing are none."""
+        errors, self._errors = self._errors, Errors(Counter(), "")
+        return errors
+
     def _verdict(self, row: _Row) -> dict[str, Any]:
         """Put the rewards of one row together; one null makes the total null."""
         parts = [row.parts[number] for number in range(len(self.rewards))]
@@ -264,6 +330,9 @@ class Grader:
             error = parts[0][2]
         else:
             error = "; ".join(f"{name}: {part[2]}" for name, part in zip(scores, parts, strict=True) if part[2])
+        for kind, failure in failures(self.rewards, error):
+            self._errors.counts[kind] += 1
+            self._errors = Errors(self._errors.counts, self._errors.first or failure)
         total = None
         if None not in scores.values():
             total = sum(reward.weight * scores[reward.name] for reward in self.rewards)

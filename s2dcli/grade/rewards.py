@@ -1,6 +1,7 @@
-"""The rewards that a row can be given, and how they are named on the command line.
+r"""The rewards that a row can be given, and how they are named on the command line.
 
     math                            1.0 if the answer is mathematically the gold answer, else 0.0
+    math:strict                     the same, but a number must be given as a number: `123 \cdot 456` is not 56088
     exact                           1.0 if it is the gold answer letter by letter, else 0.0
     python:MODULE:FUNCTION          what FUNCTION(completion, answer, record) returns
 
@@ -20,9 +21,10 @@ from typing import Any
 from s2dcli.errors import UsageError, nearest
 
 MATH = "math"
+MATH_STRICT = "math:strict"
 EXACT = "exact"
 PYTHON = "python"
-BUILT_IN = (MATH, EXACT)
+BUILT_IN = (MATH, MATH_STRICT, EXACT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def parse(specification: str) -> Reward:
         raise UsageError(
             f"unknown reward {name!r}{nearest(name, BUILT_IN)}",
             where=f"--reward {specification}",
-            hint="there are math, exact and python:MODULE:FUNCTION",
+            hint="there are math, math:strict, exact and python:MODULE:FUNCTION",
         )
     return Reward(name, weight)
 

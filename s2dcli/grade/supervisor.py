@@ -1,17 +1,23 @@
 """The supervisor: a process of its own, without torch, that forks workers and ends those that hang.
 
-`python -m s2dcli.grade.supervisor FD CLIENT_PID`, started by `pool.Grader` with exec: the caller's
-threads and CUDA context forbid forking, and its address space would count against the limit of
-the workers. It imports math-verify once and forks; a row goes to a worker over that worker's own
-socket, a verdict comes back for each reward. A worker that gives none until the hard deadline is
+`main`, with the arguments FD CLIENT_PID, started by `pool.Grader` with exec: the caller's threads and
+CUDA context forbid forking, and its address space would count against the limit of the workers. The
+interpreter is isolated: neither PYTHONPATH nor the current folder is searched, except for a reward
+that the user names. It imports math-verify once and forks; a row goes to a worker over that worker's
+own socket, a verdict comes back for each reward. A worker that gives none until the hard deadline is
 killed and replaced, its row is answered in its place and the rows behind it go to another worker.
 A row on which a worker died is tried once more. When the client goes away, so does everything.
+
+Time in which grading was stopped (SIGSTOP, a suspended container) counts against no row: deadlines move
+by as much as the supervisor finds that it was stopped, and the row of a worker that was stopped alone
+is tried once more.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import selectors
 import signal
@@ -32,6 +38,9 @@ BATCH = 16  # rows that wait in one worker: two groups of eight share its cache
 REFILL = 4  # a worker with this many rows left gets more, so that it never idles
 START_PAUSE = 0.2  # seconds before the next try after a worker could not be started
 START_FAILURES = 5  # workers that may die in a row before any is ready
+SLICE = 0.25  # seconds that the event loop waits at a time while deadlines run
+STALL = 0.3  # seconds beyond a slice after which the event loop concludes that it was stopped
+STALLS = 100  # stops that are remembered
 ATTEMPTS = 2  # times that a row may be tried before its worker's death is put down to the row
 
 
@@ -74,6 +83,7 @@ class Supervisor:
         self.workers: dict[int, Worker] = {}
         self.failed_starts = 0
         self.next_start = 0.0
+        self.stalls: deque[tuple[float, float]] = deque(maxlen=STALLS)  # of the supervisor: until when, and for how many seconds
         self.selector = selectors.DefaultSelector()
         client.setblocking(False)
         self.selector.register(client, selectors.EVENT_READ, self._read_client)
@@ -121,9 +131,11 @@ class Supervisor:
                     self.queue.append(Task(frame.id, part, frame.body))
             elif frame.kind == wire.CONFIG:
                 self.config = wire.decode(frame.body)
-                sys.path[:] = self.config["path"]
-                if rewards.MATH in self.config["rewards"]:
+                if importlib.util.find_spec("math_verify") is None:
+                    sys.path += self.config["libraries"]  # the user's site-packages, or another folder outside the interpreter's own
+                if {rewards.MATH, rewards.MATH_STRICT} & {*self.config["rewards"]}:
                     answer.warm_up()
+                sys.path += [entry for entry in self.config["path"] if entry not in sys.path]
                 gc.collect()
                 gc.freeze()
             elif frame.kind == wire.CANCEL:
@@ -229,9 +241,9 @@ class Supervisor:
             with contextlib.suppress(ChildProcessError):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
-                    self._bury(self.workers[pid], status)
+                    self._reap(self.workers[pid], status)
 
-    def _bury(self, worker: Worker, status: int) -> None:
+    def _reap(self, worker: Worker, status: int) -> None:
         """Take a dead worker's last verdicts, answer or retry its row, requeue the rows behind it."""
         if not worker.ended_by_us:
             with contextlib.suppress(OSError):
@@ -248,12 +260,12 @@ class Supervisor:
         if not worker.ready:
             self._start_failed(f"a worker died while starting ({_cause(status)})")
         elif worker.tasks and status != 0:
-            self._settle(worker, status)
+            self._retry_or_fail(worker, status)
         self.queue.extendleft(reversed(worker.tasks))
         worker.channel.close()
         worker.note.close()
 
-    def _settle(self, worker: Worker, status: int) -> None:
+    def _retry_or_fail(self, worker: Worker, status: int) -> None:
         """Answer the row on which a worker died, or leave it for one more try."""
         id, part, _ = worker.note.row()
         task = next((task for task in worker.tasks if (task.id, task.part) == (id, part)), worker.tasks[0])
@@ -284,10 +296,11 @@ class Supervisor:
         """Return the seconds until a worker's hard deadline, None if it has none."""
         if worker.ended_by_us or (worker.ready and not worker.tasks):
             return None
-        if not worker.ready:
-            return worker.started + START_DEADLINE - time.monotonic()
-        started = max(worker.started, worker.note.row()[2])
-        return started + self.config["timeout"] + HARD_GRACE - time.monotonic()
+        started, seconds = worker.started, START_DEADLINE
+        if worker.ready:
+            started, seconds = max(started, worker.note.row()[2]), self.config["timeout"] + HARD_GRACE
+        stopped = sum(lost for ended, lost in self.stalls if ended > started)
+        return started + seconds + stopped - time.monotonic()
 
     def _enforce_deadlines(self) -> float | None:
         """Kill what is late; return the seconds until the next deadline, None if there is none."""
@@ -300,7 +313,8 @@ class Supervisor:
             if left is None:
                 continue
             if left <= 0:
-                worker.ended_by_us = answer.KILLED
+                if not _is_stopped(worker.pid):  # else its death is put down to whoever stopped it, and the row tried again
+                    worker.ended_by_us = answer.KILLED
                 self._stop_listening(worker)
                 _kill(worker.pid)
             else:
@@ -338,7 +352,13 @@ class Supervisor:
             if self.unsent:
                 self._flush_client()
             timeout = self._enforce_deadlines() if self.config else None
-            for key, mask in self.selector.select(timeout):
+            timeout = timeout and min(timeout, SLICE)
+            before = time.monotonic()
+            events = self.selector.select(timeout)
+            lost = 0.0 if timeout is None else time.monotonic() - before - timeout
+            if lost > STALL:
+                self.stalls.append((time.monotonic(), lost))
+            for key, mask in events:
                 if key.fileobj is None or key.fd not in self.selector.get_map():
                     continue
                 key.data(mask)
@@ -364,6 +384,15 @@ def _kill(pid: int) -> None:
             end(pid, signal.SIGKILL)
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal (SIGSTOP), as far as /proc tells."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"T"
+    except OSError:
+        return False
+
+
 def _cause(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     return f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -371,9 +400,5 @@ def _cause(status: int) -> str:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    fd, client_pid = (int(argument) for argument in sys.argv[1:3])
+    fd, client_pid = (int(argument) for argument in sys.argv[2:4])
     Supervisor(socket.socket(fileno=fd), client_pid).run()
-
-
-if __name__ == "__main__":
-    main()

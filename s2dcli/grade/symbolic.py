@@ -23,6 +23,10 @@ SIGNS = ((1, 1), (-1, -1), (1, -1))  # of the values at the points
 CACHE = 2048  # parsed answers that a worker remembers
 
 _COMMAND = re.compile(r"\\(?:text|mbox|mathrm) ?\{[^{}]*+\}|\\[A-Za-z]++")
+_BARE_ARGUMENT = re.compile(
+    r"\\(a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)|ln|log)( ?\^ ?(?:\d|\{ ?-?\d ?\}))? ?"
+    r"([A-Za-z]|\\(?:alpha|beta|gamma|theta|phi|varphi|omega|lambda|mu|pi))(?![A-Za-z])(?= ?\\(?:cdot|times))"
+)
 _IMAGINARY = re.compile(r"[0-9}]i(?![A-Za-z])")
 _LAST_WORD = re.compile(r"[A-Za-z ]++(?:\^\{?\d\}?)?$")
 
@@ -64,6 +68,8 @@ def _tools() -> Any:
 def parse(text: str) -> Any:
     """Return the sympy expression of a normalised answer, None if math-verify cannot read all of it."""
     tools = _tools()
+    if "\\cdot" in text or "\\times" in text:
+        text = _BARE_ARGUMENT.sub(r"\\\1\2(\3)", text)  # the grammar takes all of `t \cdot u` for the argument of `\cos t \cdot u`
     latex = tools.normalise(text, tools.without_units if _has_variables(text) else tools.with_units)
     if not latex:
         return None

@@ -26,6 +26,7 @@ from s2dcli.grade import answer, rewards, wire
 
 FIRST_TICK = 0.02  # seconds after which a row counts as slow: what waits behind it is sent
 TICK = 0.1  # seconds between two alarms; the deadline is met to within one, and fires until it is heard
+STALL = 0.3  # seconds between two alarms, beyond the time worked, after which the process was stopped or starved in between
 GC_THRESHOLD = 50_000  # objects between two collections: parsing makes many and keeps few
 TOGETHER = 0.001  # seconds for which verdicts are collected
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -88,13 +89,14 @@ class Outbox:
 
 
 class _Timer:
-    """The soft deadline of one call. Early on it fires once to send the verdicts that wait."""
+    """The soft deadline of one call, in time that the process was running. Early on it fires once to send the verdicts that wait."""
 
     def __init__(self, seconds: float, outbox: Outbox) -> None:
         self._seconds = seconds
         self._outbox = outbox
         self._supervisor = os.getppid()
         self._ends = 0.0
+        self._last = self._worked = 0.0  # wall-clock and CPU time of the last alarm
         self.armed = False
         self.expired = False
         signal.signal(signal.SIGALRM, self._fire)
@@ -104,7 +106,12 @@ class _Timer:
             os._exit(1)
         if not self.armed:
             return
-        if time.monotonic() < self._ends:
+        now, worked = time.monotonic(), time.process_time()
+        lost = now - self._last - (worked - self._worked)
+        if lost > STALL:
+            self._ends += lost
+        self._last, self._worked = now, worked
+        if now < self._ends:
             self._outbox.flush()
             return
         self.expired = True
@@ -112,7 +119,8 @@ class _Timer:
 
     def __enter__(self) -> _Timer:
         self.expired = False
-        self._ends = time.monotonic() + self._seconds
+        self._last, self._worked = time.monotonic(), time.process_time()
+        self._ends = self._last + self._seconds
         self.armed = True
         signal.setitimer(signal.ITIMER_REAL, FIRST_TICK, TICK)
         return self
@@ -141,10 +149,10 @@ def confine(memory_limit: int, supervisor: int) -> None:
 
 
 def _built_in(name: str, lenient: bool, note: Note) -> Callable[[list], tuple[float | None, str, str]]:
-    judge = answer.is_right if name == rewards.MATH else answer.is_same
+    judge = {rewards.MATH: answer.MATH, rewards.MATH_STRICT: answer.MATH_STRICT, rewards.EXACT: answer.EXACT}[name]
 
     def grade(row: list) -> tuple[float | None, str, str]:
-        verdict = answer.grade(row[0], row[1], row[2], judge=judge, lenient=lenient, progress=note.progress)
+        verdict = answer.grade(*row[:4], judge=judge, lenient=lenient, progress=note.progress)
         return verdict.score, verdict.extracted, verdict.error
 
     return grade
@@ -155,7 +163,7 @@ def _function(name: str, note: Note) -> Callable[[list], tuple[float | None, str
 
     def grade(row: list) -> tuple[float | None, str, str]:
         note.progress(True, "")
-        gold, completion, _, record = row
+        gold, completion, *_, record = row
         try:
             score = rewards.score_of(function(completion, gold, record))
         except MemoryError:

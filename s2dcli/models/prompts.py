@@ -28,6 +28,7 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not
 # How completions become text, for every record: the same ids must always give the same text.
 DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 _ANSWER = "the-answer"  # stands for a completion where a template is rendered to see what it writes after one
+REASONING_TAGS = ("<think>", "</think>")  # stay in the text also where they are special tokens
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -88,6 +89,16 @@ def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrained
             )
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of a completion: without special tokens, apart from the tags around the reasoning."""
+    special = set(tokenizer.all_special_ids)
+    kept = special.intersection(tokenizer.convert_tokens_to_ids(list(REASONING_TAGS))) - {tokenizer.unk_token_id}
+    if kept.isdisjoint(ids):
+        return tokenizer.decode(ids, **DECODING)
+    shown = [token for token in ids if token not in special or token in kept]
+    return tokenizer.decode(shown, **DECODING | {"skip_special_tokens": False})
+
+
 def require_made_with(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], samples: Sequence[Rollout]) -> None:
     """Raise ModelError unless stored rollouts were made with this tokenizer.
 
@@ -100,7 +111,9 @@ def require_made_with(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], s
         if max(row.prompt_ids.max(), row.completion_ids.max(initial=0)) >= size:
             raise ModelError(f"group {row.group_id!r} holds token ids that the tokenizer does not know")
     for sample in samples:
-        if tokenizer.decode(sample.completion_ids, **DECODING) != text_of(sample.completion):
+        ids, text = sample.completion_ids, text_of(sample.completion)
+        # Other tools, and older files, leave the tags of the reasoning out.
+        if text not in (decode(tokenizer, ids), tokenizer.decode(ids, **DECODING)):
             raise ModelError(
                 f"sample {sample.sample_index} of group {sample.group_id!r} was made with another tokenizer: "
                 "its completion_ids decode to another text",
@@ -145,11 +158,23 @@ class PromptEncoder:
         parts = [self.template, json.dumps(self.kwargs, sort_keys=True), tokenizer_sha256(self.tokenizer)]
         return sha256_text("\n".join(parts))
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Return the ids of a prompt, ready for the answer to follow; one BOS where the model wants it."""
-        text = self.tokenizer.apply_chat_template(
+    def render(self, messages: list[Message]) -> str:
+        """Return the text of a prompt, ready for the answer to follow."""
+        return self.tokenizer.apply_chat_template(
             messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **self.kwargs
         )
+
+    def opens_reasoning(self, messages: list[Message]) -> bool:
+        """Whether the rendered prompt ends inside `<think>`; a message that merely speaks of the tag does not count."""
+        text = self.render(messages).rstrip()
+        opening, closing = REASONING_TAGS
+        last = messages[-1]["content"].strip()
+        written_here = text[text.rfind(last) + (0 if messages[-1]["role"] == "assistant" else len(last)) :] if last in text else ""
+        return text.endswith(opening) or written_here.rfind(opening) > written_here.rfind(closing)
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Return the ids of a prompt, ready for the answer to follow; one BOS where the model wants it."""
+        text = self.render(messages)
         bos = self.tokenizer.bos_token
         # A template that writes BOS itself must not get a second one from the tokenizer.
         add_special = self.template == PLAIN_TEMPLATE and not (bos and text.startswith(bos))
@@ -179,8 +204,8 @@ class PromptEncoder:
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], next(ends, self.tokenizer.eos_token_id)]
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of a completion, without special tokens."""
-        return self.tokenizer.decode(ids, **DECODING)
+        """Return the text of a completion, without special tokens other than the tags around the reasoning."""
+        return decode(self.tokenizer, ids)
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:

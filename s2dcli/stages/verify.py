@@ -36,9 +36,11 @@ from s2dcli.files.output import check_output, complete_lines, is_finished, open_
 from s2dcli.files.records import take_reward
 from s2dcli.options import GradingOptions, OutFile, Overwrite, Resume, Rollouts, flatten
 
+LOOKED_AT = 1000  # rows among which one must have a completion
 SHOWN_LINES = 100  # bad lines and changed verdicts that are named one by one; the rest is counted
 SHOWN_CHARACTERS = 60  # of an answer in a message
 # On --resume: what says how the work is done or reported, not what becomes of a row
+QUESTIONS = {"prompt", "problem", "question"}
 MAY_CHANGE = {"workers", "skip_invalid", "diff"}
 
 Key = tuple[Any, Any] | int
@@ -59,6 +61,18 @@ class Rows:
         self._parsed: deque[dict] = deque()
         self.under_way: deque[tuple[str, bytes, dict]] = deque()  # taken by the grader, not yet written
         self.num_bad = 0
+
+    def require_completions(self, source: str) -> None:
+        """Raise DataError if this is a file of problems: the first rows have a prompt and none has a completion."""
+        while len(self._parsed) < LOOKED_AT and not any("completion" in record for record in self._parsed) and self._take():
+            pass
+        if any("completion" in record for record in self._parsed) or not any(QUESTIONS & record.keys() for record in self._parsed):
+            return
+        raise DataError(
+            "these are problems: no row has a field 'completion' to grade",
+            where=jsonl.input_name(source),
+            hint=f"sample completions first: s2d rollout --model CKPT {source} | s2d verify",
+        )
 
     def fileno(self) -> int:
         return self._lines.fileno()
@@ -147,12 +161,12 @@ def _name(verdict: dict) -> str:
     return label if reward in ("1", "0", "null") else f"{label} ({reward})"
 
 
-def _report(tally: Counter[str], errors: Counter[str], rows: Rows, num_mute: int, unlike: str) -> None:
+def _report(tally: Counter[str], errors: Counter[str], examples: dict[str, str], rows: Rows, num_mute: int, unlike: str) -> None:
     """Say on standard error how many rows were right, wrong and not graded, and why."""
     total = tally.total()
     console.info(f"{total} rows graded: {tally['right']} right, {tally['wrong']} wrong, {tally['null']} without a verdict")
     for error, number in errors.most_common():
-        console.info(f"  {number:6} {error}")
+        console.info(f"  {number:6} {error}" + (f": {examples[error]}" if error in examples else ""))
     if num_mute:
         console.warn(f"{num_mute} rows have no field 'completion'{unlike}: that counts as no answer")
     if tally["unlabelled"]:
@@ -182,7 +196,7 @@ def verify(
     crashing or malformed answers cost their row at most its deadline, and never the run.
     """
     settings = flatten(locals())
-    from s2dcli.grade.pool import MATH, VERDICT, Grader
+    from s2dcli.grade.pool import MATH, VERDICT, Grader, failures
 
     started = time.monotonic()
     source = diff if diff is not None and jsonl.is_stream(rollouts) else rollouts
@@ -195,9 +209,12 @@ def verify(
     done = sum(1 for _ in complete_lines(out)) if old else 0
     tally: Counter[str] = Counter()
     errors: Counter[str] = Counter()
+    examples: dict[str, str] = {}  # of each kind of failure, the first in words
     num_mute, unlike = 0, ""
     with ExitStack() as stack:
         stream = stack.enter_context(jsonl.open_input(source, "rollouts"))
+        rows = Rows(jsonl.RawLines(stream, jsonl.input_name(source)))
+        rows.require_completions(source)
         changes = Changes(None if source == diff else diff) if diff is not None else None
         grader = Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit, extract.value)
         stack.enter_context(grader)
@@ -205,7 +222,6 @@ def verify(
         advance = stack.enter_context(console.progress("grading", None, "rows"))
         console.detail(f"verifier: {grader.verifier}")
         depth = 1 if len(grader.rewards) == 1 else 2  # "timeout", or with several rewards "math: timeout"
-        rows = Rows(jsonl.RawLines(stream, jsonl.input_name(source)))
 
         def take(verdict: dict) -> bytes:
             """Count a verdict and return the row that it completes."""
@@ -215,7 +231,9 @@ def verify(
             label = {True: "right", False: "wrong", None: "unlabelled"}[verdict["label"]]
             tally["null" if verdict["reward"] is None else label] += 1
             if verdict["verify_error"]:
-                errors[": ".join(verdict["verify_error"].split(": ")[:depth])] += 1
+                failed = dict(failures(grader.rewards, verdict["verify_error"]))
+                examples.update(failed | examples)
+                errors.update(list(failed) or [": ".join(verdict["verify_error"].split(": ")[:depth])])
             if "completion" not in record:
                 unlike = unlike or nearest("completion", record)
                 num_mute += 1
@@ -230,7 +248,7 @@ def verify(
             writer.write_line(take(verdict))
             writer.flush()
         manifest["counts"] = {"rollouts": tally.total(), **tally, "invalid": rows.num_bad, "seconds": time.monotonic() - started}
-    _report(tally, errors, rows, num_mute, unlike)
+    _report(tally, errors, examples, rows, num_mute, unlike)
     if changes:
         changes.report(tally.total())
     _refuse_invalid(rows.num_bad, source, skip_invalid)

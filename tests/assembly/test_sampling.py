@@ -53,6 +53,9 @@ class Encoder:
     def decode(self, ids):
         return str(ids)
 
+    def opens_reasoning(self, messages):
+        return False
+
 
 def test_groups_come_out_in_input_order_whatever_finishes_first():
 

@@ -20,7 +20,7 @@ class Deviation(NamedTuple):
     here: bool
 
 
-LAST_BOX = "the last complete box counts; boxes are not merged and prose does not outvote them"
+LAST_BOX = "the last complete box counts, with those that only `and`, `or`, a comma or spacing joins to it; prose does not outvote it"
 EMPTY_BOX = "an empty box is no answer, whatever stands before it"
 REASONING = "what stands before the last </think> is dropped; an unclosed <think> means no answer"
 STRICT = "without a box there is no answer, unless --extract lenient"
@@ -55,7 +55,6 @@ PROSE = "of a sentence in the box, the last formula or number is the answer"
 
 TABLE = (
     Deviation(LAST_BOX, "7", r"First \boxed{6}. No: \boxed{7}.", False, True),
-    Deviation(LAST_BOX, "3,4", r"\boxed{3} and \boxed{4}", True, False),
     Deviation(LAST_BOX, "8", r"It is \boxed{9}. The final answer is $8$. I hope it is correct.", True, False),
     Deviation(EMPTY_BOX, "11", r"About 11, I think. \boxed{}", True, False),
     Deviation(REASONING, "5", r"<think>Maybe \boxed{5}", True, False),

@@ -5,8 +5,8 @@ import pytest
 from s2dcli.grade import answer
 
 
-def verdict(gold, completion, judge=answer.is_right, lenient=False, thinking=False):
-    return answer.grade(gold, completion, thinking, judge=judge, lenient=lenient, progress=lambda *_: None)
+def verdict(gold, completion, judge=answer.MATH, lenient=False, thinking=False, ordered=None):
+    return answer.grade(gold, completion, thinking, ordered, judge=judge, lenient=lenient, progress=lambda *_: None)
 
 
 RIGHT = [
@@ -44,15 +44,133 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("gold", "found"), RIGHT)
+# Answers in several parts, units, named values, approximations, sets of solutions and of real numbers, words.
+RIGHT_FORMS = [
+    ("12", r"12\textnormal{ km}"), ("12", r"12\mathrm{km}"), ("12", r"12\,\mathrm{km/h}"), ("12", r"12 \mathrm{~cm}^2"),
+    ("12", r"12 \text{ cm}^{2}"), ("12", r"12\ \text{m/s}^2"), (r"12 \mathrm{km}", "12"), ("12 km", "12"), ("12 km/h", "12"),
+    (r"12 \text{ km}", "12 km"), ("12", "12 km"), ("12", "12 km/h"), ("12", "12 cm^2"), ("12", r"12 \text{ dollars}"),
+    ("12", "12 dollars"), ("12", r"12\text{ }\mathrm{m}^3"), ("12", r"12 \operatorname{cm}"), (r"2\sqrt{3}", r"2\sqrt{3}\text{ cm}"),
+    (r"2\sqrt{3}", r"2\sqrt{3}\mathrm{~cm}"), (r"2\sqrt{3}", r"2\sqrt{3} \textnormal{ units}"),
+    (r"\frac{5}{2}", r"\frac{5}{2}\,\mathrm{hours}"), ("a=4", "4"), ("4", "a = 4"), (r"a=-3-\sqrt{5}", r"-3-\sqrt{5}"),
+    (r"-3-\sqrt{5}", r"a=-3-\sqrt{5}"), (r"a=2, a=-6-4\sqrt{2}", r"2, -6-4\sqrt{2}"), (r"$a=2$, $a=-6-4 \sqrt{2}$", r"-6-4\sqrt{2}, 2"),
+    ("p=7,q=3;p=11,q=3", "(7,3),(11,3)"), ("p=7,q=3;p=11,q=3", "(p,q)=(11,3),(7,3)"),
+    ("p=7,q=3;p=11,q=3", r"(p, q) = (7, 3) \text{ and } (11, 3)"), ("p=7,q=3;p=11,q=3", "p=11, q=3; p=7, q=3"), ("p=7,q=3", "(7,3)"),
+    ("p=7,q=3", "(p,q) = (7,3)"), ("p=7,q=3", "7,3"), ("p=7,q=3", "q=3, p=7"), ("(7,3)", "p=7, q=3"), ("(7,3)", "x = 7, y = 3"),
+    ("(7,3),(11,3)", r"(x,y) = (7,3) \text{ or } (x,y)=(11,3)"), ("(7,3),(11,3)", r"x=7,y=3 \text{ or } x=11,y=3"),
+    ("(p,q)=(7,3),(11,3)", "(7,3),(11,3)"), ("$(p,q)=(7,3)$ or $(11,3)$", "(7,3),(11,3)"), ("|CD|=6", "6"), ("6", "|CD| = 6"),
+    (r"\angle ABC = 60^\circ", "60"), (r"S_{\triangle ABC}=6", "6"), ("6", r"\overline{AB} = 6"), ("AB = 6", "6"),
+    ("x_{1}=2, x_{2}=5", "2, 5"), ("x_{1}=2, x_{2}=5", "x=2, x=5"), ("x_{1}=2, x_{2}=5", "x_1=5, x_2=2"),
+    (r"x_{1}=\frac{1+\sqrt{5}}{2}, x_{2}=\frac{1-\sqrt{5}}{2}", r"\frac{1\pm\sqrt{5}}{2}"),
+    (r"x_{1}=\frac{1+\sqrt{5}}{2}, x_{2}=\frac{1-\sqrt{5}}{2}", r"x = \frac{1\pm\sqrt{5}}{2}"), (r"x_{1,2}=\pm 3", "3,-3"),
+    ("x_1=1,x_2=2,x_3=4", "(1,2,4)"), ("g(x)=2", r"g(x) = 2 \text{ for all } x"), ("g(x)=2", r"g(x) = 2 \text{ for all real } x"),
+    ("f(x)=x", r"f(x) = x \text{ for all } x \in \mathbb{R}"), ("f(x)=x, f(x)=2-x", r"f(x)=x \text{ and } f(x)=2-x \text{ for all } x"),
+    ("f(x)=0", r"f(x) \equiv 0"), ("f(x)=x+1", "f(n)=n+1"), (r"\frac{3+\sqrt{41}}{7} \approx 1.34", r"\frac{3+\sqrt{41}}{7}"),
+    (r"\frac{3+\sqrt{41}}{7} \approx 1.34", r"\frac{\sqrt{41}+3}{7}"),
+    (r"x=\frac{3+\sqrt{41}}{7} \approx 1.34", r"\frac{3+\sqrt{41}}{7}"),
+    (r"\frac{3+\sqrt{41}}{7} \approx 1.34", r"\frac{3+\sqrt{41}}{7} \approx 1.343"), (r"\frac{3+\sqrt{41}}{7} \approx 1.34", "1.34"),
+    (r"\frac{7}{9}", r"\frac{7}{9} \approx 0.78"), (r"\frac{7}{9}", r"x = \frac{7}{9} \approx 0.78"),
+    (r"\sqrt{2}", r"\sqrt{2} \approx 1.414"), (r"3\pi", r"3\pi \approx 9.42 \text{ cm}"), ("0.78", r"\frac{7}{9} \approx 0.78"),
+    ("1/7", "0.1428571428571429"), (r"\frac{1}{7}", "0.142857142857"), ("0.1428571428571429", r"\frac17"),
+    (r"\frac{5}{3}", "1.6666666666666667"), (r"\frac{2}{3}", "0.6666666666"), ("1.34", r"\frac{3+\sqrt{41}}{7}"), ("9.42", r"3\pi"),
+    ("14.29", "14.285714285714"), ("2,-2,9,-9", "-9,-2,2,9"), ("2,-2,9,-9", r"\pm 2, \pm 9"), ("2,-2,9,-9", r"\{2, -2, 9, -9\}"),
+    ("0,3,-3", "3, 0, -3"), (r"(-\infty,3)", "x<3"), ("x<3", r"(-\infty,3)"), ("x>3", r"(3,\infty)"), (r"x \ge 3", r"[3,+\infty)"),
+    (r"a \leq -2 \text{ or } a = 1", r"(-\infty,-2] \cup \{1\}"), (r"x<1 \text{ or } x>2", r"(-\infty,1)\cup(2,\infty)"),
+    (r"(-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x>2"), ("x<1 or x>2", r"(-\infty,1)\cup(2,\infty)"),
+    (r"x \neq 2", r"(-\infty,2)\cup(2,\infty)"), (r"\{x \mid x<1 \text{ or } x>2\}", r"(-\infty,1)\cup(2,\infty)"),
+    ("0<x<3", r"x \in (0,3)"), (r"0<a\leq\frac{1}{2}", r"(0,\frac12]"), (r"-2 \le m \le 2\sqrt{2}", r"[-2,2\sqrt{2}]"),
+    (r"k>2 \text{ or } k<-2", r"k<-2 \text{ or } k>2"), (r"k \in (-\infty,-2)\cup(2,+\infty)", "|k|>2"),
+    (r"\mathbb{R}", r"(-\infty,\infty)"), (r"(-\infty,\infty)", r"\text{all real numbers}"), (r"\text{all real numbers}", r"\mathbb{R}"),
+    (r"x \in \mathbb{R}", r"\mathbb{R}"), (r"\emptyset", r"\text{no solution}"), (r"\text{No solution}", r"\text{no solutions}"),
+    (r"\text{No real solutions}", r"\emptyset"), (r"x = k\pi", r"n\pi"),
+    (r"x=\frac{\pi}{4}+k\pi, k\in\mathbb{Z}", r"\frac{\pi}{4}+k\pi"),
+    (r"x=\frac{\pi}{4}+k\pi (k\in\mathbb{Z})", r"\frac{\pi}{4}+n\pi, n \in \mathbb{Z}"),
+    (r"x=\frac{\pi}{4}+k\pi, k\in\mathbb{Z}", r"x = \frac{\pi}{4}+k\pi \text{ for } k \in \mathbb{Z}"),
+    (r"\text{Yes}", r"\text{Yes, it is}"), ("Yes", "yes"), ("No", r"\text{No}"), ("ABD", "A, B, D"), ("A, C, D", "ACD"), ("②③", "②, ③"),
+    ("②③", "2, 3"), ("15", "15th"), (r"\text{infinitely many}", r"\infty"), ("y=2x+1", "2x-y+1=0"),
+    (r"\frac{x^2}{4}+\frac{y^2}{3}=1", "3x^2+4y^2=12"), ("x^2+y^2=4", "x^2 + y^2 - 4 = 0"),
+    (r"(0,1) \text{ and } (2,3)", "(2,3), (0,1)"), ("A(1,2)", "(1,2)"), ("(1,2)", "A(1,2)"), ("(1,2)", "(x,y)=(1,2)"),
+    ("(1,2)", "P = (1,2)"), ("$10,20$", r"10 \text{ and } 20"), ("7,4", r"7 \text{ apples and } 4 \text{ pears}"), (r"12\%", "0.12"),
+    (r"\$5", "5"), ("5 dollars", r"\$5"), ("5", r"5\text{ (dollars)}"), ("5", r"5 \text{ square units}"), ("60", r"60\degree"),
+    (r"60^{\circ}", r"60 \text{ degrees}"), ("60 degrees", r"60^\circ"), ("3:4", r"\frac34"), ("3:4:5", "3 : 4 : 5"), ("n!", "n!"),
+    (r"\frac{n(n+1)}{2}", r"\binom{n+1}{2}"), ("2^{n}-1", "2^n - 1"), ("n^2-n+1", "a_n = n^2-n+1"), ("a_n=2n-1", "2n-1"),
+    (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"), ("10^{-3}", "0.001"), ("1{,}000", "1000"), ("1,000,000", "10^6"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"\text{(A)}", "A"),
+    ("A", r"\textbf{(A)}"), (r"1 \text{ or } 2", "2, 1"), ("21 or 11 or 16", "11, 16, 21"), (r"x=1 \text{ or } x=-2", "x = -2, 1"),
+    ("m=2, n=-1", r"m = 2 \text{ and } n = -1"), ("k=1, b=-2", "(1,-2)"), (r"\sqrt{5}-1", r"-1+\sqrt{5}"),
+    ("2,3,5,7", r"2, 3, 5, \text{ and } 7"), (r"30^{\circ}, 60^{\circ}, 90^{\circ}", "30, 60, 90"),
+    (r"8 \text{ hours and } 30 \text{ minutes}", "8 hours and 30 minutes"), ("f(x)=-x^2+2", "-x^2+2"),
+    (r"f(x) = x^2 \text{ or } f(x) = 0", "f(x)=0, f(x)=x^2"), ("n=3", r"\text{only } n = 3"), ("3", r"\text{only } 3"),
+    (r"x=3 \text{ (double root)}", "3"), ("(3,-1)", r"\left( 3 ;\, -1 \right)"), (r"\frac{\pi}{2}", r"\frac{\pi}{2} \text{ radians}"),
+    (r"\frac{\pi}{2}", r"90^{\circ}"), (r"3.5 \times 10^{4}", "35000"), ("n(n+1)", "n^2 + n"), ("1+2i", "2i+1"),
+    ("e^{2}", r"\mathrm{e}^2"), (r"\frac{1}{2}\ln 2", r"\ln\sqrt{2}"), (r"C=\frac{1}{2}", "1/2"), ("(-1,3]", r"-1 < x \leq 3"),
+    (r"\{1,2\}", r"1 \text{ and } 2"), (r"\{(1,2),(2,1)\}", "(1,2),(2,1)"), (r"\{-1,0\}", r"x \in \{-1, 0\}"), ("x=-1,0", "-1, 0"),
+    ("a=1,b=2,c=3", "1,2,3"), ("a=1,b=2,c=3", "(a,b,c) = (1,2,3)"),
+]  # fmt: skip
+
+WRONG_FORMS = [
+    ("p=7,q=3", "(3,7)"), ("p=7,q=3", "p=3, q=7"), ("p=7,q=3", "3,7"), ("p=7,q=3;p=11,q=3", "(3,7),(3,11)"),
+    ("p=7,q=3;p=11,q=3", "(7,3)"), ("p=7,q=3;p=11,q=3", "(7,11),(3,3)"), ("(7,3)", "p=3, q=7"), ("(7,3)", "3,7"), ("a=4", "a=5"),
+    ("a=4", "4,5"), ("a=4", "b=4"), ("x=3", "y=3"), ("|CD|=6", "7"), ("g(x)=2", r"g(x) = 3 \text{ for all } x"),
+    ("g(x)=2", r"g(x) = x \text{ for all } x"), (r"\frac{3+\sqrt{41}}{7} \approx 1.34", r"\frac{4+\sqrt{41}}{7}"),
+    (r"\frac{7}{9}", r"\frac{7}{8} \approx 0.78"), (r"\frac{7}{9}", r"\frac{7}{9} \approx 0.98"), (r"\frac{7}{9}", "0.78"),
+    ("1/7", "0.142857"), ("1/7", "0.1428571428571439"), ("2,-2,9,-9", "-9,-2,2,8"), ("2,-2,9,-9", "-9,-2,2"), ("5, 12, 3", "12, 5, 3"),
+    ("4, 10, -2", "10, 4, -2"), (r"(-\infty,3)", r"x \le 3"), (r"(-\infty,3)", "x>3"), ("(0,3)", r"0 \le x < 3"),
+    (r"a \leq -2 \text{ or } a = 1", r"(-\infty,-2)\cup\{1\}"), (r"x<1 \text{ or } x>2", "(1,2)"),
+    (r"x<1 \text{ or } x>2", r"(-\infty,1]\cup(2,\infty)"), (r"x \neq 2", "x = 2"), (r"\mathbb{R}", r"(0,\infty)"),
+    (r"x = k\pi", r"2n\pi"), (r"x=\frac{\pi}{4}+k\pi", r"\frac{\pi}{3}+n\pi"), (r"\text{Yes}", "No"), ("ABD", "A, B"), ("ABD", "A,C,D"),
+    ("12", "12x"), ("12", "13 km"), ("12 km", "13"), ("12x", "12"), ("3n", "3"), ("2,3", "6"), ("(1,2)", "(2,1)"), ("(1,2)", "A(2,1)"),
+    ("1.34", r"\frac{4+\sqrt{41}}{7}"), ("9.42", r"\pi"), ("14.29", "14.2957142857"), ("x<3", "3"), ("x>3", "3"),
+    ("0", r"\text{no solution}"), ("5", "-5"), ("x^2+y^2=4", "4"), ("y=2x+1", "y=2x-1"), ("f(x)=x+1", "x"), ("3", "3,3"),
+    (r"\{1,2\}", "1"), ("a=1,b=2,c=3", "3,2,1"), ("a=1,b=2,c=3", "a=3,b=2,c=1"), (r"k \in (-\infty,-2)\cup(2,+\infty)", "|k|<2"),
+    (r"\frac{1}{2}", r"\frac{1}{2}, \frac{1}{3}"), ("10", r"x \approx 10.2"), (r"x=1 \text{ or } x=-2", "1"), ("m", "5m"),
+    ("5m+3", "5+3"), ("15", "16th"), ("[0,1]", "(0,1)"), ("2", "x_2"), ("x_1=1,x_2=2", "1,3"), ("6", "|CD|"),
+    ("(7,3),(11,3)", "(x,y) = (7,3)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "found"), RIGHT + RIGHT_FORMS)
 def test_right(gold, found):
     assert verdict(gold, f"\\boxed{{{found}}}").score == 1.0
 
 
-@pytest.mark.parametrize(("gold", "found"), WRONG)
+@pytest.mark.parametrize(("gold", "found"), WRONG + WRONG_FORMS)
 def test_wrong(gold, found):
     graded = verdict(gold, f"\\boxed{{{found}}}")
     assert graded.score == 0.0
+
+
+@pytest.mark.parametrize("between", [" and ", ", ", " ", r"\text{ or }", r"$ and $"])
+def test_joined_boxes_are_one_answer_of_several_parts(between):
+    assert verdict("9", rf"\boxed{{8}}{between}\boxed{{9}}") == (0.0, "8, 9", "")
+    assert verdict("8,9", rf"$\boxed{{8}}{between}\boxed{{9}}$").score == 1.0
+    assert verdict("(2,5),(4,1)", rf"\boxed{{(4,1)}}{between}\boxed{{(2,5)}}").score == 1.0
+
+
+def test_the_order_of_a_list_counts_where_the_problem_asks_for_it():
+    for ordered, score in ((True, 0.0), (False, 1.0), (None, 0.0)):
+        assert verdict("5,12,3", r"\boxed{12,5,3}", ordered=ordered).score == score
+    assert verdict("1,2", r"\boxed{2,1}", ordered=True).score == 0.0
+    for ordered in (True, False, None):
+        assert verdict("(1,2)", r"\boxed{(2,1)}", ordered=ordered).score == 0.0
+        assert verdict("5,12,3", r"\boxed{5,12,3}", ordered=ordered).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "found", "strict"),
+    [
+        ("56088", r"123 \cdot 456", 0.0), ("56088", r"\boxed{56088}", 1.0), ("1024", "2^{10}", 0.0),
+        ("120", "5!", 0.0), ("3", r"\sqrt{9}", 0.0),
+        ("4", r"4\%", 0.0), ("0.04", r"4\%", 1.0), (r"4\%", "0.04", 1.0), (r"4\%", "4", 0.0), (r"4\%", r"4\%", 1.0),
+        ("0.5", r"\frac12", 1.0),
+        ("2.5", r"2\frac12", 1.0), ("5000", r"5\times 10^3", 1.0), ("x=6", "6", 1.0), ("6", r"x = 2\cdot 3 = 6", 1.0),
+        (r"\sqrt{8}", r"2\sqrt2", 1.0),
+        ("2,6", r"2, 2\cdot 3", 0.0), ("2^{10}", "2^{10}", 1.0), ("5", "5 km", 1.0),
+    ],
+)  # fmt: skip
+def test_strictly_a_number_is_given_as_a_number(gold, found, strict):
+    completion = found if "boxed" in found else f"\\boxed{{{found}}}"
+    assert verdict(gold, completion).score == 1.0
+    assert verdict(gold, completion, judge=answer.MATH_STRICT).score == strict
 
 
 @pytest.mark.parametrize(
@@ -109,9 +227,9 @@ def test_a_wrong_answer_is_no_error():
 
 
 def test_exact_compares_letters():
-    assert verdict("x+1", r"\boxed{x + 1}", judge=answer.is_same).score == 1.0
-    assert verdict("x+1", r"\boxed{1+x}", judge=answer.is_same).score == 0.0
-    assert verdict(r"\frac{1}{", r"\boxed{5}", judge=answer.is_same).score == 0.0
+    assert verdict("x+1", r"\boxed{x + 1}", judge=answer.EXACT).score == 1.0
+    assert verdict("x+1", r"\boxed{1+x}", judge=answer.EXACT).score == 0.0
+    assert verdict(r"\frac{1}{", r"\boxed{5}", judge=answer.EXACT).score == 0.0
 
 
 def test_what_was_extracted_is_bounded():
@@ -120,8 +238,8 @@ def test_what_was_extracted_is_bounded():
 
 def test_progress_is_told_once_the_gold_answer_is_understood():
     told = []
-    answer.grade("5", r"\boxed{\sqrt{26}}", False, judge=answer.is_right, lenient=False, progress=lambda *note: told.append(note))
+    answer.grade("5", r"\boxed{\sqrt{26}}", False, judge=answer.MATH, lenient=False, progress=lambda *note: told.append(note))
     assert told == [(True, r"\sqrt{26}")]
     told.clear()
-    answer.grade(r"\frac{3}{", r"\boxed{6}", False, judge=answer.is_right, lenient=False, progress=lambda *note: told.append(note))
+    answer.grade(r"\frac{3}{", r"\boxed{6}", False, judge=answer.MATH, lenient=False, progress=lambda *note: told.append(note))
     assert told == []

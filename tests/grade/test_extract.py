@@ -2,7 +2,7 @@ r"""Which part of a completion is its answer."""
 
 import pytest
 
-from s2dcli.grade.extract import extract, neighbouring_boxes, opens_thinking, text_of_answer, text_of_completion
+from s2dcli.grade.extract import extract, last_box, opens_thinking, text_of_answer, text_of_completion
 
 BOXES = [
     (r"so \boxed{17}", "17"),
@@ -102,7 +102,28 @@ def test_gold_answers_come_as_text_and_as_numbers():
     assert [text_of_answer(value) for value in ("05", 5, 0.5, None, True, [1], "")] == ["05", "5", "0.5", "", "", "", ""]
 
 
-def test_a_gold_answer_may_have_several_boxes():
-    assert neighbouring_boxes(r"so \boxed{1} and \boxed{-2}.") == "1,-2"
-    assert neighbouring_boxes(r"first \boxed{1}, which by a long argument leads us to \boxed{-2}.") == "-2"
-    assert neighbouring_boxes("none") is None
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (r"so \boxed{1} and \boxed{-2}.", "1, -2"),
+        (r"\(\boxed{1}\) or \(\boxed{-2}\)", "1, -2"),
+        (r"\[\boxed{(2,5)} \quad \text{and} \quad \boxed{(4,1)}\]", "(2,5), (4,1)"),
+        (r"$\boxed{1}$, $\boxed{2}$, and $\boxed{3}$", "1, 2, 3"),
+        (r"\boxed{8} \boxed{9}", "8, 9"),
+        (r"\boxed 8 or \boxed 9", "8, 9"),
+        ("\\boxed{9}\n\n\\boxed{9}", "9"),
+        (r"\boxed{9}, \boxed{9}", "9, 9"),
+        (r"first \boxed{1}, which by a long argument leads us to \boxed{-2}.", "-2"),
+        (r"\boxed{1}, so \boxed{2}", "2"),
+        (r"\boxed{1}. \boxed{2}", "2"),
+        (r"\frac{1}{2} and \boxed{2}", "2"),
+        (r"\boxed{7} no, \boxed{1} and \boxed{2}", "1, 2"),
+    ],
+)
+def test_boxes_that_only_and_or_or_a_comma_joins_are_one_answer(completion, answer):
+    assert last_box(completion) == answer
+
+
+def test_many_joined_boxes_take_no_long():
+    assert last_box(r"\boxed{1}, " * 20_000).count("1") == 20_000
+    assert last_box("\\boxed{1}" + " ," * 50_000 + "\\boxed{2}") == "2"

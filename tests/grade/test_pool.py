@@ -1,5 +1,6 @@
 """The supervised pool: what it survives, in which order it answers, and what is left of it."""
 
+import contextlib
 import os
 import select
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 from s2dcli.errors import UsageError
 from s2dcli.grade import answer
-from s2dcli.grade.pool import Grader, parse_size
+from s2dcli.grade.pool import Grader, check_reward, parse_size
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["reward", "rewards", "label", "extracted", "verifier", "verify_error"]
@@ -254,6 +255,10 @@ def test_settings_that_make_no_sense_are_usage_errors(functions):
         {"timeout": 0},
         {"memory_limit": "lots"},
         {"memory_limit": "1MiB"},
+        {"memory_limit": "99999999TiB"},
+        {"timeout": float("inf")},
+        {"timeout": float("nan")},
+        {"timeout": 1e9},
         {"extract": "loose"},
     ):
         with pytest.raises(UsageError):
@@ -263,6 +268,119 @@ def test_settings_that_make_no_sense_are_usage_errors(functions):
             list(grader.grade([row("1", "1")]))
     assert parse_size("2GiB") == 2 << 30
     assert parse_size("800MB") == 800_000_000
+
+
+def test_failures_of_rewards_are_counted_by_kind_with_the_first_in_words(functions):
+    rows = [{"answer": "a", "completion": "a", "what": what} for what in ("", "raise", "crash", "raise", "none")]
+    with Grader(["math", "python:my_rewards:judge"], workers=1) as grader:
+        list(grader.grade(rows))
+        counts, first = grader.take_errors()
+        assert counts == {"failed": 2, "crashed": 1}
+        assert first == "python:my_rewards:judge raised KeyError: 'colour'"
+        assert grader.take_errors() == ({}, "")
+        list(grader.grade([{"answer": "1", "completion": "none"}, {"answer": "", "completion": ""}]))
+        assert grader.take_errors() == ({}, "")
+    (functions / "odd_rewards.py").write_text("def few(completion): return 1.0")
+    with Grader(["python:odd_rewards:few"], workers=1) as grader:
+        list(grader.grade(rows))
+        counts, first = grader.take_errors()
+        assert counts == {"failed": 5}
+        assert first.startswith("python:odd_rewards:few raised TypeError: few() takes 1 positional argument")
+
+
+def test_a_reward_is_checked_on_a_made_up_rollout(functions):
+    (functions / "checked_rewards.py").write_text(
+        "def good(completion, answer, record): return float(record['finish_reason'] == 'stop' and record['prompt'][0]['role'] == 'user')\n"
+        "def few(completion): return 1.0\n"
+        "def slow(completion, answer, record):\n    import time\n    time.sleep(60)\n"
+    )
+    for reward in ("math", "math:strict", "exact=2", "python:checked_rewards:good"):
+        check_reward(reward)
+    for reward, problem in (
+        ("python:checked_rewards:few", "few raised TypeError"),
+        ("python:checked_rewards:slow", "slow: timeout"),
+        ("python:checked_rewards:missing", "no function 'missing'"),
+        ("python:no_such_module:f", "no_such_module"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            check_reward(reward, timeout=0.3)
+
+
+FOREIGN = ["sitecustomize", "usercustomize", "gmpy2", "flint", "sympy", "math_verify", "mpmath", "antlr4", "json"]
+
+
+def test_no_module_of_the_current_folder_runs(tmp_path, monkeypatch):
+    for name in FOREIGN:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\nraise ImportError")
+    (tmp_path / "s2dcli").mkdir()
+    (tmp_path / "s2dcli" / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('s2dcli')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    with Grader(workers=1) as grader:
+        assert [verdict["reward"] for verdict in grader.grade([row(r"\sqrt{8}", r"2\sqrt{2}"), row("1", "2")])] == [1.0, 0.0]
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "mine.py").write_text("def all_right(completion, answer, record): return 1.0")
+    with Grader(["math", "python:mine:all_right"], workers=1) as grader:
+        assert [verdict["reward"] for verdict in grader.grade([row("1", "2")])] == [1.0]
+    assert not (tmp_path / "ran").exists()
+
+
+NAPS = """
+import time
+
+def nap(completion, answer, record):
+    open(record["mark"], "a").write("x")
+    time.sleep(record["seconds"])
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_time_in_which_grading_was_stopped_counts_against_no_row(tmp_path, monkeypatch, alone):
+    (tmp_path / "naps.py").write_text(NAPS)
+    monkeypatch.syspath_prepend(tmp_path)
+    mark = tmp_path / "mark"
+    rows = [{"answer": "a", "completion": "a", "mark": str(mark), "seconds": 0.5}]
+    with Grader(["python:naps:nap"], workers=1, timeout=1.0) as grader:
+        verdicts = grader.grade([*rows, row("1", "1")][:1])
+        stopper = os.fork()
+        if stopper == 0:
+            while not mark.exists():
+                time.sleep(0.02)
+            worker = children(grader.supervisor_pid)
+            pids = worker if alone else [grader.supervisor_pid, *worker]
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(3.0)
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+            os._exit(0)
+        assert next(verdicts)["reward"] == 1.0
+        os.waitpid(stopper, 0)
+        assert grader.take_errors().counts == {}
+        assert next(grader.grade([{**rows[0], "seconds": 60}]))["verify_error"] == answer.TIMEOUT
+
+
+def test_reasoning_that_the_prompt_opened_must_end_before_an_answer_counts(grader):
+    rows = [row("1", "1", reasoning_open=open_) for open_ in (True, False)]
+    rows += [{"answer": "1", "completion": r"so 1 </think> \boxed{1}", "reasoning_open": True}, row("1", "1")]
+    verdicts = list(grader.grade(rows))
+    assert [verdict["reward"] for verdict in verdicts] == [0.0, 1.0, 1.0, 1.0]
+    assert verdicts[0]["verify_error"] == f"{answer.NO_ANSWER}: <think> was never closed"
+
+
+def test_a_problem_says_whether_order_counts(grader):
+    def prompted(text, found):
+        return row("5,12,3", found, prompt=[{"role": "user", "content": text}])
+
+    rows = [
+        prompted("Find all roots.", "12,5,3"), prompted("Give the lengths of AB, BC and CA in this order.", "12,5,3"),
+        prompted("What are a, b and c?", "12,5,3"), prompted("What are a, b and c, respectively?", "5,12,3"),
+        prompted("In order to win, which numbers solve the game?", "3,5,12"),
+    ]  # fmt: skip
+    assert [verdict["reward"] for verdict in grader.grade(rows)] == [1.0, 0.0, 0.0, 1.0, 1.0]
 
 
 def test_killed_workers_are_replaced(grader):

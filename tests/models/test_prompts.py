@@ -119,6 +119,36 @@ def test_rollouts_of_another_tokenizer_are_noticed():
         require_made_with(make("b a c"), [record([4, 5, 2], "a b")])
 
 
+def test_tags_around_the_reasoning_stay_in_the_text_though_they_are_special():
+    tokenizer = make("a b <think> </think>")
+    plain = PromptEncoder(tokenizer, "plain").decode([6, 4, 7, 5, 2])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    encoder = PromptEncoder(tokenizer, "plain")
+    assert tokenizer.decode([6, 4, 7, 5, 2], skip_special_tokens=True) == "a b"
+    assert encoder.decode([6, 4, 7, 5, 2]) == plain == "<think> a </think> b"
+    assert encoder.decode([4, 5, 2]) == "a b"
+    require_made_with(tokenizer, [{**record([6, 4, 7, 5, 2], "<think> a </think> b"), "reasoning_open": False}])
+    require_made_with(tokenizer, [record([6, 4, 7, 5, 2], "a b")])  # of a file that has no column for it
+    with pytest.raises(ModelError, match="made with another tokenizer"):
+        require_made_with(tokenizer, [{**record([6, 4, 7, 5, 2], "a b"), "reasoning_open": False}])
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        ("{{ messages[-1]['content'] }}", USER, False),
+        ("{{ messages[-1]['content'] }} <think>\n", USER, True),
+        ("{{ messages[-1]['content'] }} <think>\n\n</think>\n", USER, False),
+        ("{{ messages[-1]['content'] }} <think> Let me see.", USER, True),
+        ("{{ messages[-1]['content'] }} c", [{"role": "user", "content": "Use <think> tags"}], False),
+        ("{{ messages[-1]['content'] }}", [*USER, {"role": "assistant", "content": "<think> so"}], True),
+        ("{{ messages[-1]['content'] }}", [{"role": "user", "content": "a <think>"}], True),
+    ],
+)
+def test_whether_the_rendered_prompt_ends_inside_the_reasoning(template, messages, expected):
+    assert PromptEncoder(make(template=template)).opens_reasoning(messages) is expected
+
+
 def test_folders_without_a_usable_tokenizer(tmp_path):
     with pytest.raises(ModelError, match="cannot load the tokenizer"):
         load_tokenizer(tmp_path)

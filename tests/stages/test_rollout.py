@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -29,6 +30,7 @@ COLUMNS = [
     "source",
     "sampler",
     "template_sha256",
+    "reasoning_open",
 ]
 
 
@@ -51,6 +53,24 @@ def test_rows_hold_the_contracts_columns_in_input_order(rolled, few):
         assert all(value <= 0 and round(value, 6) == value for value in row["completion_logprobs"])
         assert row["sampler"]["temperature"] == 1.0
         assert len(row["sampler"]["checkpoint"]) == 64
+
+
+def test_an_answer_inside_reasoning_that_the_template_opened_is_none(s2d, toy, few, tmp_path):
+    model = tmp_path / "thinker"
+    shutil.copytree(toy / "teacher", model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_text((model / name).read_text().replace("<|assistant|>", "<think>"))
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template.replace("<|assistant|>", "<think>"))
+    done = s2d("rollout", "--model", model, few, "-n", 1, "--max-tokens", 16)
+    assert done.code == 0, done.err
+    assert all(row["reasoning_open"] is True for row in done.rows)
+    rows = [{**row, "completion": rf"\boxed{{{row['answer']}}}"} for row in done.rows]
+    for ends, reward in (("", 0.0), ("so </think>", 1.0)):
+        given = b"".join(json.dumps({**row, "completion": ends + row["completion"]}).encode() + b"\n" for row in rows)
+        graded = s2d("verify", stdin=given).rows
+        assert [row["reward"] for row in graded] == [reward] * len(rows)
+    assert all("<think> was never closed" in row["verify_error"] for row in s2d("verify", stdin=json.dumps(rows[0]).encode()).rows)
 
 
 def test_stored_ids_are_what_a_chat_template_gives_and_the_text_decodes_from_them(rolled, toy):

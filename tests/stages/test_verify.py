@@ -135,6 +135,47 @@ def test_rewards_and_lenient_extraction(s2d, tmp_path):
         assert s2d("verify", *wrong, stdin=given).code == 2
 
 
+def test_why_rewards_failed_is_said(s2d, tmp_path):
+    (tmp_path / "odd.py").write_text("def odd(completion, answer, record):\n    return {'a': 1.0}[completion]\n")
+    given = lines(*({"answer": "1", "completion": text} for text in "axxa"))
+    done = s2d("verify", "--reward", "python:odd:odd", stdin=given, cwd=tmp_path)
+    assert done.code == 0
+    assert "2 failed: python:odd:odd raised KeyError: 'x'" in done.err
+    done = s2d("verify", "--reward", "math", "--reward", "python:odd:odd", stdin=given, cwd=tmp_path)
+    assert "2 failed: python:odd:odd raised KeyError: 'x'" in done.err
+
+
+def test_a_file_of_problems_is_refused(s2d, few, tmp_path):
+    out = tmp_path / "graded.jsonl"
+    done = s2d("verify", few, "-o", out)
+    assert done.code == 1
+    assert f"{few}: these are problems: no row has a field 'completion' to grade; sample completions first: s2d rollout" in done.err
+    assert not out.exists()
+    mixed = few.read_bytes() + lines(row("1", "1"))
+    done = s2d("verify", stdin=mixed)
+    assert done.code == 0
+    assert [after["reward"] for after in done.rows] == [0.0] * 8 + [1.0]
+
+
+@pytest.mark.parametrize("limit", [["--memory-limit", "99999999TiB"], ["--timeout", "inf"], ["--timeout", "nan"], ["--timeout", "1e300"]])
+def test_limits_out_of_range_are_usage_errors(s2d, limit):
+    done = s2d("verify", *limit, stdin=lines(row("1", "1")))
+    assert done.code == 2
+    assert limit[0] in done.err
+    assert done.out == b""
+
+
+def test_no_module_of_the_current_folder_runs(tmp_path):
+    for name in ("sitecustomize", "usercustomize", "gmpy2", "flint", "sympy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\nraise ImportError")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "s2dcli", "verify"]
+    given = lines(row(r"\sqrt{8}", r"2\sqrt{2}"))
+    done = subprocess.run(command, input=given, env=environment, cwd=tmp_path, capture_output=True, check=True)
+    assert json.loads(done.stdout)["reward"] == 1.0
+    assert not (tmp_path / "ran").exists()
+
+
 def test_rows_come_out_while_more_are_awaited():
     with start(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as command:
         for number in range(3):
