@@ -108,7 +108,7 @@ def evaluate(
     old = begun(out, out / MANIFEST, manifest, MAY_CHANGE) if resume else None
     if old and old["complete"]:
         console.info(f"{out} is complete already")
-        jsonl.print_result(read_json(out / RESULTS))
+        jsonl.print_result(read_json(out / RESULTS), console.eval_table)
         return
     if rollouts is not None:  # read anew from the start: that takes seconds
         _measure((row.to_record() for _, row in read_graded(rollouts)), out, name, manifest)
@@ -188,7 +188,7 @@ def _measure(graded: Iterable[dict], out: Path | None, name: str | None, manifes
         console.warn(caution)
     k, average, error = figures["k"], figures["avg_at_k"], figures["se"]
     console.info(f"avg@{k} {average:.1%} ± {error:.1%} over {figures['problems']} problems; {figures['truncated']:.1%} truncated")
-    jsonl.print_result(results)
+    jsonl.print_result(results, console.eval_table)
 
 
 @contextmanager
