@@ -285,7 +285,7 @@ def plan_table(plan: dict) -> list[tuple[str, str]]:
         memory = f"{'fits' if total <= available else 'does not fit'}: {total / 1e9:.3g} of {available / 1e9:.3g} GB"
     return [
         ("steps", f"{plan['steps']:,} of {plan['rollouts_per_step']:,} rollouts, {plan['rollouts']:,} in all"),
-        ("tokens", f"at most {_short(plan['completion_tokens_at_most'])} are sampled"),
+        ("tokens", f"at most {_short(plan['completion_tokens_at_most'])} of completions"),
         ("parameters", f"{_short(plan['parameters'])}, of which {_short(plan['trained_parameters'])} are trained"),
         ("memory", memory),
         *((f"  {name.removesuffix('_bytes')}", _short(value, BYTES)) for name, value in parts.items()),

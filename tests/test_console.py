@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import start, wait
 from rich.console import Console
 
 from s2dcli import console
@@ -148,7 +149,7 @@ labels          200
 """,
     "plan_table": """\
 steps       200 of 256 rollouts, 51,200 in all
-tokens      at most 52.4M are sampled
+tokens      at most 52.4M of completions
 parameters  1.72B, of which 1.72B are trained
 memory      fits: 31 of 80 GB
   weights   6.88 GB
@@ -171,6 +172,42 @@ def test_a_result_is_a_table_on_a_terminal_and_json_in_a_pipe(table):
     os.close(terminal)
     assert os.read(controller, 1 << 16).decode().replace("\r\n", "\n") == TABLES[table]
     os.close(controller)
+
+
+def test_commands_print_their_results_as_tables_on_a_terminal(toy, few, tmp_path):
+    def shown(*arguments: object) -> dict[str, str]:
+        controller, terminal = pty.openpty()
+        with open(os.devnull) as nothing, open(tmp_path / "log", "wb") as log:
+            assert wait(start([str(argument) for argument in arguments], nothing.fileno(), terminal, log.fileno())) == 0
+        os.close(terminal)
+        text = os.read(controller, 1 << 16).decode()
+        os.close(controller)
+        return dict(line.split("  ", 1) for line in text.splitlines() if not line.startswith(" "))
+
+    trained = (
+        "grpo",
+        "-m",
+        toy / "teacher",
+        few,
+        "-o",
+        tmp_path / "run",
+        "--steps",
+        1,
+        "--problems-per-step",
+        8,
+        "-n",
+        2,
+        "--max-tokens",
+        8,
+    )
+    plan, run = shown(*trained, "--dry-run"), shown(*trained)
+    assert plan["steps"].strip() == "1 of 16 rollouts, 16 in all"
+    assert re.fullmatch(r" *fits: 0\.\d+ of \d+(\.\d+)? GB", plan["memory"])
+    assert run["checkpoint"].strip() == str(tmp_path / "run" / "step-000001")
+    assert {"reward", "entropy", "labels"} <= run.keys()
+    assert shown(*trained, "--resume") == run
+    evaluated = shown("eval", "-m", toy / "student", few, "-k", 2, "--max-tokens", 8, "-o", tmp_path / "eval")
+    assert re.fullmatch(r" *\d+\.\d% ± \d+\.\d%", evaluated["avg@2"])
 
 
 def test_a_plan_says_when_it_does_not_fit_and_needs_no_device_to_be_shown():

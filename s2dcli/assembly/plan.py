@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
 
 from s2dcli.assembly.loading import adapter_of, compute_dtype
@@ -28,6 +30,14 @@ def num_parameters(checkpoint: Checkpoint) -> int:
         with safe_open(path, framework="pt") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not a dict
     return total
+
+
+def device_bytes(name: str) -> int:
+    """Memory of the device that `--device` names, whoever uses it now; on a CPU the machine's."""
+    device = pick_device(name)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_plan(

@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from s2dcli import stats
+from s2dcli import console, stats
 from s2dcli.assembly.loading import load_frozen, load_reference, load_trained
 from s2dcli.assembly.order import Order
-from s2dcli.assembly.plan import memory_plan
+from s2dcli.assembly.plan import device_bytes, memory_plan
 from s2dcli.assembly.rollouts import StoredRollouts
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
 from s2dcli.engines.base import SamplingParams
@@ -114,9 +114,10 @@ class TrainingSetup:
                 "rollouts": order.steps * per_step,
                 "completion_tokens_at_most": order.steps * per_step * self.params.max_tokens,
                 **memory_plan(self.parent, held, self.loading, self.training, sample_tokens=sample_tokens),
+                "available_bytes": device_bytes(self.loading.device),
                 "out": str(self.out),
             }
-            jsonl.print_result(plan)
+            jsonl.print_result(plan, console.plan_table)
             return None
         given = [problem.to_record() for problem in problems]
         samplers = [{"sampler": sampler} for sampler in stored.samplers] if stored else []
@@ -139,7 +140,7 @@ class TrainingSetup:
         with ExitStack() as held:
             held.enter_context(folder)
             if folder.finished:
-                jsonl.print_result(folder.result())
+                jsonl.print_result(folder.result(), console.run_table)
                 return None
             return Training(self, folder, phases, held.pop_all(), samples=samples)
 
@@ -183,7 +184,7 @@ class Training:
     def __exit__(self, *error: Any) -> None:
         """Close everything; after a run without error its result is printed."""
         if error[0] is None:
-            jsonl.print_result(self.folder.result())
+            jsonl.print_result(self.folder.result(), console.run_table)
         self._held.__exit__(*error)
 
     def load_teacher(self, role: str) -> Policy:

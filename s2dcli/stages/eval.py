@@ -98,6 +98,7 @@ def evaluate(
     if any(reward.built_in for reward in parse_all(grading.reward or [MATH])):
         require_labels(problems, "measure on labelled problems, or use a reward that needs no answer: --reward python:MODULE:FUNCTION")
     checkpoint = resolve(model) if model else None
+<<<<<<< HEAD
     parents, streamed = [("model", checkpoint)] if checkpoint else [], [problem.to_record() for problem in problems]
     manifest = describe("eval", settings, inputs=[source, *loading.files], parents=parents, streamed=streamed)
     summary, seen, measured, done = stats.Summary(), {}, set(), 0
@@ -112,6 +113,22 @@ def evaluate(
             from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan
             from s2dcli.engines.base import SamplingParams
             from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
+=======
+    if out and checkpoint:
+        refuse_inside(out, [checkpoint.folder])
+    parents = [checkpoint] if checkpoint else []
+    manifest = describe("eval", settings, inputs=[rollouts or problems, *loading.files], parents=parents)
+    if model and jsonl.is_stream(problems):  # so that a resume is given the same
+        manifest["inputs"][0]["sha256"] = jsonl.sha256(problem.to_record() for problem in todo)
+    old = begun(out, out / MANIFEST, manifest, MAY_CHANGE) if resume else None
+    if old and old["complete"]:
+        console.info(f"{out} is complete already")
+        jsonl.print_result(read_json(out / RESULTS), console.eval_table)
+        return
+    if rollouts is not None:  # read anew from the start: that takes seconds
+        _measure((row.to_record() for _, row in read_graded(rollouts)), out, name, manifest)
+        return
+>>>>>>> cli
 
             k = k or (1 if temperature == 0 else DEFAULT_K)
             grader = stack.enter_context(Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit))
@@ -161,8 +178,14 @@ def evaluate(
             folder.finish(results, counts=counts, measured=sorted(measured))
     for caution in (*stats.cautions(figures), *warnings(manifest, measured)):
         console.warn(caution)
+<<<<<<< HEAD
     console.info(stats.in_words(figures))
     jsonl.print_result(results)
+=======
+    k, average, error = figures["k"], figures["avg_at_k"], figures["se"]
+    console.info(f"avg@{k} {average:.1%} ± {error:.1%} over {figures['problems']} problems; {figures['truncated']:.1%} truncated")
+    jsonl.print_result(results, console.eval_table)
+>>>>>>> cli
 
 
 def _note_sampler(seen: dict[str, Any], record: dict[str, Any]) -> None:
