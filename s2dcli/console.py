@@ -264,12 +264,14 @@ def run_table(result: dict) -> list[tuple[str, str]]:
 def eval_table(result: dict) -> list[tuple[str, str]]:
     """An evaluation's results."""
     k = result["k"]
+    right = []
+    if result["avg_at_k"] is not None:  # else the rewards have no notion of right
+        right = [(f"avg@{k}", f"{result['avg_at_k']:.1%} ± {result['se']:.1%}"), (f"pass@{k}", f"{result['pass_at_k']:.1%}")]
     return [
         ("name", result["name"]),
         ("data set", result["dataset"] or "-"),
         ("problems", f"{result['problems']:,}"),
-        (f"avg@{k}", f"{result['avg_at_k']:.1%} ± {result['se']:.1%}"),
-        (f"pass@{k}", f"{result['pass_at_k']:.1%}"),
+        *right,
         ("truncated", f"{result['truncated']:.1%}"),
         ("tokens/rollout", f"{result['mean_tokens']:,.0f}"),
         ("not graded", f"{result['ungraded']:,}"),

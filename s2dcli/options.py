@@ -350,6 +350,7 @@ class RunOptions:
             callback=_checked_cadence,
         ),
     ] = "50"
+    save_dtype: Annotated[Dtype, _output("Type of saved weights; auto: that of the checkpoint trained from.")] = Dtype.auto
     keep_last: Annotated[int | None, _output("Checkpoints to keep.", min=1, show_default="all")] = None
     keep_states: Annotated[int, _output("Checkpoints that keep their optimizer state, needed by --resume.", min=1)] = 1
     eval_problems: Annotated[str | None, _output("Problems for avg@k evaluations during training.", metavar="FILE")] = None

@@ -23,11 +23,13 @@ from s2dcli.assembly.plan import device_bytes, memory_plan
 from s2dcli.assembly.rollouts import StoredRollouts
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
 from s2dcli.engines.base import SamplingParams
+from s2dcli.errors import GradingError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
 from s2dcli.files.records import Problem, Rollout, require_labels
 from s2dcli.files.run_folder import RunFolder
-from s2dcli.grade.pool import MATH, Grader
+from s2dcli.grade.answer import FAILURES
+from s2dcli.grade.pool import MATH, Grader, check_reward
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, resolve
 from s2dcli.models.policy import Policy
 from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
@@ -105,6 +107,8 @@ class TrainingSetup:
         if stored:
             require_made_with(self.tokenizer, stored.rows, stored.first)
         if self.running.dry_run:
+            for reward in (self.grading.reward or [MATH]) if self.grading and problems else []:
+                check_reward(reward, self.grading.timeout, self.grading.memory_limit)
             held = [self.parents[role] for role in frozen]
             sample_tokens = self.engine.sample_tokens if samples else 0
             per_step = min(order.per_step, order.total) * rollouts_per_item
@@ -212,8 +216,20 @@ class Training:
             self.run.labels.update(rollout.problem_sha256 for rollout in rollouts)
             with step.phase("grade"):
                 graded = iter(list(self._grader.graded([*graded])))
+            self._count_errors(step, len(rollouts))
         maker = RowMaker()
         return [[self._row(maker, rollout, next(graded)) for rollout in group] for group in groups]
+
+    def _count_errors(self, step: Step, num_rollouts: int) -> None:
+        """Log the failures of rewards by kind, and warn of them. Raises GradingError if every rollout's failed."""
+        errors = self._grader.take_errors()
+        step.grader_errors.update(errors.counts)
+        step.log(grader_errors={kind: step.grader_errors[kind] for kind in FAILURES})
+        if errors.counts.total() >= num_rollouts:
+            raise GradingError(f"the rewards of all {num_rollouts} rollouts of step {step.number} failed: {errors.first}")
+        if errors.counts:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in errors.counts.most_common())
+            console.warn(f"step {step.number}: rewards of {num_rollouts} rollouts failed ({kinds}), the first: {errors.first}")
 
     def _row(self, maker: RowMaker, rollout: Rollout, record: dict[str, Any]) -> TrainingRow:
         return maker.row(rollout, record.get("reward"), record if self.keep_rollouts else None)

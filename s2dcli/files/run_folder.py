@@ -128,8 +128,10 @@ class RunFolder(OutputFolder):
         self.last_eval = row
         self._append(EVALS, row)
 
-    def save(self, step: int, counts: Mapping[str, float], labels: Iterable[str], fill: Callable[[Path], None]) -> None:
+    def save(self, step: int, counts: Mapping[str, float], labels: Iterable[str], fill: Callable[[Path], dict[str, Any]]) -> None:
         """Make `step` the last whole step: `fill` writes a checkpoint with its training state to the folder it is given.
+
+        What it returns is added to the step's manifest.
 
         Raises DataError if the file system refuses; the steps before are then as they were.
         """
@@ -139,9 +141,9 @@ class RunFolder(OutputFolder):
             for file in self._files.values():
                 os.fsync(file.fileno())
             with whole_folder(final) as draft:
-                fill(draft)
+                more = fill(draft)
                 files = sorted(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())
-                write_json(draft / MANIFEST, {**self.manifest, "complete": True, **self._standing(), "files": files})
+                write_json(draft / MANIFEST, {**self.manifest, "complete": True, **self._standing(), **more, "files": files})
             self.step = step
             self._point_to_step()
             self.replace()

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from s2dcli import console, options, stats
+from s2dcli.engines.opening import check_engine
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.eval_folder import EvalFolder
@@ -29,7 +30,7 @@ from s2dcli.grade.rewards import parse_all
 
 DEFAULT_K = 16  # the paper's avg@16
 # On --resume: cutting batches otherwise changes log-probs in the sixth decimal only
-MAY_CHANGE = {"device", "sample_tokens", "workers", "name"}
+MAY_CHANGE = {"device", "sample_tokens", "workers", "name", "max_in_flight", "server_timeout"}
 # What tells samplers apart
 SAMPLER_KEYS = ("model", "revision", "checkpoint", "step", "temperature", "top_p", "top_k", "max_tokens", "template")
 # What would be ignored when the rollouts are there already
@@ -77,6 +78,7 @@ def evaluate(
 ) -> None:
     """Measure avg@k of a model, or of graded rollouts."""
     settings = options.flatten(locals())
+    check_engine(sampling)
     if (model is None) == (rollouts is None):
         raise UsageError("choose what to measure", hint="--model CKPT, or --rollouts GRADED for completions that exist already")
     if rollouts is not None:
@@ -98,7 +100,6 @@ def evaluate(
     if any(reward.built_in for reward in parse_all(grading.reward or [MATH])):
         require_labels(problems, "measure on labelled problems, or use a reward that needs no answer: --reward python:MODULE:FUNCTION")
     checkpoint = resolve(model) if model else None
-<<<<<<< HEAD
     parents, streamed = [("model", checkpoint)] if checkpoint else [], [problem.to_record() for problem in problems]
     manifest = describe("eval", settings, inputs=[source, *loading.files], parents=parents, streamed=streamed)
     summary, seen, measured, done = stats.Summary(), {}, set(), 0
@@ -106,29 +107,13 @@ def evaluate(
         folder = EvalFolder(out, manifest, may_change=MAY_CHANGE, overwrite=overwrite, resume=resume) if out else None
         if folder and stack.enter_context(folder).finished:
             console.info(f"{out} is complete already")
-            jsonl.print_result(folder.result())
+            jsonl.print_result(folder.result(), console.eval_table)
             return
         if checkpoint:
             from s2dcli.assembly.loading import load_scorer
             from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan
             from s2dcli.engines.base import SamplingParams
             from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
-=======
-    if out and checkpoint:
-        refuse_inside(out, [checkpoint.folder])
-    parents = [checkpoint] if checkpoint else []
-    manifest = describe("eval", settings, inputs=[rollouts or problems, *loading.files], parents=parents)
-    if model and jsonl.is_stream(problems):  # so that a resume is given the same
-        manifest["inputs"][0]["sha256"] = jsonl.sha256(problem.to_record() for problem in todo)
-    old = begun(out, out / MANIFEST, manifest, MAY_CHANGE) if resume else None
-    if old and old["complete"]:
-        console.info(f"{out} is complete already")
-        jsonl.print_result(read_json(out / RESULTS), console.eval_table)
-        return
-    if rollouts is not None:  # read anew from the start: that takes seconds
-        _measure((row.to_record() for _, row in read_graded(rollouts)), out, name, manifest)
-        return
->>>>>>> cli
 
             k = k or (1 if temperature == 0 else DEFAULT_K)
             grader = stack.enter_context(Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit))
@@ -178,14 +163,8 @@ def evaluate(
             folder.finish(results, counts=counts, measured=sorted(measured))
     for caution in (*stats.cautions(figures), *warnings(manifest, measured)):
         console.warn(caution)
-<<<<<<< HEAD
     console.info(stats.in_words(figures))
-    jsonl.print_result(results)
-=======
-    k, average, error = figures["k"], figures["avg_at_k"], figures["se"]
-    console.info(f"avg@{k} {average:.1%} ± {error:.1%} over {figures['problems']} problems; {figures['truncated']:.1%} truncated")
     jsonl.print_result(results, console.eval_table)
->>>>>>> cli
 
 
 def _note_sampler(seen: dict[str, Any], record: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 
 from s2dcli import console, options
+from s2dcli.engines.opening import check_engine
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.records import Rollout, read_graded, read_problems, read_rollouts
@@ -52,6 +53,7 @@ def fkl_warmup(
 ) -> None:
     """Warm up a student on stored teacher rollouts by forward KL, or train it on their tokens (SFT)."""
     given = options.flatten(locals())
+    check_engine(engine, training=True)
     RunFolder.check(
         out, "fkl-warmup", [student, *([teacher] if teacher else []), rollouts], overwrite=running.overwrite, resume=running.resume
     )

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from s2dcli import console, options, stats
+from s2dcli.engines.opening import check_engine
 from s2dcli.errors import UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.records import read_problems, require_labels
@@ -71,6 +72,7 @@ def grpo(
     """Train a model by sparse-reward RL (GRPO) on labelled problems."""
     given = options.flatten(locals())
     _refuse_contradictions(context, given)
+    check_engine(engine, training=True)
     RunFolder.check(out, "grpo", [model, rollouts or problems], overwrite=running.overwrite, resume=running.resume)
 
     from s2dcli.assembly.rollouts import draw, read_on_policy, store

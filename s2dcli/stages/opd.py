@@ -24,6 +24,7 @@ from typing import Annotated
 import typer
 
 from s2dcli import options
+from s2dcli.engines.opening import check_engine
 from s2dcli.files.records import read_problems
 from s2dcli.files.run_folder import RunFolder
 
@@ -60,6 +61,7 @@ def opd(
     given = options.flatten(locals())
     if estimator is not Estimator.top_k:
         options.refuse_given(context, {"top_k": "--top-k"}, "requires --estimator top-k")
+    check_engine(engine, training=True)
     RunFolder.check(out, "opd", [teacher, student, problems], overwrite=running.overwrite, resume=running.resume)
     items = read_problems(problems)
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []

@@ -21,6 +21,7 @@ from typing import Annotated
 import typer
 
 from s2dcli import console, options
+from s2dcli.engines.opening import check_engine
 from s2dcli.errors import UsageError
 from s2dcli.files.manifest import describe, sidecar
 from s2dcli.files.output import check_output, complete_lines, is_finished, open_recorded, resumable
@@ -28,7 +29,7 @@ from s2dcli.files.records import read_problems
 
 # On --resume: how batches are cut and where they run changes log-probs in the sixth decimal only, but the cut
 # also decides which problems a shard holds.
-MAY_CHANGE_IN_SHARDS = {"device"}
+MAY_CHANGE_IN_SHARDS = {"device", "max_in_flight", "server_timeout"}
 MAY_CHANGE = {*MAY_CHANGE_IN_SHARDS, "sample_tokens"}
 
 
@@ -54,6 +55,7 @@ def rollout(
 ) -> None:
     """Sample n completions for each problem."""
     settings = options.flatten(locals())
+    check_engine(sampling)
     shard_index, shard_count = _parse_shard(shard)
     check_output(out, [problems], command="rollout", overwrite=overwrite, resume=resume)
     source, problems = problems, read_problems(problems)

@@ -13,7 +13,8 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +33,10 @@ from s2dcli.models.policy import Objective, Policy
 from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
 from s2dcli.models.selftest import fast_paths
-from s2dcli.options import RunOptions, Schedule, TrainingOptions, parse_cadence
+from s2dcli.options import Dtype, RunOptions, Schedule, TrainingOptions, parse_cadence
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.rows import TrainingRow
+from s2dcli.train.saving import CHECKED_ROWS, MUCH_LOST, rounding_loss, saved_kl
 
 
 def learning_rate(step: int, steps: int, training: TrainingOptions) -> float:
@@ -58,6 +60,7 @@ class Step:
     updates: int = 0
     tokens: int = 0  # completion tokens that were trained on
     metrics: dict[str, Any] = field(default_factory=dict)
+    grader_errors: Counter[str] = field(default_factory=Counter)  # failures of rewards by kind
     seconds: dict[str, float] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
@@ -113,7 +116,9 @@ class TrainingRun:
         self.folder, self.policy, self.loaded, self.training, self.running = folder, policy, loaded, training, running
         self.phases = tuple(phases)
         self.evaluate: Callable[[], dict[str, Any]] | None = None  # returns figures; also called before the first step
-        self.dtype = saved_dtype(loaded.checkpoint)
+        self.dtype = saved_dtype(loaded.checkpoint) if running.save_dtype is Dtype.auto else getattr(torch, running.save_dtype)
+        self._compared: list[TrainingRow] = []  # of the last step, on which a checkpoint is compared with the live policy
+        self._proved = False  # that what is saved is what is trained
         self.device = loaded.model.device
         self.optimizer = MasterOptimizer(policy, training)
         policy.collect_gradients(self.optimizer.gradient_of)
@@ -178,7 +183,7 @@ class TrainingRun:
 
     def log_rollouts(self, step: Step, rows: Sequence[TrainingRow]) -> None:
         """Log the rollouts that a step learns from: how many, how long, and the whole of them where rows hold their records."""
-        step.rollouts = len(rows)
+        step.rollouts, self._compared = len(rows), [*rows[:CHECKED_ROWS]]
         step.log(
             rollouts=len(rows),
             mean_tokens=stats.mean(len(row.completion_ids) for row in rows),
@@ -238,19 +243,39 @@ class TrainingRun:
     def _evaluate(self, number: int) -> None:
         if self.evaluate is None:
             return
-        row = {"step": number, **self.evaluate()}
+        row = {"step": number, "weights": "live", **self.evaluate()}  # those in training, before they are rounded to be saved
         self.folder.add_eval(row)
         console.info(f"step {number}: avg@{row['k']} {row['avg_at_k']:.1%} ± {row['se']:.1%} on {row['problems']} problems")
 
     def _save(self, number: int) -> None:
         started = time.perf_counter()
 
-        def fill(draft: Path) -> None:
+        def fill(draft: Path) -> dict[str, Any]:
             model, adapter = self.policy.model, self.policy.adapter
-            state = self.weights(self.dtype)
+            state = self.weights(torch.float32)
             save_adapter = adapter.save if adapter else None
             write_checkpoint(draft, model, self.loaded.checkpoint.folder, self.dtype, state=state, save_adapter=save_adapter)
             write_training_state(draft / TRAINING_STATE, self.optimizer.state())
+            return {"saved": self._check_saved(draft, state, last=number == self.folder.steps)}
 
         self.folder.save(number, self.counts, self.labels, fill)
         self._save_seconds = time.perf_counter() - started
+
+    def _check_saved(self, folder: Path, state: Mapping[str, torch.Tensor], *, last: bool) -> dict[str, Any]:
+        """Compare a checkpoint with the live policy: at this process's first save, at the last, and wherever weights were rounded.
+
+        Returns what the step's manifest says of it, which is the same in a resumed run. Raises ModelError if rounding
+        does not explain the difference.
+        """
+        narrow, name = self.dtype != torch.float32, str(self.dtype).removeprefix("torch.")
+        kl = None
+        if narrow or last or not self._proved:
+            kl = saved_kl(folder, self.policy, self.loaded, self._compared, self.dtype)
+            self._proved = True
+        lost = rounding_loss(state, self.loaded.checkpoint.folder, self.dtype)
+        text = f"saved in {name}: rounding removed {lost:.0%} of the distance to the parent, KL {kl or 0.0:.2g} nats"
+        if lost > MUCH_LOST:
+            console.warn(f"{text}; --save-dtype float32 keeps it")
+        elif narrow:
+            console.info(text)
+        return {"dtype": name, "kl": kl if narrow or last else None, "rounding_loss": lost}
