@@ -251,7 +251,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if content.get("schema") != SCHEMA:
         raise DataError(f"not a manifest of s2d ({SCHEMA})", where=str(path))
-    _take(content, "complete", bool, path)
     _take_all({"measured": [], **content}, "measured", list, str, path)
     for name, record in {"": content, **_take(content, "ancestors", dict, path)}.items():
         if name and sha256_json(record) != name:
@@ -263,11 +262,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         _take(record, "options", dict, path)
         texts = [(record, "command"), (record, "commit")]
         texts += [(item, key) for item in _take(record, "inputs", list, path) for key in ("path", "sha256", "record")]
-        texts += [(item, key) for item in _take(record, "parents", list, path) for key in ("role", "name", "weights_sha256", "record")]
+        names = ("role", "name", "revision", "weights_sha256", "setup_sha256", "record")
+        texts += [(item, key) for item in _take(record, "parents", list, path) for key in names]
         for item, key in texts:
             _take(item, key, str, path)
         for parent in record["parents"]:
             _take(parent, "step", int, path)
+    _take(content, "complete", bool, path)
     return content
 
 

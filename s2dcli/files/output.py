@@ -49,7 +49,7 @@ def refuse_inputs(out: str | Path, inputs: Iterable[str | Path]) -> None:
         if jsonl.is_stream(name) or not os.path.exists(name):  # a pipe, or an id of the hub
             continue
         source = Path(name).resolve()
-        if os.path.samefile(out, name):
+        if place.is_file() and os.path.samefile(out, name):
             raise UsageError("input and output are the same", where=str(out), hint="choose another -o")
         if source.is_relative_to(place):
             problem = f"the output folder holds the input {name}, which --overwrite would delete"

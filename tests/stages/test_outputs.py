@@ -263,11 +263,11 @@ def test_manifests_without_a_field_or_with_another_type_are_one_line(s2d, output
         path.write_text(json.dumps(content))
         result = s2d("lineage", outputs / "graded.jsonl")
         assert (result.code, result.out) == (1, b"")
-        assert f"graded.jsonl.s2d.json: not a manifest of this version of s2d: no '{field}' in it, or of a wrong type" in result.err
+        assert f"graded.jsonl.s2d.json: not a manifest of this version of s2d: no '{field}' in it" in result.err
         assert result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("field", "value"), [("top_k", "no"), ("ungraded", [1]), ("k", "4"), ("avg_at_k", None), ("se", "x"), ("name", 3)])
+@pytest.mark.parametrize(("field", "value"), [("top_k", "no"), ("ungraded", [1]), ("k", "4"), ("se", "x"), ("name", 3)])
 def test_results_with_wrong_types_are_one_line(s2d, outputs, field, value):
     path = outputs / "eval" / "results.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
