@@ -44,7 +44,7 @@ CACHE = 4096  # verdicts and gold answers that a worker remembers: groups share 
 CACHED_LENGTH = 300  # characters of an answer whose verdict is remembered
 
 _ALTERNATIVES = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])")
-_SET = re.compile(r"\\(?:\{|lbrace)(.*)\\(?:\}|rbrace)", re.DOTALL)
+_SET = re.compile(r"(?:[A-Za-z] ?\\in ?)?\\(?:\{|lbrace)(.*)\\(?:\}|rbrace)", re.DOTALL)
 _RELATION = re.compile(r"\\approx(?![A-Za-z])")
 _INEQUALITY = re.compile(r"[<>!:]=|[<>]|\\(?:leq?|geq?|neq?|lt|gt|in|subset\w*|to|equiv)(?![A-Za-z])")
 _LABEL = re.compile(r"(?=[^=]*[A-Za-z])[A-Za-z\\(|][^=+*/^<>\[\]-]{0,60}")
@@ -198,6 +198,8 @@ def is_right(gold: str, prediction: str, ordered: bool | None = None) -> bool:
     left, right = exact.read(gold), exact.read(prediction)
     if left and right:
         return exact.equal(left, right)
+    if all(picked := (parts.choices(gold), parts.choices(prediction))) and any(separate for separate, _ in picked):
+        return picked[0][1] == picked[1][1]
     if letter := _letter(gold):
         return letter == (_letter(prediction) or _letter(prediction.upper() if len(prediction.strip("()")) == 1 else ""))
     if (by_words := _same_words(gold, prediction)) is not None:
@@ -212,6 +214,8 @@ def is_right(gold: str, prediction: str, ordered: bool | None = None) -> bool:
         raise Refused(refusal)
     if "\\approx" in gold or "\\approx" in prediction:
         return _same_approximated(gold, prediction, ordered)
+    if gold.count(":") > 1 and gold.count(":") == prediction.count(":"):
+        return parts.same_ratio(gold, prediction, is_right)
     if (reals.is_condition(gold) or reals.is_condition(prediction)) and reals.same(gold, prediction, is_right):
         return True
     if (named := _without_names(gold, prediction)) is not None:
@@ -259,10 +263,7 @@ EXACT = Judge(lambda gold, prediction, _: is_same(gold, prediction), reads=False
 
 
 def _same_words(gold: str, prediction: str) -> bool | None:
-    """Compare answers of which at least one is words or a choice of letters, None where the words do not decide."""
-    picked = parts.choices(gold), parts.choices(prediction)
-    if all(picked) and (picked[0][0] or picked[1][0]):
-        return picked[0][1] == picked[1][1]
+    """Compare answers of which at least one is words, None where the words do not decide."""
     in_words = is_words(gold)
     if in_words or is_words(prediction) or "set" in gold or "nothing" in gold:
         meant = parts.phrase(gold), parts.phrase(prediction)
@@ -270,7 +271,7 @@ def _same_words(gold: str, prediction: str) -> bool | None:
             return meant[0] == meant[1]
     if not in_words:
         return None
-    if words(gold) == words(prediction) or (is_prose(gold) and parts.sentence_says(gold, prediction)):
+    if words(gold) == words(prediction) or parts.sentence_says(gold, prediction) or parts.calls_it(prediction, gold):
         return True
     return False if is_prose(gold) or gold.startswith("\\text") else None
 
