@@ -262,10 +262,11 @@ class GradingOptions:
     """What is rewarded, and what grading may take."""
 
     reward: Annotated[
-        list[str] | None, _grading("math, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", metavar="REWARD", show_default="math")
+        list[str] | None,
+        _grading("math, math:strict, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", metavar="REWARD", show_default="math"),
     ] = None
     workers: Annotated[int | None, _grading("Grading processes.", min=1, show_default="CPUs")] = None
-    timeout: Annotated[float, _grading("Seconds that one answer may take.", min=0.1)] = 5.0
+    timeout: Annotated[float, _grading("Seconds that one answer may take.", min=0.1, max=86_400.0)] = 5.0
     memory_limit: Annotated[str, _grading("Memory that one grading process may use.", metavar="SIZE")] = "2GiB"
 
 
