@@ -2,10 +2,17 @@ r"""What is right: the verdict on one completion against one gold answer.
 
 The gold answer comes first. It is normalised and understood, as an exact number, a choice letter,
 words, or what math-verify can parse; only then is the completion looked at, so that whatever goes
-wrong from there on is the completion's doing and scores 0.0. Comparisons go from cheap to dear:
-equal text, exact rationals, letters and words, floating-point values that plainly differ, lists
-element by element, equation chains, and sympy last, behind the caps of `caps.py`. Where this differs from math-verify on purpose stands in
-`tests/grade/deviations.py`, each row a test.
+wrong from there on is the completion's doing and scores 0.0. Comparisons go from cheap to dear: equal
+text, exact rationals, letters and words, floating-point values that plainly differ, sets of real
+numbers, named values, lists element by element, equation chains, and sympy last, behind the caps of
+`caps.py`. Where this differs from math-verify on purpose stands in `tests/grade/deviations.py`, each
+row a test.
+
+Decisions. A number that is not worked out counts, `123 \cdot 456` for 56088, and `4\%` counts for both
+4 and 0.04: a gold answer does not say what was asked for. Where that is what a model is to learn,
+`MATH_STRICT` (the reward `math:strict`) wants a number given as a number, and a percentage is a
+hundredth. The order of a list counts where the problem asks for one (`ordered`); if that is not known,
+where the gold list is three numbers or more that do not look like a set of solutions.
 """
 
 from __future__ import annotations

@@ -200,17 +200,8 @@ def signs(text: str) -> str:
     return _SIGNS.sub(lambda m: ("-" if m[0].count("-") % 2 else "+") if len(m[0].strip()) > 1 else m[0], text)
 
 
-def normalise(text: str) -> str:
-    """Return an answer in the one spelling that the comparisons read."""
-    text = _unicode(text)
-    text = _SPECIAL_TOKEN.sub("", text).strip()
-    text = _TOO_MANY_BACKSLASHES.sub(r"\\", text) if "matrix" not in text and "cases" not in text else text
-    text = _SIZES.sub("", text)
-    text = _SPACED.sub(_digits, text)
-    text = _GROUPED_COMMAS.sub(",", text)
-    text = text.replace(r"\!", "")
-    text = _BLANK_TEXT.sub(" ", _TEXT_NAMES.sub(r"\\text", text))
-    text = _SPACES.sub(" ", text)
+def _commands(text: str) -> str:
+    """Write the LaTeX commands of a text, whose spacing is plain, in one way each."""
     text = _FRACTIONS.sub(r"\\frac", text)
     text = _BINOMIALS.sub(r"\\binom", text)
     text = _COMPARISONS.sub(r"\\\1q", text)
@@ -219,12 +210,30 @@ def normalise(text: str) -> str:
     text = _FUNCTIONS.sub(r"\\\1 ", text)
     text = _BOLD.sub("", text)
     text = _PARENTHESISED_ROOT.sub(r"\\sqrt{\1}", text)
-    if "\\in" in text or "for" in text or "where" in text:
-        text = _REAL.sub("", _DOMAIN.sub("", _FOR_ALL.sub("", text)), count=1)
     if "\\begin" in text or "\\langle" in text or "\\underline" in text:
         text = text.replace(r"\langle", "(").replace(r"\rangle", ")").replace(r"\underline", "")
         if (match := _SYSTEM.fullmatch(text.strip())) and "=" in match[2]:
             text = match[2].replace(r"\\", ",")
+    return text
+
+
+def normalise(text: str) -> str:
+    """Return an answer in the one spelling that the comparisons read."""
+    text = _unicode(text)
+    text = _SPECIAL_TOKEN.sub("", text).strip()
+    has_commands = "\\" in text
+    if has_commands:
+        text = _TOO_MANY_BACKSLASHES.sub(r"\\", text) if "matrix" not in text and "cases" not in text else text
+        text = _SIZES.sub("", text)
+    text = _SPACED.sub(_digits, text)
+    text = _GROUPED_COMMAS.sub(",", text)
+    if has_commands:
+        text = _BLANK_TEXT.sub(" ", _TEXT_NAMES.sub(r"\\text", text.replace(r"\!", "")))
+    text = _SPACES.sub(" ", text)
+    if has_commands:
+        text = _commands(text)
+    if "\\in" in text or "for" in text or "where" in text:
+        text = _REAL.sub("", _DOMAIN.sub("", _FOR_ALL.sub("", text)), count=1)
     text = text.strip()
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     text = text.strip().strip("*").rstrip(".。,;:?").strip()
@@ -235,9 +244,10 @@ def normalise(text: str) -> str:
         text = _DOLLARS.sub(" ", text).strip()
     if match := _DECIMAL_COMMA.fullmatch(text):
         text = f"{match[1]}0.{match[2]}"
-    if match := _MEASURE.fullmatch(text):
-        text = f"{match[1]}\\text{{ {match[2]}}}" if match[2] else match[1]
-    if match := _SET_BUILDER.fullmatch(text):
-        text = match[2].strip()
-    text = _HALF_BRACED.sub(r"\\frac\1{\2}", text)
+    if has_commands:
+        if match := _MEASURE.fullmatch(text):
+            text = f"{match[1]}\\text{{ {match[2]}}}" if match[2] else match[1]
+        if match := _SET_BUILDER.fullmatch(text):
+            text = match[2].strip()
+        text = _HALF_BRACED.sub(r"\\frac\1{\2}", text)
     return signs(text) if _SIGN_RUN.search(text) else text

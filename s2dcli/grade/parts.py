@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 from s2dcli.grade.exact import Exact, read
 from s2dcli.grade.normalise import normalise, split, words
 
+CACHE = 4096  # answers
 AND = re.compile(
     r"\s*,?\s*(?:\\(?:text|mbox|mathrm|textrm) ?\{[^{}]*?(?<![A-Za-z])(?:and|or),?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*"
 )
@@ -92,6 +94,7 @@ def approximation(text: str) -> tuple[str, Exact] | None:
     return (normalise(sides[0]), decimal) if decimal else None
 
 
+@lru_cache(maxsize=CACHE)
 def choices(text: str) -> tuple[bool, frozenset[str]] | None:
     """Return the letters of a choice of several, `ABD` or `A, B and D`, and whether anything stands between them."""
     plain = _TEXT_COMMAND.sub(r"\1", text).strip()
@@ -101,6 +104,7 @@ def choices(text: str) -> tuple[bool, frozenset[str]] | None:
     return not plain.isalpha(), frozenset(letters)
 
 
+@lru_cache(maxsize=CACHE)
 def phrase(text: str) -> str:
     """Return what a stock phrase means, "" if it is none: no solution, all real numbers, infinitely many, yes, no."""
     plain = words(text.replace(r"\(", " "))
