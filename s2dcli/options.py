@@ -273,10 +273,10 @@ class GradingOptions:
 
     reward: Annotated[
         list[str] | None,
-        _grading("Reward: math, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", metavar="REWARD", show_default="math"),
+        _grading("Reward: math, math:strict, exact or python:MODULE:FUNCTION[=WEIGHT]; repeatable.", metavar="REWARD", show_default="math"),
     ] = None
     workers: Annotated[int | None, _grading("Grading processes.", min=1, show_default="CPUs")] = None
-    timeout: Annotated[float, _grading("Time limit per answer, in seconds.", min=0.1)] = 5.0
+    timeout: Annotated[float, _grading("Time limit per answer, in seconds.", min=0.1, max=86_400.0)] = 5.0
     memory_limit: Annotated[str, _grading("Memory limit per grading process.", metavar="SIZE")] = "2GiB"
 
 

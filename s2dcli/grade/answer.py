@@ -2,10 +2,17 @@ r"""What is right: the verdict on one completion against one gold answer.
 
 The gold answer comes first. It is normalised and understood, as an exact number, a choice letter,
 words, or what math-verify can parse; only then is the completion looked at, so that whatever goes
-wrong from there on is the completion's doing and scores 0.0. Comparisons go from cheap to dear:
-equal text, exact rationals, letters and words, floating-point values that plainly differ, lists
-element by element, equation chains, and sympy last, behind the caps of `caps.py`. Where this differs from math-verify on purpose stands in
-`tests/grade/deviations.py`, each row a test.
+wrong from there on is the completion's doing and scores 0.0. Comparisons go from cheap to dear: equal
+text, exact rationals, letters and words, floating-point values that plainly differ, sets of real
+numbers, named values, lists element by element, equation chains, and sympy last, behind the caps of
+`caps.py`. Where this differs from math-verify on purpose stands in `tests/grade/deviations.py`, each
+row a test.
+
+Decisions. A number that is not worked out counts, `123 \cdot 456` for 56088, and `4\%` counts for both
+4 and 0.04: a gold answer does not say what was asked for. Where that is what a model is to learn,
+`MATH_STRICT` (the reward `math:strict`) wants a number given as a number, and a percentage is a
+hundredth. The order of a list counts where the problem asks for one (`ordered`); if that is not known,
+where the gold list is three numbers or more that do not look like a set of solutions.
 """
 
 from __future__ import annotations
@@ -44,7 +51,7 @@ CACHE = 4096  # verdicts and gold answers that a worker remembers: groups share 
 CACHED_LENGTH = 300  # characters of an answer whose verdict is remembered
 
 _ALTERNATIVES = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])")
-_SET = re.compile(r"\\(?:\{|lbrace)(.*)\\(?:\}|rbrace)", re.DOTALL)
+_SET = re.compile(r"(?:[A-Za-z] ?\\in ?)?\\(?:\{|lbrace)(.*)\\(?:\}|rbrace)", re.DOTALL)
 _RELATION = re.compile(r"\\approx(?![A-Za-z])")
 _INEQUALITY = re.compile(r"[<>!:]=|[<>]|\\(?:leq?|geq?|neq?|lt|gt|in|subset\w*|to|equiv)(?![A-Za-z])")
 _LABEL = re.compile(r"(?=[^=]*[A-Za-z])[A-Za-z\\(|][^=+*/^<>\[\]-]{0,60}")
@@ -198,6 +205,8 @@ def is_right(gold: str, prediction: str, ordered: bool | None = None) -> bool:
     left, right = exact.read(gold), exact.read(prediction)
     if left and right:
         return exact.equal(left, right)
+    if all(picked := (parts.choices(gold), parts.choices(prediction))) and any(separate for separate, _ in picked):
+        return picked[0][1] == picked[1][1]
     if letter := _letter(gold):
         return letter == (_letter(prediction) or _letter(prediction.upper() if len(prediction.strip("()")) == 1 else ""))
     if (by_words := _same_words(gold, prediction)) is not None:
@@ -212,6 +221,8 @@ def is_right(gold: str, prediction: str, ordered: bool | None = None) -> bool:
         raise Refused(refusal)
     if "\\approx" in gold or "\\approx" in prediction:
         return _same_approximated(gold, prediction, ordered)
+    if gold.count(":") > 1 and gold.count(":") == prediction.count(":"):
+        return parts.same_ratio(gold, prediction, is_right)
     if (reals.is_condition(gold) or reals.is_condition(prediction)) and reals.same(gold, prediction, is_right):
         return True
     if (named := _without_names(gold, prediction)) is not None:
@@ -259,10 +270,7 @@ EXACT = Judge(lambda gold, prediction, _: is_same(gold, prediction), reads=False
 
 
 def _same_words(gold: str, prediction: str) -> bool | None:
-    """Compare answers of which at least one is words or a choice of letters, None where the words do not decide."""
-    picked = parts.choices(gold), parts.choices(prediction)
-    if all(picked) and (picked[0][0] or picked[1][0]):
-        return picked[0][1] == picked[1][1]
+    """Compare answers of which at least one is words, None where the words do not decide."""
     in_words = is_words(gold)
     if in_words or is_words(prediction) or "set" in gold or "nothing" in gold:
         meant = parts.phrase(gold), parts.phrase(prediction)
@@ -270,7 +278,7 @@ def _same_words(gold: str, prediction: str) -> bool | None:
             return meant[0] == meant[1]
     if not in_words:
         return None
-    if words(gold) == words(prediction) or (is_prose(gold) and parts.sentence_says(gold, prediction)):
+    if words(gold) == words(prediction) or parts.sentence_says(gold, prediction) or parts.calls_it(prediction, gold):
         return True
     return False if is_prose(gold) or gold.startswith("\\text") else None
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 MOST_DIGITS = 1000  # of one number; longer ones are compared as text
 MOST_POWER = 400  # of ten
 LEAST_DIGITS = 3  # significant digits from which a decimal gold answer may be a rounded one
+FLOAT_DIGITS = 15  # significant digits that a float has
+FLOAT_ERROR = Fraction(1, 10**15)  # relative
 LONG_DIGITS = 10  # significant digits from which a decimal answer may be a fraction worked out by a calculator
 
 _UNSIGNED = r"(?:\d++(?:\.\d*+)?|\.\d++)"
@@ -121,11 +123,17 @@ def equal(gold: Exact, prediction: Exact) -> bool:
         values |= {prediction.value / 100} if prediction.percent else {prediction.value * 100}
     if gold.value in values:
         return True
-    if may_be_rounded(gold) and rounds_to(prediction.value, gold):
+    if may_be_rounded(gold) and any(rounds_to(value, gold) for value in values):
         return prediction.digits >= LONG_DIGITS if prediction.decimals >= 0 else prediction.value.denominator > 1
-    if gold.decimals < 0 and gold.value.denominator > 1 and prediction.decimals > 0 and prediction.digits >= LONG_DIGITS:
-        return abs(prediction.value - gold.value) * 10**prediction.decimals < 1  # rounded or cut off
-    return False
+    return _is_long_form(prediction, gold.value) if gold.decimals < 0 else _is_long_form(gold, prediction.value)
+
+
+def _is_long_form(decimal: Exact, value: Fraction) -> bool:
+    """Whether a long decimal is a fraction that was worked out: rounded or cut off, or off by a float's last bit."""
+    if decimal.decimals < 0 or decimal.digits < LONG_DIGITS or value.denominator == 1:
+        return False
+    difference = abs(decimal.value - value)
+    return difference * 10**decimal.decimals < 1 or (decimal.digits >= FLOAT_DIGITS and difference <= abs(value) * FLOAT_ERROR)
 
 
 def may_be_rounded(gold: Exact) -> bool:

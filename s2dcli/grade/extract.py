@@ -135,10 +135,9 @@ def last_box(text: str) -> str | None:
     if not found:
         return None
     box = max(found)
-    joint = _JOINT.search(text, max(0, box.start - JOINT_LENGTH), box.start)
-    if joint is None or joint.start() == 0 or text[joint.start() - 1] not in "}0123456789":
+    if text.rfind("boxed", 0, box.start) < 0 and text.rfind("fbox", 0, box.start) < 0:
         return box.content
-    return _joined(text, boxes(text), box)
+    return _joined(text, boxes(text), box) if _JOINT.search(text, max(0, box.start - JOINT_LENGTH), box.start) else box.content
 
 
 def _joined(text: str, found: list[Box], last: Box) -> str:

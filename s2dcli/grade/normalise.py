@@ -44,16 +44,19 @@ _FOR_ALL = re.compile(
 )
 _WHERE = r"(?:\\text ?\{[ ,]*+(?:where|for|with)(?: some)? ?\} ?|(?:where|for|with)(?: some)? )?"
 _DOMAIN = re.compile(
-    rf"(?<=.)[,;]? ?(?:{_WHERE}\(? ?[a-z] ?\\in ?\\mathbb ?(?:\{{ ?[ZR] ?\}}|[ZR]) ?\)?"
+    rf"(?<=.)[,;]? ?(?:{_WHERE}\(? ?[a-z] ?\\in ?(?:\\mathbb ?)?(?:\{{ ?[ZR] ?\}}|[ZR]) ?\)?"
     r"|\\text ?\{[ ,]*+(?:where|for|with) ?\} ?[a-z] ?\\text ?\{ ?is an integer ?\}"
     r"|\\text ?\{[ ,]*+(?:where|for|with) (?:some |any |all )?integers? ?\} ?[a-z])$"
 )
+_REAL = re.compile(r"[a-z] ?\\in ?\\mathbb ?(?:\{ ?R ?\}|R) ?(?:, ?|\\text ?\{ ?and ?\} ?)(?=[a-z])")
+_SYSTEM = re.compile(r"(?:\\\{ ?)?\\begin ?\{(cases|array|aligned)\}(?: ?\{[lcr]+\})?([^&]*?)\\end ?\{\1\}")
+_MEASURE = re.compile(r"\\text ?\{ ?(-?\d[\d.,]*+) ?([A-Za-z ]*+)\}")
 _FONTS = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|text|textbf|textit|textrm|operatorname|rm|bf)\s*+\{\s*+([A-Za-z])\s*+\}")
 _FUNCTIONS = re.compile(
     r"\\(?:mathrm|text|operatorname)\s*+\{\s*+(sin|cos|tan|cot|sec|csc|log|ln|lg|exp|arcsin|arccos|arctan|max|min|gcd|lcm)\s*+\}"
 )
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*+\{([^{}]*+)\}")
-_BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm|pmb)(?![A-Za-z])")
+_BOLD = re.compile(r"\\(?:boldsymbol|mathbf|bm|pmb|bf)(?![A-Za-z])")
 _GROUP = r"(?<![\d.,])([1-9]\d{0,2})((?:%s\d{3})++)(?!\d|,\d)"
 _SPACED = re.compile(_GROUP % r"(?:\{,\}|,\\! *|\\! *|\\,|\\ |\\;|\\:| |~|')")
 _THOUSANDS = re.compile(_GROUP % ",")
@@ -63,11 +66,16 @@ _NOT_DIGIT = re.compile(r"\D")
 _GROUPED_COMMAS = re.compile(r"\{\s*,\s*\}")
 _DECIMAL_COMMA = re.compile(r"(-?)0,(\d++)")
 _HALF_BRACED = re.compile(r"\\frac ?(\{[^{}]*+\}) ?([A-Za-z0-9])(?![A-Za-z0-9])")
-_SET_BUILDER = re.compile(r"\\\{ ?([A-Za-z]) ?(?:\\mid|\||:|\\vert)(?![A-Za-z]) ?(?:\1 ?\\in ?\\mathbb ?\{?R\}? ?, ?)?([^{}]*?)\\\}")
+_SET_BUILDER = re.compile(
+    r"\\\{ ?([A-Za-z]) ?(?:\\mid(?![A-Za-z])|\\vert(?![A-Za-z])|\||:) ?"
+    r"(?:\1 ?\\in ?\\mathbb ?\{?R\}? ?, ?)?([^{}]*?)\\\}"
+)
 _SIGN_RUN = re.compile(r"[-+]\s*+[-+]")
 _SIGNS = re.compile(r"[-+\s]*[-+][-+\s]*")
 _PREFIX = re.compile(
     r"(?:\\text\s*+\{\s*+)?only\s*+\}?\s*+(?=[A-Za-z]\s*+=|\d)"
+    r"|(?:\\approx|approximately|about|roughly)(?![A-Za-z])\s*+(?=\S)"
+    r"|(?:\\text\s*+\{\s*+)(?:the\s+)?(?:final\s+)?answer\s*+(?:is|:|=)?\s*+:?\s*+\}\s*+"
     r"|(?:the\s+)?(?:final\s+)?answer\s*+(?:is|:|=)?\s*+:?\s*+(?=\S)|result\s*+(?:is|:)\s*+",
     re.IGNORECASE,
 )
@@ -179,7 +187,7 @@ def is_words(text: str) -> bool:
 def words(text: str) -> str:
     """Return an answer as plain lower-case words, to compare answers that are prose."""
     text = _TEXT.sub(r"\1", _unicode(text)).replace("\\", " ").replace("$", " ")
-    text = re.sub(r"\band\b", " ", text.lower())
+    text = re.sub(r"\band\b|\b(?:an?|the) (?=[a-z]{3})", " ", text.lower())
     return " ".join(re.sub(r"[^\w+\-*/=<>.]+", " ", text).split()).rstrip(".")
 
 
@@ -192,17 +200,8 @@ def signs(text: str) -> str:
     return _SIGNS.sub(lambda m: ("-" if m[0].count("-") % 2 else "+") if len(m[0].strip()) > 1 else m[0], text)
 
 
-def normalise(text: str) -> str:
-    """Return an answer in the one spelling that the comparisons read."""
-    text = _unicode(text)
-    text = _SPECIAL_TOKEN.sub("", text).strip()
-    text = _TOO_MANY_BACKSLASHES.sub(r"\\", text) if "matrix" not in text and "cases" not in text else text
-    text = _SIZES.sub("", text)
-    text = _SPACED.sub(_digits, text)
-    text = _GROUPED_COMMAS.sub(",", text)
-    text = text.replace(r"\!", "")
-    text = _BLANK_TEXT.sub(" ", _TEXT_NAMES.sub(r"\\text", text))
-    text = _SPACES.sub(" ", text)
+def _commands(text: str) -> str:
+    """Write the LaTeX commands of a text, whose spacing is plain, in one way each."""
     text = _FRACTIONS.sub(r"\\frac", text)
     text = _BINOMIALS.sub(r"\\binom", text)
     text = _COMPARISONS.sub(r"\\\1q", text)
@@ -211,8 +210,30 @@ def normalise(text: str) -> str:
     text = _FUNCTIONS.sub(r"\\\1 ", text)
     text = _BOLD.sub("", text)
     text = _PARENTHESISED_ROOT.sub(r"\\sqrt{\1}", text)
+    if "\\begin" in text or "\\langle" in text or "\\underline" in text:
+        text = text.replace(r"\langle", "(").replace(r"\rangle", ")").replace(r"\underline", "")
+        if (match := _SYSTEM.fullmatch(text.strip())) and "=" in match[2]:
+            text = match[2].replace(r"\\", ",")
+    return text
+
+
+def normalise(text: str) -> str:
+    """Return an answer in the one spelling that the comparisons read."""
+    text = _unicode(text)
+    text = _SPECIAL_TOKEN.sub("", text).strip()
+    has_commands = "\\" in text
+    if has_commands:
+        text = _TOO_MANY_BACKSLASHES.sub(r"\\", text) if "matrix" not in text and "cases" not in text else text
+        text = _SIZES.sub("", text)
+    text = _SPACED.sub(_digits, text)
+    text = _GROUPED_COMMAS.sub(",", text)
+    if has_commands:
+        text = _BLANK_TEXT.sub(" ", _TEXT_NAMES.sub(r"\\text", text.replace(r"\!", "")))
+    text = _SPACES.sub(" ", text)
+    if has_commands:
+        text = _commands(text)
     if "\\in" in text or "for" in text or "where" in text:
-        text = _DOMAIN.sub("", _FOR_ALL.sub("", text))
+        text = _REAL.sub("", _DOMAIN.sub("", _FOR_ALL.sub("", text)), count=1)
     text = text.strip()
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     text = text.strip().strip("*").rstrip(".。,;:?").strip()
@@ -223,7 +244,10 @@ def normalise(text: str) -> str:
         text = _DOLLARS.sub(" ", text).strip()
     if match := _DECIMAL_COMMA.fullmatch(text):
         text = f"{match[1]}0.{match[2]}"
-    if match := _SET_BUILDER.fullmatch(text):
-        text = match[2].strip()
-    text = _HALF_BRACED.sub(r"\\frac\1{\2}", text)
+    if has_commands:
+        if match := _MEASURE.fullmatch(text):
+            text = f"{match[1]}\\text{{ {match[2]}}}" if match[2] else match[1]
+        if match := _SET_BUILDER.fullmatch(text):
+            text = match[2].strip()
+        text = _HALF_BRACED.sub(r"\\frac\1{\2}", text)
     return signs(text) if _SIGN_RUN.search(text) else text

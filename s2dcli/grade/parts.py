@@ -3,10 +3,13 @@ r"""Answers that are more than one formula: named values, approximations, choice
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import lru_cache
 
 from s2dcli.grade.exact import Exact, read
 from s2dcli.grade.normalise import normalise, split, words
 
+CACHE = 4096  # answers
 AND = re.compile(
     r"\s*,?\s*(?:\\(?:text|mbox|mathrm|textrm) ?\{[^{}]*?(?<![A-Za-z])(?:and|or),?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*"
 )
@@ -91,6 +94,7 @@ def approximation(text: str) -> tuple[str, Exact] | None:
     return (normalise(sides[0]), decimal) if decimal else None
 
 
+@lru_cache(maxsize=CACHE)
 def choices(text: str) -> tuple[bool, frozenset[str]] | None:
     """Return the letters of a choice of several, `ABD` or `A, B and D`, and whether anything stands between them."""
     plain = _TEXT_COMMAND.sub(r"\1", text).strip()
@@ -100,6 +104,7 @@ def choices(text: str) -> tuple[bool, frozenset[str]] | None:
     return not plain.isalpha(), frozenset(letters)
 
 
+@lru_cache(maxsize=CACHE)
 def phrase(text: str) -> str:
     """Return what a stock phrase means, "" if it is none: no solution, all real numbers, infinitely many, yes, no."""
     plain = words(text.replace(r"\(", " "))
@@ -118,7 +123,22 @@ def sentence_says(gold: str, prediction: str) -> bool:
     told, word = words(gold).split(), words(prediction)
     if len(told) < 3 or not word.isalpha() or len(word) < 3 or _NO_SUBJECT.fullmatch(word) or _NEGATED.search(" ".join(told)):
         return False
-    return (word == told[0] and _TEXT_COMMAND.sub(r"\1", gold).strip()[:1].isupper()) or (word == told[-1] and told[-2] in ("is", "are"))
+    return (word == told[0] and _TEXT_COMMAND.sub(r"\1", gold).strip()[:1].isupper()) or calls_it(gold, prediction)
+
+
+def calls_it(sentence: str, word: str) -> bool:
+    """Whether a sentence ends in `is WORD`, and denies nothing."""
+    told = words(sentence).split()
+    return len(told) > 2 and told[-1] == words(word) and told[-2] in ("is", "are") and not _NEGATED.search(" ".join(told))
+
+
+def same_ratio(gold: str, prediction: str, equal: Callable[[str, str], bool]) -> bool:
+    """Whether two ratios of several numbers, `1:2:3`, are the same: number by number, or in proportion."""
+    wanted, found = ([normalise(part) for part in text.split(":")] for text in (gold, prediction))
+    numbers, others = ([read(part) for part in side] for side in (wanted, found))
+    if None in numbers or None in others or not numbers[0].value or not others[0].value:
+        return all(equal(a, b) for a, b in zip(wanted, found, strict=True))
+    return all(a.value * others[0].value == b.value * numbers[0].value for a, b in zip(numbers, others, strict=True))
 
 
 def same_parameter(gold: str, prediction: str) -> str:

@@ -20,7 +20,9 @@ _CONDITION = re.compile(r"[<>]|\\(?:[lgn]eq?|[lg]t|in|cup|setminus|backslash|inf
 _RELATION = re.compile(r"(<|>|\\[lgn]eq(?![A-Za-z])|\\[lg]t(?![A-Za-z])|=|\\in(?![A-Za-z]))")
 _OR = re.compile(r"\\cup(?![A-Za-z])|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])|,? ?\\text ?\{,? ?or,? ?\}|,? or ")
 _BUILDER = re.compile(
-    r"\\\{ ?(" + _NAME.pattern + r") ?(?:\\in ?(?:\\mathbb ?\{R\}|\\mathbb R))? ?(?:\\mid|\\vert|\||:)(?![A-Za-z]) ?(.*)\\\}", re.DOTALL
+    rf"\\\{{ ?({_NAME.pattern}) ?(?:\\in ?(?:\\mathbb ?\{{R\}}|\\mathbb R))? ?"
+    r"(?:\\mid(?![A-Za-z])|\\vert(?![A-Za-z])|\||:) ?(.*)\\\}",
+    re.DOTALL,
 )
 _MINUS = re.compile(r"(.*)(?:\\setminus|\\backslash)(?![A-Za-z]) ?(?:\\\{(.*)\\\}|(\{.*\}))", re.DOTALL)
 _LINE = re.compile(r"\\mathbb ?(?:\{ ?R ?\}|R)|\\R|(?:\\text ?\{ ?)?(?:[Aa]ll |[Aa]ny )?real(?:s| numbers?)(?: ?\})?")

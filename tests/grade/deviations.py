@@ -27,7 +27,7 @@ STRICT = "without a box there is no answer, unless --extract lenient"
 INCOMPLETE = "a box that is never closed is no box"
 CHAIN = "the numbers in a chain of equations must agree with each other"
 EXACT = "rational numbers are decided exactly, not to six decimals"
-ROUNDED_GOLD = "a decimal gold answer of three digits or more may be a fraction rounded to it"
+ROUNDED_GOLD = "a decimal gold answer of three digits or more may be a fraction or formula rounded to it"
 SMALL = "numbers must agree relative to their size: tiny ones are not all zero"
 COUNT = "every element of a list counts, also one that is there twice"
 ORDER = "a plain list of three numbers or more that is not in order of size is a sequence: its order counts"
@@ -51,11 +51,20 @@ SET_BUILDER = "a set in builder notation is its condition"
 LETTER = "a choice is its letter, with or without the text of the choice"
 DOTS = "a list with dots is not compared by the elements it happens to name"
 RATIO = "a ratio of two integers is a fraction; a decimal gold answer may be it rounded"
+JOINED = "boxes that only `and`, `or`, a comma or spacing joins are one answer of several parts"
+LONG = "a long decimal is the fraction that it is the value of, to its last digit"
+APPROXIMATION = "a decimal behind `\\approx` does not change the answer, but must fit it"
+NAMED = "values that are named stay with their names: p=7, q=3 is the point (7,3) and not 3,7"
+CONDITION = "a condition on a real number is the set that fulfils it"
+PRODUCT = "a product or power that is not worked out is the number that it gives, except for the reward math:strict"
+PERCENT = "4 % answers both 4 and 0.04, where one side has the sign; for math:strict it is 0.04"
+PARAMETER = "the name of a whole-number parameter does not matter"
 PROSE = "of a sentence in the box, the last formula or number is the answer"
 
 TABLE = (
     Deviation(LAST_BOX, "7", r"First \boxed{6}. No: \boxed{7}.", False, True),
     Deviation(LAST_BOX, "8", r"It is \boxed{9}. The final answer is $8$. I hope it is correct.", True, False),
+    Deviation(JOINED, "9", "$\\boxed{8}$\n\n$\\boxed{9}$", True, False),
     Deviation(EMPTY_BOX, "11", r"About 11, I think. \boxed{}", True, False),
     Deviation(REASONING, "5", r"<think>Maybe \boxed{5}", True, False),
     Deviation(STRICT, "12", "The answer is 12", True, False),
@@ -92,5 +101,15 @@ TABLE = (
     Deviation(LETTER, "C", r"\boxed{(C) nine apples}", False, True),
     Deviation(DOTS, "4", r"\boxed{2, 4, \ldots, m}", True, False),
     Deviation(RATIO, "1.67", r"\boxed{5:3}", False, True),
+    Deviation(LONG, r"\frac{1}{7}", r"\boxed{0.1428571428571428}", True, True),
+    Deviation(APPROXIMATION, r"\frac{7}{9}", r"\boxed{\frac{7}{9} \approx 0.98}", True, False),
+    Deviation(ROUNDED_GOLD, "1.34", r"\boxed{\frac{3+\sqrt{41}}{7}}", False, True),
+    Deviation(NAMED, "p=7,q=3", r"\boxed{3,7}", True, False),
+    Deviation(CONDITION, r"a \leq -2 \text{ or } a = 1", r"\boxed{(-\infty,-2]\cup\{1\}}", False, True),
+    Deviation(PARAMETER, r"x = k\pi", r"\boxed{n\pi}", False, True),
+    # Decided, though math-verify decides in the same way.
+    Deviation(PRODUCT, "56088", r"\boxed{123 \cdot 456}", True, True),
+    Deviation(PERCENT, "4", r"\boxed{4\%}", True, True),
+    Deviation(PERCENT, "0.04", r"\boxed{4\%}", True, True),
     Deviation(PROSE, "30", r"\boxed{Anne has 30 $ left}", False, True),
 )
