@@ -128,10 +128,10 @@ class RunFolder(OutputFolder):
         self.last_eval = row
         self._append(EVALS, row)
 
-    def save(self, step: int, counts: Mapping[str, float], labels: Iterable[str], fill: Callable[[Path], dict[str, Any]]) -> None:
+    def save(self, step: int, counts: Mapping[str, float], labels: Iterable[str], fill: Callable[[Path], dict[str, Any] | None]) -> None:
         """Make `step` the last whole step: `fill` writes a checkpoint with its training state to the folder it is given.
 
-        What it returns is added to the step's manifest.
+        What it returns, if anything, is added to the step's manifest.
 
         Raises DataError if the file system refuses; the steps before are then as they were.
         """
@@ -141,7 +141,7 @@ class RunFolder(OutputFolder):
             for file in self._files.values():
                 os.fsync(file.fileno())
             with whole_folder(final) as draft:
-                more = fill(draft)
+                more = fill(draft) or {}
                 files = sorted(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())
                 write_json(draft / MANIFEST, {**self.manifest, "complete": True, **self._standing(), **more, "files": files})
             self.step = step

@@ -126,9 +126,9 @@ def test_text_that_does_not_round_trip_trains_on_its_ids(s2d, toy, graded, tmp_p
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        ([], 2, "choose what to learn from"),
-        (["--teacher", "{toy}/teacher", "--hard-labels"], 2, "choose what to learn from"),
-        (["--hard-labels", "--temperature", "0.5"], 2, "there are none"),
+        ([], 2, "choose a target"),
+        (["--teacher", "{toy}/teacher", "--hard-labels"], 2, "choose a target"),
+        (["--hard-labels", "--temperature", "0.5"], 2, "has none"),
         (["--hard-labels", "--rollouts", "{tmp}/none.jsonl"], 1, "cannot read rollouts"),
         (["--hard-labels", "--rollouts", "{tmp}/short.jsonl"], 1, "short.jsonl:1: "),
         (["--hard-labels", "--only-correct", "--rollouts", "{tmp}/ungraded.jsonl"], 1, "s2d verify"),

@@ -124,7 +124,7 @@ def test_estimators_of_the_kl_agree_at_the_start(s2d, toy, few, tmp_path, estima
 def test_top_k_without_its_estimator_is_refused(s2d, toy, few, tmp_path):
     result = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", "--top-k", 4)
     assert result.code == 2
-    assert "--top-k goes with --estimator top-k" in result.err
+    assert "--top-k requires --estimator top-k" in result.err
 
 
 def test_offload_is_refused_without_a_gpu(s2d, toy, few, tmp_path):

@@ -309,7 +309,7 @@ def test_resuming_other_work_is_refused_with_every_difference(s2d, toy, few, tmp
     assert result.code == 2
     for phrase in ("3 things differ", "-n was 2, is 3", f"input {fewer} is not what {few} was", "(other weights)"):
         assert phrase in result.err
-    assert "only --device, --sample-tokens may change" in result.err
+    assert "only --device, --max-in-flight, --sample-tokens, --server-timeout may change" in result.err
     assert result.err.count("\n") == 1
     assert out.stat().st_size == 1000
 
