@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from s2dcli import console
+from s2dcli import console, world
 from s2dcli.errors import DataError, UsageError
 
 STDIN = "-"
@@ -347,6 +347,8 @@ def open_output(path: str | Path, *, overwrite: bool = False, append: bool = Fal
 
 def print_result(result: dict, table: Callable[[dict], list[tuple[str, str]]] | None = None) -> None:
     """Print one JSON object on standard output: a command's closing line for scripts. A terminal is shown its `table`."""
+    if not world.is_main():
+        return
     out = console.claim_stdout()
     out.write(console.aligned(table(result)).encode() if table and out.isatty() else dumps(result))
     out.flush()

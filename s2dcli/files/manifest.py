@@ -25,7 +25,7 @@ from typing import Any
 
 from typer.main import get_current_context
 
-from s2dcli import __version__, console
+from s2dcli import __version__, console, world
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.atomic import whole_file
@@ -93,6 +93,7 @@ def describe(
         "given": [name for name in options if name not in NEVER_COMPARED and _is_given(name)],
         "versions": {"s2d": __version__, "python": platform.python_version(), **_versions()},
         "commit": _commit(),
+        "processes": world.size(),
         "seeds": {name: value for name, value in options.items() if name == "seed"},
         "inputs": [_input(str(path), ancestors, streamed) for path in inputs],
         "parents": [
