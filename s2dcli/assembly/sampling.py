@@ -180,8 +180,8 @@ class Sampler:
         """Yield the groups of planned batches, in order; the first `done` rows are there already and left out."""
         if not self.engine.whole_batches:
             batches = [[task for batch in batches for task in batch]]
-        if self.gate:
-            self._require_room(batches[0])
+        if self.engine.max_length is not None:
+            self._require_room([task for batch in batches for task in batch])
         if self._follower:
             self._follower.begin([task.prompt_ids for task in batches[0]], self.params)
         for batch in batches:
@@ -214,7 +214,8 @@ class Sampler:
             raise UsageError(
                 f"a prompt of {longest} tokens and --max-tokens {self.params.max_tokens} exceed the {self.engine.max_length} tokens "
                 f"that {self.engine.name} takes",
-                hint="lower --max-tokens, drop long prompts (--max-prompt-tokens), or raise vLLM's --max-model-len",
+                hint="lower --max-tokens, drop long prompts (--max-prompt-tokens)"
+                + (", or raise vLLM's --max-model-len" if self.gate else ": the model has no more positions"),
             )
 
     def _rollout(self, task: Task, sample_index: int, sample: Sample) -> Rollout:

@@ -52,12 +52,15 @@ class Sample:
 
 
 class Engine(Protocol):
-    """`whole_batches`: a row's log-probs depend, in the sixth decimal, on the planned batch that it is sampled in.
+    """`max_length`: tokens of prompt and completion that it can take, None without a limit.
+
+    `whole_batches`: a row's log-probs depend, in the sixth decimal, on the planned batch that it is sampled in.
 
     Engines without it are given all requests at once, which they take as they have room.
     """
 
     name: str
+    max_length: int | None
     whole_batches: bool
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]: ...
@@ -68,7 +71,7 @@ class Engine(Protocol):
 class HostedEngine(Engine, Protocol):
     """An engine that holds weights of its own.
 
-    `max_length`: tokens of prompt and completion that it can take. `local`: it runs for this process alone, with a
+    `local`: it runs for this process alone, with a
     checkpoint's weights from its start, and sees this machine's memory disk. `interruptions`: how often
     a connection broke, behind which an engine may have started again with other weights.
     """
