@@ -6,6 +6,7 @@ second tokenisation can add a BOS or split a completion differently.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not
 # How completions become text, for every record: the same ids must always give the same text.
 DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 ROWS_TO_CHECK = 16
+PROMPTS_TO_CHECK = 256
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -62,6 +64,12 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def unused_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids below `vocabulary_size` that no token has, ascending: models have weights for them, and no text decodes to them."""
+    used = set(tokenizer.get_vocab().values())
+    return tuple(index for index in range(vocabulary_size(tokenizer)) if index not in used)
+
+
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the mapping from tokens to ids: equal iff ids mean the same."""
     return sha256_text(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))))
@@ -83,7 +91,8 @@ def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrained
 def require_made_with(tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping]) -> None:
     """Raise ModelError unless the stored ids of rollouts decode, with this tokenizer, to their stored text.
 
-    Looks at the text of the first rows only, where another tokenizer shows at once, and at every id.
+    Looks at every id, at the text of the first completions, and at what users said in the first distinct prompts:
+    whatever the chat template, it stands in there.
     """
     size = vocabulary_size(tokenizer)
     for record in records:
@@ -98,6 +107,24 @@ def require_made_with(tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapp
                 "its completion_ids decode to another text",
                 hint="teacher, student and rollouts must share one tokenizer",
             )
+    distinct = {tuple(record["prompt_ids"]): record for record in reversed(records)}
+    for prompt_ids, record in list(reversed(distinct.items()))[:PROMPTS_TO_CHECK]:
+        seen = _folded(tokenizer.decode(list(prompt_ids)))
+        prompt = record.get("prompt") or []
+        for message in [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt:
+            said = str(message.get("content"))
+            # What a tokenizer does not keep (capitals, rare characters) is missing on both sides.
+            kept = tokenizer.decode(tokenizer(said, add_special_tokens=False)["input_ids"])
+            if message.get("role") == "user" and _folded(said) not in seen and _folded(kept) not in seen:
+                raise ModelError(
+                    f"group {record['group_id']!r} was made with another tokenizer: its prompt_ids decode to another text than its prompt",
+                    hint="teacher, student and rollouts must share one tokenizer",
+                )
+
+
+def _folded(text: str) -> str:
+    """Text without white space, which chat templates strip."""
+    return "".join(text.split())
 
 
 class PromptEncoder:
@@ -112,6 +139,7 @@ class PromptEncoder:
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        """Raises UsageError for a template that cannot be read, and for arguments that are not the template's."""
         self.tokenizer = tokenizer
         self.kwargs = chat_template_kwargs or {}
         self.description = " ".join([chat_template or "own", *([json.dumps(self.kwargs, sort_keys=True)] if self.kwargs else [])])
@@ -131,17 +159,43 @@ class PromptEncoder:
             except OSError as error:
                 raise UsageError(f"cannot read the chat template: {error.strerror}", where=chat_template) from None
 
+        reserved = sorted(self.kwargs.keys() & {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"})
+        if reserved:
+            raise UsageError(f"--chat-template-kwargs: {', '.join(reserved)} cannot be set", hint="give variables of the template only")
+        self._where = chat_template if chat_template not in (None, "plain") else f"chat template of {tokenizer.name_or_path}"
+
+    @contextmanager
+    def _rendering(self, what: str) -> Iterator[None]:
+        """Turn what a template raises into a UsageError that names its line and `what` was to be rendered."""
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        try:
+            yield
+        except TemplateSyntaxError as error:
+            raise UsageError(f"is no valid Jinja: {error.message}", where=f"{self._where}, line {error.lineno}") from None
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"cannot render {what or 'a prompt'}: {text}",
+                where=self._where,
+                hint="see which roles and --chat-template-kwargs it takes, or give another --chat-template",
+            ) from None
+
     @cached_property
     def template_sha256(self) -> str:
         """Hash of template, its arguments and tokenizer: equal iff prompts become the same ids."""
         parts = [self.template, json.dumps(self.kwargs, sort_keys=True), tokenizer_sha256(self.tokenizer)]
         return sha256_text("\n".join(parts))
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Return the ids of a prompt, ready for the answer to follow; one BOS where the model wants it."""
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **self.kwargs
-        )
+    def encode(self, messages: list[Message], what: str = "") -> list[int]:
+        """Return the ids of a prompt, ready for the answer to follow; one BOS where the model wants it.
+
+        `what` names the prompt in an error, such as "problem 'gsm8k-17'". Raises UsageError.
+        """
+        with self._rendering(what):
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **self.kwargs
+            )
         bos = self.tokenizer.bos_token
         # A template that writes BOS itself must not get a second one from the tokenizer.
         add_special = self.template == PLAIN_TEMPLATE and not (bos and text.startswith(bos))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -162,7 +162,7 @@ class _Test:
 
     def __init__(self, model: PreTrainedModel, vocabulary: int, name: str) -> None:
         self.model, self.name = model, name
-        self.head = head_of(model, vocabulary)
+        self.head = replace(head_of(model, vocabulary), unused_U=None)  # the model's own logits have no mask
         draw = random.Random(0)
         first, second = ([draw.randrange(vocabulary) for _ in range(length)] for length in LENGTHS)
         # The second row is the start of the first: its log-probs are known too.

@@ -12,6 +12,7 @@ from s2dcli.models.prompts import (
     require_made_with,
     require_same_tokenizer,
     tokenizer_sha256,
+    unused_ids,
     vocabulary_size,
 )
 
@@ -105,6 +106,40 @@ def test_rollouts_of_another_tokenizer_are_noticed():
     require_made_with(make(), [record([4, 5, 2], "a b")])
     with pytest.raises(ModelError, match="made with another tokenizer"):
         require_made_with(make("b a c"), [record([4, 5, 2], "a b")])
+
+
+def test_prompts_of_another_tokenizer_are_noticed():
+    """Two words swapped that no completion holds; another chat template with the same tokenizer is no reason to refuse."""
+    prompt = {"prompt": [{"role": "user", "content": " b  c\n"}], "prompt_ids": [1, 5, 6]}
+    rows = [{**record([4, 2], "a"), **prompt}]
+    require_made_with(make(), rows)
+    require_made_with(make(template="{{ bos_token }} c {{ messages[0]['content'] | trim }} a"), rows)
+    with pytest.raises(ModelError, match="'g' was made with another tokenizer: its prompt_ids decode to another text"):
+        require_made_with(make("a c b"), rows)
+    unknown = [{**rows[0], "prompt": [{"role": "user", "content": "b rare"}], "prompt_ids": [1, 5, 3]}]
+    require_made_with(make(), unknown)
+
+
+def test_ids_without_a_token():
+    tokenizer = make()
+    assert unused_ids(tokenizer) == ()
+    tokenizer.get_vocab = lambda: {"<s>": 1, "</s>": 2, "a": 4, "b": 6}
+    assert unused_ids(tokenizer) == (0, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "message"),
+    [
+        ("{{ raise_exception('no system role here') }}", {}, "cannot render problem 'p7': no system role here"),
+        ("{% if %}", {}, r"line 1: is no valid Jinja"),
+        ("{{ messages[0].content.nothing() }}", {}, "cannot render problem 'p7': .*nothing"),
+        ("{{ 1 + messages[0].content }}", {}, "cannot render problem 'p7': "),
+        ("{{ messages[0].content }}", {"tokenize": True, "messages": []}, "--chat-template-kwargs: messages, tokenize cannot be set"),
+    ],
+)
+def test_templates_that_fail_are_one_error_with_the_problem(template, kwargs, message):
+    with pytest.raises(UsageError, match=message):
+        PromptEncoder(make(template=template), None, kwargs).encode(USER, "problem 'p7'")
 
 
 def test_folders_without_a_usable_tokenizer(tmp_path):
