@@ -13,15 +13,16 @@ from s2dcli.files import jsonl
 from s2dcli.files.records import Graded, Rollout, read_graded
 from s2dcli.train.rows import Group, RowMaker, TrainingRow, renamed
 
-ROWS_TO_CHECK = 16  # a wrong tokenizer shows at once
+# Rollouts by which another tokenizer is noticed: the first ones, and one of each of the first prompts.
+ROWS_TO_CHECK, PROMPTS_TO_CHECK = 16, 256
 
 
 @dataclass(frozen=True)
 class StoredRollouts:
-    """The rows of a file; `first` are some of them whole, `samplers` tells who drew them, each once."""
+    """The rows of a file; `samples` are some of them whole, `samplers` tells who drew them, each once."""
 
     rows: list[TrainingRow]
-    first: list[Rollout]
+    samples: list[Rollout]
     samplers: list[dict]
     digest: Any  # of the records, for what was piped in
 
@@ -46,11 +47,14 @@ class StoredRollouts:
 def store(rollouts: Iterable[Rollout], *, keep_records: bool = False) -> StoredRollouts:
     """Hold rollouts as training rows: 8 bytes for a completion token. With `keep_records` their whole records too, to be written again."""
     stored, maker, samplers = StoredRollouts([], [], [], hashlib.sha256()), RowMaker(), {}
+    num_prompts = 0
     for rollout in rollouts:
         reward = rollout.reward if isinstance(rollout, Graded) else None
         stored.rows.append(maker.row(rollout, reward, rollout.to_record() if keep_records else None))
-        if len(stored.first) < ROWS_TO_CHECK:
-            stored.first.append(rollout)
+        new_prompt = maker.num_prompts > num_prompts
+        num_prompts = maker.num_prompts
+        if len(stored.rows) <= ROWS_TO_CHECK or (new_prompt and num_prompts <= PROMPTS_TO_CHECK):
+            stored.samples.append(rollout)
         samplers[jsonl.dumps(rollout.sampler)] = rollout.sampler
         stored.digest.update(jsonl.dumps(rollout.to_record()))
     stored.samplers.extend(samplers.values())

@@ -39,7 +39,7 @@ class Task:
 
 def make_tasks(problems: Sequence[Problem], encoder: PromptEncoder, max_prompt_tokens: int | None = None) -> list[Task]:
     """Encode problems; those with longer prompts are dropped and counted. Raises DataError if none is left."""
-    tasks = [Task(problem, encoder.encode(problem.prompt), problem.id) for problem in problems]
+    tasks = [Task(problem, encoder.encode(problem.prompt, f"problem {problem.id!r}"), problem.id) for problem in problems]
     kept = [task for task in tasks if max_prompt_tokens is None or len(task.prompt_ids) <= max_prompt_tokens]
     if len(kept) < len(tasks):
         message = f"{len(tasks) - len(kept)} of {len(tasks)} prompts are longer than {max_prompt_tokens} tokens"
@@ -180,8 +180,8 @@ class Sampler:
         """Yield the groups of planned batches, in order; the first `done` rows are there already and left out."""
         if not self.engine.whole_batches:
             batches = [[task for batch in batches for task in batch]]
-        if self.gate:
-            self._require_room(batches[0])
+        if self.engine.max_length is not None:
+            self._require_room([task for batch in batches for task in batch])
         if self._sync:
             self._sync.begin([task.prompt_ids for task in batches[0]], self.params)
         for batch in batches:
@@ -214,7 +214,8 @@ class Sampler:
             raise UsageError(
                 f"a prompt of {longest} tokens and --max-tokens {self.params.max_tokens} exceed the {self.engine.max_length} tokens "
                 f"that {self.engine.name} takes",
-                hint="lower --max-tokens, drop long prompts (--max-prompt-tokens), or raise vLLM's --max-model-len",
+                hint="lower --max-tokens, drop long prompts (--max-prompt-tokens)"
+                + (", or raise vLLM's --max-model-len" if self.gate else ": the model has no more positions"),
             )
 
     def _rollout(self, task: Task, sample_index: int, sample: Sample) -> Rollout:

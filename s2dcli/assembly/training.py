@@ -105,7 +105,7 @@ class TrainingSetup:
         """
         samples = bool(problems or self.eval_tasks)
         if stored:
-            require_made_with(self.tokenizer, stored.rows, stored.first)
+            require_made_with(self.tokenizer, stored.rows, stored.samples)
         if self.running.dry_run:
             for reward in (self.grading.reward or [MATH]) if self.grading and problems else []:
                 check_reward(reward, self.grading.timeout, self.grading.memory_limit)

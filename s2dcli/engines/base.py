@@ -54,12 +54,15 @@ class Sample:
 class Engine(Protocol):
     """Samples completions with one set of weights at a time.
 
+    `max_length`: largest number of tokens of prompt and completion together, None without a limit; the caller checks it.
+
     `name` is recorded with every sample. `whole_batches`: a row's log-probs depend, in the sixth decimal, on the
     planned batch that it is sampled in, so batches are given one by one and repeated whole. Other engines are given
     all requests at once and take them one by one as they have room.
     """
 
     name: str
+    max_length: int | None
     whole_batches: bool
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
@@ -77,7 +80,7 @@ class Engine(Protocol):
 class HostedEngine(Engine, Protocol):
     """An engine that holds weights of its own.
 
-    `max_length`: largest number of tokens of prompt and completion together; the caller checks it. `local`: it serves
+    `local`: it serves
     this process alone, starts with the checkpoint's weights, and sees this machine's memory disk; another may hold any
     weights. `interruptions`: number of broken connections so far; behind each an engine may have
     restarted with other weights, so a caller that sees the number change checks the weights again.

@@ -18,7 +18,7 @@ import torch
 
 from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams
 from s2dcli.models.forward import CachedDecoder, PlainDecoder, head_of
-from s2dcli.models.selftest import fast_paths
+from s2dcli.models.selftest import fast_paths, max_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +55,7 @@ class TransformersEngine:
         self.autocast = autocast
         self.batch_tokens = batch_tokens
         self.paths = fast_paths(model)
+        self.max_length = max_length(model.config)
 
     def close(self) -> None:
         """Nothing to release: the model belongs to the caller."""

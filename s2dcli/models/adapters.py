@@ -19,6 +19,8 @@ ALL_LINEAR = "all-linear"
 # peft's own names within a model's state dict.
 _BASE, _ADAPTER_KEYS = ".base_layer", (".lora_A.", ".lora_B.")
 _NAME = "default"
+# Layers of a state-space mixer (Mamba) whose weights are read without running the layer, at least by its GPU kernels
+_READ_DIRECTLY = ("conv1d", "dt_proj", "out_proj")
 
 
 class Adapter:
@@ -28,7 +30,8 @@ class Adapter:
         """Freeze the model and put an adapter of `rank` beside its layers; the model computes what it did before.
 
         The layers' updates are scaled by alpha / rank; alpha is twice the rank by default. `targets` are
-        names of linear layers, separated by commas, all but the head by default. The first of its two
+        names of linear layers, separated by commas, by default all but the head and those that their module
+        does not call as such (see `_bypassed`). Where peft can, that includes experts. The first of its two
         matrices is drawn from `seed`, the second is zero. Raises UsageError or ModelError.
         """
         import torch
@@ -44,6 +47,7 @@ class Adapter:
             lora_alpha=2 * rank if alpha is None else alpha,
             lora_dropout=0.0,
             target_modules=names,
+            exclude_modules=_bypassed(model),
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's, stored transposed
         )
         with torch.random.fork_rng():
@@ -53,7 +57,13 @@ class Adapter:
             except ValueError as error:
                 raise ModelError(f"peft cannot adapt {type(model).__name__}: {str(error).splitlines()[0]}") from None
         self.model = model
-        self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)}
+        # By the plain model's name of the weight. Experts kept as one tensor are adapted as a parameter of their module,
+        # one wrapper around the other.
+        self._layers = {
+            f"{name.replace(_BASE, '')}.{getattr(layer, 'parameter_name', 'weight')}": layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, peft.tuners.lora.LoraLayer)
+        }
         for layer in self._layers.values():
             layer.cast_input_dtype_enabled = False  # under autocast, which casts the small matrices and not the activations
         self._peft.eval()
@@ -75,13 +85,12 @@ class Adapter:
         state = {}
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
-                layer, _, parameter = name.rpartition(".")
                 if any(key in name for key in _ADAPTER_KEYS):
                     continue
-                owner = layer.removesuffix(_BASE)
-                if owner in self._layers and parameter == "weight":
-                    tensor = (tensor.float() + self._layers[owner].get_delta_weight(_NAME).float()).to(dtype)
-                state[f"{owner}.{parameter}"] = tensor
+                name = name.replace(_BASE, "")
+                if name in self._layers:
+                    tensor = (tensor.float() + self._layers[name].get_delta_weight(_NAME).float()).to(dtype)
+                state[name] = tensor
         return state
 
     def save(self, folder: Path) -> None:
@@ -93,7 +102,8 @@ class Adapter:
         state = peft.get_peft_model_state_dict(self._peft, save_embedding_layers=False)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
         config = self._peft.peft_config[_NAME]
-        config.target_modules = sorted(config.target_modules)  # of a set, whose order differs between processes
+        for field in ("target_modules", "target_parameters"):  # sets, whose order differs between processes
+            setattr(config, field, sorted(getattr(config, field) or ()) or None)
         config.save_pretrained(folder)
 
 
@@ -108,12 +118,27 @@ def import_peft():
     return peft
 
 
+def _bypassed(model: PreTrainedModel) -> list[str]:
+    """Layers where an adapter would not be part of what is computed: experts' routers, and weights that state spaces read directly."""
+    import torch
+
+    names = []
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        state_space = own in _READ_DIRECTLY and hasattr(owner, "A_log")
+        router = isinstance(module, torch.nn.Linear) and any("Router" in type(part).__name__ for part in (module, owner))
+        if state_space or router:
+            names.append(name)
+    return names
+
+
 def _require_linear(model: PreTrainedModel, targets: list[str]) -> None:
     """Refuse targets that name nothing, something else than linear layers, or the head. Raises UsageError."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    modules = dict(model.named_modules())
+    modules, bypassed = dict(model.named_modules()), {id(model.get_submodule(name)) for name in _bypassed(model)}
     linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear | Conv1D)}
     for target in targets:
         meant = [module for name, module in modules.items() if target and (name == target or name.endswith(f".{target}"))]
@@ -123,3 +148,5 @@ def _require_linear(model: PreTrainedModel, targets: list[str]) -> None:
             raise UsageError(f"--lora-targets: {type(model).__name__} has no layer {target!r}{nearest(target, linear)}")
         if not all(isinstance(module, torch.nn.Linear | Conv1D) for module in meant):
             raise UsageError(f"--lora-targets: {target!r} is no linear layer", hint=f"there are {', '.join(sorted(linear))}")
+        if any(id(module) in bypassed for module in meant):
+            raise UsageError(f"--lora-targets: {type(model).__name__} does not run {target!r} as a linear layer", hint="leave it out")

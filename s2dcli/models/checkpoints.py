@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from s2dcli.errors import ModelError, UsageError
 from s2dcli.files.checkpoint import latest_step, step_of
 from s2dcli.files.manifest import MANIFEST, files_sha256
-from s2dcli.models.prompts import load_tokenizer, loading, vocabulary_size
+from s2dcli.models.prompts import load_tokenizer, loading, unused_ids, vocabulary_size
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -200,6 +200,7 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from s2dcli.models.forward import mask_unused
     from s2dcli.models.selftest import self_test
 
     quieten_transformers()
@@ -219,6 +220,7 @@ def load(
     _require_all_weights(report, model, checkpoint.name)
     vocabulary = vocabulary_size(tokenizer)
     model = model.to(place).eval()
+    mask_unused(model, unused_ids(tokenizer))
     paths = self_test(model, vocabulary, checkpoint.name, compute)
     _return_freed_memory()
     return LoadedModel(
@@ -298,6 +300,17 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, trust_re
         more = model_config(checkpoint, trust_remote_code).get_text_config().eos_token_id
     more = [] if more is None else [more] if isinstance(more, int) else more
     return tuple(sorted({tokenizer.eos_token_id, *more}))
+
+
+def require_same_eos(teacher: Checkpoint, student: Checkpoint, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
+    """Raise ModelError unless the same ids end a completion of both: a student would learn to write on where it should stop."""
+    theirs, ours = (set(eos_ids(tokenizer, checkpoint, trust_remote_code)) for checkpoint in (teacher, student))
+    if theirs != ours:
+        name = lambda ids: ", ".join(f"{index} ({tokenizer.convert_ids_to_tokens(index)})" for index in sorted(ids))  # noqa: E731
+        raise ModelError(
+            f"teacher and student end a completion with different tokens: {name(theirs)} in {teacher.name}, {name(ours)} in {student.name}",
+            hint="set eos_token_id in one's generation_config.json to the other's",
+        )
 
 
 def saved_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -17,6 +17,9 @@ from s2dcli.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+# Finite, so that products with a probability of 0 stay 0; its exponential is 0 at any temperature in use.
+UNUSED_LOGIT = -1e5
+_UNUSED = "s2d_unused"
 # What families call the cap on their logits: Gemma, RecurrentGemma, xLSTM.
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -25,7 +28,8 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 class Head:
     """The output projection: logits = cap(scale * (hidden @ weight.T + bias)) over the tokenizer's V ids.
 
-    Rows of `weight` beyond the tokenizer are cut off, which gives padded columns probability 0.
+    Rows of `weight` beyond the tokenizer are cut off, which gives padded columns probability 0; `unused_U`, ids
+    below that no token has, get it by their logits (see UNUSED_LOGIT).
     `gradient_VD`, float32, is where losses add the weight's gradient up; without it autograd carries one.
     """
 
@@ -34,6 +38,7 @@ class Head:
     scale: float = 1.0
     soft_cap: float | None = None
     gradient_VD: torch.Tensor | None = None
+    unused_U: torch.Tensor | None = None
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [N, V]; the matrix product runs in the dtype of the hidden states."""
@@ -48,7 +53,7 @@ class Head:
             logits_NV = logits_NV * self.scale
         if self.soft_cap is not None:
             logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
-        return logits_NV
+        return logits_NV if self.unused_U is None else logits_NV.index_fill(1, self.unused_U, UNUSED_LOGIT)
 
     def slope(self, logits_NV: torch.Tensor) -> torch.Tensor | None:
         """Derivative of the logits with respect to the raw products: scale * (1 - (logits / cap)^2); None where it is 1."""
@@ -82,7 +87,14 @@ def head_of(model: PreTrainedModel, vocabulary: int, gradient_of: Callable[[torc
         scale=scale,
         soft_cap=next(filter(None, caps), None),
         gradient_VD=gradient_of(layer.weight)[:vocabulary] if collects else None,
+        unused_U=getattr(layer, _UNUSED, None),
     )
+
+
+def mask_unused(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Give ids that no token has probability 0, in every head that `head_of` returns from now on."""
+    if ids:  # a buffer moves with the model, and is not saved with it
+        model.get_output_embeddings().register_buffer(_UNUSED, torch.tensor(ids, device=model.device), persistent=False)
 
 
 def _first(parameter: torch.Tensor, rows: int) -> torch.Tensor:

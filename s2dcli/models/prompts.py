@@ -6,6 +6,7 @@ second tokenisation can add a BOS or split a completion differently.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,10 +66,10 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def unused_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids in range(vocabulary_size) that no token has: they have probability 0, like those beyond it."""
+def unused_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids below `vocabulary_size` that no token has, ascending: models have weights for them, and no text decodes to them."""
     used = set(tokenizer.get_vocab().values())
-    return [index for index in range(vocabulary_size(tokenizer)) if index not in used]
+    return tuple(index for index in range(vocabulary_size(tokenizer)) if index not in used)
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -102,7 +103,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def require_made_with(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], samples: Sequence[Rollout]) -> None:
     """Raise ModelError unless stored rollouts were made with this tokenizer.
 
-    It has to know all ids, and to decode those of `samples` to their text.
+    It has to know all ids, and to decode those of `samples` to their text: a completion's to the whole of it, a
+    prompt's to what users said in it, which stands in there whatever the chat template.
     """
     size = vocabulary_size(tokenizer)
     for row in rows:
@@ -119,6 +121,20 @@ def require_made_with(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], s
                 "its completion_ids decode to another text",
                 hint="teacher, student and rollouts must share one tokenizer",
             )
+        seen = _folded(tokenizer.decode(sample.prompt_ids))
+        for said in (message["content"] for message in sample.prompt if message["role"] == "user"):
+            # What a tokenizer does not keep (capitals, rare characters) is missing on both sides.
+            kept = tokenizer.decode(tokenizer(said, add_special_tokens=False)["input_ids"])
+            if _folded(said) not in seen and _folded(kept) not in seen:
+                raise ModelError(
+                    f"group {sample.group_id!r} was made with another tokenizer: its prompt_ids decode to another text than its prompt",
+                    hint="teacher, student and rollouts must share one tokenizer",
+                )
+
+
+def _folded(text: str) -> str:
+    """Text without white space, which chat templates strip."""
+    return "".join(text.split())
 
 
 class PromptEncoder:
@@ -133,6 +149,7 @@ class PromptEncoder:
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        """Raises UsageError for a template that cannot be read, and for arguments that are not the template's."""
         self.tokenizer = tokenizer
         self.kwargs = chat_template_kwargs or {}
         self.description = " ".join([chat_template or "own", *([json.dumps(self.kwargs, sort_keys=True)] if self.kwargs else [])])
@@ -152,17 +169,40 @@ class PromptEncoder:
             except OSError as error:
                 raise UsageError(f"cannot read the chat template: {error.strerror}", where=chat_template) from None
 
+        reserved = sorted(self.kwargs.keys() & {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"})
+        if reserved:
+            raise UsageError(f"--chat-template-kwargs: {', '.join(reserved)} cannot be set", hint="give variables of the template only")
+        self._where = chat_template if chat_template not in (None, "plain") else f"chat template of {tokenizer.name_or_path}"
+
+    @contextmanager
+    def _rendering(self, what: str) -> Iterator[None]:
+        """Turn what a template raises into a UsageError that names its line and `what` was to be rendered."""
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        try:
+            yield
+        except TemplateSyntaxError as error:
+            raise UsageError(f"is no valid Jinja: {error.message}", where=f"{self._where}, line {error.lineno}") from None
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"cannot render {what or 'a prompt'}: {text}",
+                where=self._where,
+                hint="see which roles and --chat-template-kwargs it takes, or give another --chat-template",
+            ) from None
+
     @cached_property
     def template_sha256(self) -> str:
         """Hash of template, its arguments and tokenizer: equal iff prompts become the same ids."""
         parts = [self.template, json.dumps(self.kwargs, sort_keys=True), tokenizer_sha256(self.tokenizer)]
         return sha256_text("\n".join(parts))
 
-    def render(self, messages: list[Message]) -> str:
-        """Return the text of a prompt, ready for the answer to follow."""
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **self.kwargs
-        )
+    def render(self, messages: list[Message], what: str = "") -> str:
+        """Return the text of a prompt, ready for the answer to follow. `what` names it in an error. Raises UsageError."""
+        with self._rendering(what):
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, **self.kwargs
+            )
 
     def opens_reasoning(self, messages: list[Message]) -> bool:
         """Whether the rendered prompt ends inside `<think>`; a message that merely speaks of the tag does not count."""
@@ -172,9 +212,12 @@ class PromptEncoder:
         written_here = text[text.rfind(last) + (0 if messages[-1]["role"] == "assistant" else len(last)) :] if last in text else ""
         return text.endswith(opening) or written_here.rfind(opening) > written_here.rfind(closing)
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """Return the ids of a prompt, ready for the answer to follow; one BOS where the model wants it."""
-        text = self.render(messages)
+    def encode(self, messages: list[Message], what: str = "") -> list[int]:
+        """Return the ids of a prompt, ready for the answer to follow; one BOS where the model wants it.
+
+        `what` names the prompt in an error, such as "problem 'gsm8k-17'". Raises UsageError.
+        """
+        text = self.render(messages, what)
         bos = self.tokenizer.bos_token
         # A template that writes BOS itself must not get a second one from the tokenizer.
         add_special = self.template == PLAIN_TEMPLATE and not (bos and text.startswith(bos))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -21,6 +21,8 @@ from s2dcli.models.forward import CachedDecoder, PlainDecoder, head_of, hidden_s
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from s2dcli.models.batching import Row
 
 # How far log-probs may be off by rounding alone, as a share of their spread over the vocabulary. On SmolLM2-135M the
 # paths differ by 5e-6 in float32, 9e-3 in float16 and 6e-2 in bfloat16, and positions off by one by 0.7.
@@ -112,24 +114,28 @@ def packs(model: PreTrainedModel, vocabulary: int) -> bool:
 def max_length(config: PreTrainedConfig) -> int | None:
     """Return the most tokens, prompt and completion together, of which a model computes each the same whatever follows; None: no limit.
 
-    That is how many positions it was made for. With LongRoPE and dynamic NTK it is where rotary frequencies
-    switch: beyond it every token of a row changes with the row's length, so what was sampled is not what is scored.
+    That is how many positions it was made for; with LongRoPE, where its rotary frequencies switch. Beyond that (and
+    with dynamic NTK) every token of a row changes with the row's length, so what was sampled is not what is scored.
     """
     config = config.get_text_config()
     limits = [getattr(config, name, None) for name in _POSITIONS]
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *ropes.values()):  # one for all layers, or one for each of their types
-        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
             limits.append(rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None))
     return min((limit for limit in limits if limit), default=None)
 
 
-def require_length(config: PreTrainedConfig, prompt_tokens: int, completion_tokens: int, *, what: str, hint: str) -> None:
-    """Raise UsageError if a row's tokens exceed `max_length`. `what`: where they come from, such as "--max-tokens 4096"."""
+def require_rows_fit(config: PreTrainedConfig, rows: Sequence[Row], where: str) -> None:
+    """Raise UsageError if a row to train on or to score is longer than `max_length`. `where`: what the rows came from."""
     limit = max_length(config)
-    if limit is not None and prompt_tokens + completion_tokens > limit:
+    longest = max(rows, key=len, default=None)
+    if limit is not None and longest is not None and len(longest) > limit:
         raise UsageError(
-            f"a prompt of {prompt_tokens} tokens and {what} exceed the {limit} positions that the model computes right", hint=hint
+            f"a row of {len(longest.prompt_ids)} prompt tokens and {len(longest.completion_ids)} completion tokens exceeds the {limit} "
+            f"positions of {config.model_type}",
+            where=where,
+            hint=f"leave out rows of more than {limit} tokens, or take a model with more positions",
         )
 
 
@@ -156,7 +162,7 @@ class _Test:
 
     def __init__(self, model: PreTrainedModel, vocabulary: int, name: str) -> None:
         self.model, self.name = model, name
-        self.head = head_of(model, vocabulary)
+        self.head = replace(head_of(model, vocabulary), unused_U=None)  # the model's own logits have no mask
         draw = random.Random(0)
         first, second = ([draw.randrange(vocabulary) for _ in range(length)] for length in LENGTHS)
         # The second row is the start of the first: its log-probs are known too.

@@ -54,6 +54,11 @@ class RowMaker:
     def __init__(self) -> None:
         self._prompts: dict[bytes, np.ndarray] = {}
 
+    @property
+    def num_prompts(self) -> int:
+        """Distinct prompts so far."""
+        return len(self._prompts)
+
     def row(self, rollout: Rollout, reward: float | None = None, record: dict[str, Any] | None = None) -> TrainingRow:
         prompt_ids = as_ids(rollout.prompt_ids)
         return TrainingRow(

@@ -39,6 +39,7 @@ class Backwards:
 
     name = "backwards"
     whole_batches = True
+    max_length = None
 
     def generate(self, requests, params):
         requests: list[Request] = list(requests)
@@ -123,6 +124,7 @@ class Hasty(Backwards):
 
     name = "hasty"
     whole_batches = False
+    max_length = None
 
     def generate(self, requests, params):
         self.taken = 0

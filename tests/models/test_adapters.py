@@ -4,9 +4,12 @@ import sys
 
 import pytest
 import torch
+from families import FAMILIES as ALL_FAMILIES
+from families import family
 from tiny import VOCABULARY, tiny
 
 from s2dcli.errors import UsageError
+from s2dcli.files.checkpoint import save_weights
 from s2dcli.models.adapters import Adapter
 from s2dcli.models.batching import Row
 from s2dcli.models.policy import Policy, score
@@ -69,6 +72,35 @@ def test_merged_weights_compute_the_same_in_a_plain_model(family, dtype):
         assert (plain(IDS).logits - now).norm() < 0.05 * now.norm()
 
 
+@pytest.mark.parametrize("name", sorted(set(ALL_FAMILIES) - {"modernbert-decoder"}))
+def test_a_saved_checkpoint_of_any_family_says_what_the_adapted_model_says(tmp_path, name):
+    import transformers
+
+    model = family(name)
+    adapter = Adapter(model, rank=2, alpha=None, targets=None, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        before = model(IDS, use_cache=False).logits.log_softmax(-1)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.02)
+        now = model(IDS, use_cache=False).logits.log_softmax(-1)
+        save_weights(tmp_path / "saved", model, adapter.merged(torch.float32), torch.float32)
+        saved, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+        again = saved.eval()(IDS, use_cache=False).logits.log_softmax(-1)
+    assert not any(report.values())
+    assert (now - before).abs().max() > 1e-3
+    torch.testing.assert_close(again, now, atol=1e-5, rtol=3e-5)
+
+
+def test_experts_are_adapted():
+    model = family("qwen3_moe")
+    Adapter(model, rank=2, alpha=None, targets=None, seed=0)
+    assert any("experts" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    with pytest.raises(UsageError, match="does not run 'dt_proj' as a linear layer"):
+        Adapter(family("jamba"), rank=2, alpha=None, targets="q_proj,dt_proj", seed=0)
+
+
 def test_saved_adapters_load_with_peft(tmp_path):
     from peft import PeftModel
 
@@ -86,7 +118,7 @@ def test_targets_and_scale():
     assert names == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
     small, _, before = adapted("llama", alpha=0.0)
     assert torch.equal(small(IDS).logits, before)
-    everything = {name.rpartition(".")[2] for name in adapted("llama")[1]._layers}
+    everything = {name.split(".")[-2] for name in adapted("llama")[1]._layers}
     assert everything == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 

@@ -3,15 +3,22 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, tiny
 
+from s2dcli.engines.base import Request, SamplingParams
+from s2dcli.engines.transformers import TransformersEngine
 from s2dcli.errors import ModelError, UsageError
-from s2dcli.models.checkpoints import load, pick_device, resolve, saved_dtype
+from s2dcli.models.batching import Row, micro_batches
+from s2dcli.models.checkpoints import load, pick_device, require_same_eos, resolve, saved_dtype
+from s2dcli.models.policy import Policy
+from s2dcli.models.prompts import load_tokenizer
 from s2dcli.models.selftest import self_test
+from s2dcli.train.vocab import kl_loss
 
 
 def test_a_run_folder_means_its_latest_step(toy, tmp_path):
@@ -238,3 +245,46 @@ def test_damaged_checkpoints_are_named_in_one_line(s2d, toy, few, tmp_path, dama
     assert re.search(message, result.err), result.err
     assert len(result.err.strip().splitlines()) == 1, result.err
     assert result.err.startswith("error: ")
+
+
+def test_different_ends_of_a_pair_are_refused_with_both_named(toy, tmp_path):
+    teacher = resolve(str(toy / "teacher"))
+    tokenizer = load_tokenizer(toy / "student")
+    require_same_eos(teacher, resolve(str(toy / "student")), tokenizer)
+    shutil.copytree(toy / "student", tmp_path / "other")
+    (tmp_path / "other" / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    with pytest.raises(ModelError, match=r"end a completion with different tokens: 3 \(.*\) in .*teacher, 3 \(.*\), 5 \(.*\) in .*other"):
+        require_same_eos(teacher, resolve(str(tmp_path / "other")), tokenizer)
+
+
+def test_ids_that_no_token_has_are_neither_sampled_nor_learnt(toy, tmp_path):
+    """A gap in the tokenizer's ids: probability 0 in sampling, no gradient, finite losses from both sides."""
+    shutil.copytree(toy / "student", tmp_path / "gap")
+    path = tmp_path / "gap" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    dropped = next(token for token, index in described["model"]["vocab"].items() if index == 20)
+    del described["model"]["vocab"][dropped]
+    path.write_text(json.dumps(described))
+    loaded = load(resolve(str(tmp_path / "gap")), device="cpu")
+    assert loaded.vocabulary == 33
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight[20] *= 50  # so that it would be sampled every second time
+    engine = TransformersEngine(loaded.model, eos_ids=[3], pad_id=0, vocabulary=33, batch_tokens=10_000)
+    samples = dict(engine.generate([Request([4, 5, 6], seed) for seed in range(64)], SamplingParams(1.0, 1.0, 0, 8)))
+    assert all(20 not in sample.completion_ids for sample in samples.values())
+    policy = Policy(loaded.model, 33)
+    rows = [Row([4, 5, 6], sample.completion_ids) for sample in samples.values()]
+    (batch,) = micro_batches(rows, range(64), 10**6, 0, torch.device("cpu"))
+    states = policy.states(batch)
+    head = policy.head()
+    weights, teacher = torch.ones(len(batch.targets_N)), replace(head, weight_VD=head.weight_VD.detach())
+    for reverse in (False, True):
+        loss, sums = kl_loss(states, head, states.detach() * 0.9, teacher, weights, reverse=reverse)
+        assert loss.isfinite()
+        assert all(torch.as_tensor(value).isfinite() for value in sums.values())
+    assert (head.logits(states).softmax(-1)[:, 20] == 0).all()
+    loss.backward()
+    gradient = loaded.model.get_output_embeddings().weight.grad
+    assert gradient.isfinite().all()
+    assert 20 in [token for row in rows for token in row.prompt_ids] or (gradient[20] == 0).all()
+    assert "s2d_unused" not in " ".join(loaded.model.state_dict())

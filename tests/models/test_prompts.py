@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from s2dcli.errors import ModelError, UsageError
+from s2dcli.files.records import Rollout
 from s2dcli.models.prompts import (
     PromptEncoder,
     load_tokenizer,
@@ -12,8 +13,10 @@ from s2dcli.models.prompts import (
     require_made_with,
     require_same_tokenizer,
     tokenizer_sha256,
+    unused_ids,
     vocabulary_size,
 )
+from s2dcli.train.rows import RowMaker
 
 USER = [{"role": "user", "content": "a b"}]
 
@@ -103,20 +106,34 @@ def test_identity_of_tokenizers():
         require_same_tokenizer(make("a b c d"), make())
 
 
-def record(ids: list[int], text: str) -> dict:
-    return {
-        "group_id": "g",
-        "sample_index": 0,
-        "prompt_ids": [1],
-        "completion_ids": ids,
-        "completion": [{"role": "assistant", "content": text}],
-    }
+def rollout(ids: list[int], text: str, prompt: str = "", prompt_ids: tuple[int, ...] = (1,)) -> Rollout:
+    return Rollout(
+        problem_id="p",
+        problem_sha256="",
+        group_id="g",
+        sample_index=0,
+        prompt=[{"role": "user", "content": prompt}],
+        completion=[{"role": "assistant", "content": text}],
+        answer="",
+        prompt_ids=list(prompt_ids),
+        completion_ids=ids,
+        completion_logprobs=[0.0] * len(ids),
+        finish_reason="stop",
+        seed=0,
+        source={},
+        sampler={},
+        template_sha256="",
+    )
+
+
+def check(tokenizer, sample: Rollout) -> None:
+    require_made_with(tokenizer, [RowMaker().row(sample)], [sample])
 
 
 def test_rollouts_of_another_tokenizer_are_noticed():
-    require_made_with(make(), [record([4, 5, 2], "a b")])
+    check(make(), rollout([4, 5, 2], "a b"))
     with pytest.raises(ModelError, match="made with another tokenizer"):
-        require_made_with(make("b a c"), [record([4, 5, 2], "a b")])
+        check(make("b a c"), rollout([4, 5, 2], "a b"))
 
 
 def test_tags_around_the_reasoning_stay_in_the_text_though_they_are_special():
@@ -127,10 +144,10 @@ def test_tags_around_the_reasoning_stay_in_the_text_though_they_are_special():
     assert tokenizer.decode([6, 4, 7, 5, 2], skip_special_tokens=True) == "a b"
     assert encoder.decode([6, 4, 7, 5, 2]) == plain == "<think> a </think> b"
     assert encoder.decode([4, 5, 2]) == "a b"
-    require_made_with(tokenizer, [{**record([6, 4, 7, 5, 2], "<think> a </think> b"), "reasoning_open": False}])
-    require_made_with(tokenizer, [record([6, 4, 7, 5, 2], "a b")])  # of a file that has no column for it
+    check(tokenizer, rollout([6, 4, 7, 5, 2], "<think> a </think> b"))
+    check(tokenizer, rollout([6, 4, 7, 5, 2], "a b"))  # of another tool, which leaves the tags out
     with pytest.raises(ModelError, match="made with another tokenizer"):
-        require_made_with(tokenizer, [{**record([6, 4, 7, 5, 2], "a b"), "reasoning_open": False}])
+        check(tokenizer, rollout([6, 4, 7, 5, 2], "a"))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +164,38 @@ def test_tags_around_the_reasoning_stay_in_the_text_though_they_are_special():
 )
 def test_whether_the_rendered_prompt_ends_inside_the_reasoning(template, messages, expected):
     assert PromptEncoder(make(template=template)).opens_reasoning(messages) is expected
+
+
+def test_prompts_of_another_tokenizer_are_noticed():
+    """Two words swapped that no completion holds; another chat template with the same tokenizer is no reason to refuse."""
+    sample = rollout([4, 2], "a", prompt=" b  c\n", prompt_ids=(1, 5, 6))
+    check(make(), sample)
+    check(make(template="{{ bos_token }} c {{ messages[0]['content'] | trim }} a"), sample)
+    with pytest.raises(ModelError, match="'g' was made with another tokenizer: its prompt_ids decode to another text"):
+        check(make("a c b"), sample)
+    check(make(), rollout([4, 2], "a", prompt="b rare", prompt_ids=(1, 5, 3)))
+
+
+def test_ids_without_a_token():
+    tokenizer = make()
+    assert unused_ids(tokenizer) == ()
+    tokenizer.get_vocab = lambda: {"<s>": 1, "</s>": 2, "a": 4, "b": 6}
+    assert unused_ids(tokenizer) == (0, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "message"),
+    [
+        ("{{ raise_exception('no system role here') }}", {}, "cannot render problem 'p7': no system role here"),
+        ("{% if %}", {}, r"line 1: is no valid Jinja"),
+        ("{{ messages[0].content.nothing() }}", {}, "cannot render problem 'p7': .*nothing"),
+        ("{{ 1 + messages[0].content }}", {}, "cannot render problem 'p7': "),
+        ("{{ messages[0].content }}", {"tokenize": True, "messages": []}, "--chat-template-kwargs: messages, tokenize cannot be set"),
+    ],
+)
+def test_templates_that_fail_are_one_error_with_the_problem(template, kwargs, message):
+    with pytest.raises(UsageError, match=message):
+        PromptEncoder(make(template=template), None, kwargs).encode(USER, "problem 'p7'")
 
 
 def test_folders_without_a_usable_tokenizer(tmp_path):
