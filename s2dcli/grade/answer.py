@@ -28,7 +28,7 @@ from s2dcli.grade import caps, estimate, exact, parts, reals, symbolic
 from s2dcli.grade.extract import extract, from_prose, last_box
 from s2dcli.grade.normalise import bracketed, is_prose, is_words, normalise, split, unwrap, words
 
-POLICY = "s2d.math/1"  # raise the number when a verdict may change
+POLICY = "s2d.math/2"  # raise the number when a verdict may change
 
 # What `verify_error` begins with.
 NO_ANSWER = "no answer"
@@ -237,7 +237,7 @@ def is_right(gold: str, prediction: str, ordered: bool | None = None) -> bool:
     kind_found, found = _elements(prediction)
     if len(wanted) > 1 or len(found) > 1:
         if any(len(elements) == 1 and estimate.estimate(text) is not None for elements, text in ((wanted, gold), (found, prediction))):
-            return False  # one value is no list
+            return False  # one value is not a list
         ordered = _is_sequence(gold, wanted) if ordered is None else ordered
         same = _same_elements(kind, wanted, kind_found, found, ordered and kind == kind_found == "")
         if same is not None:
@@ -327,7 +327,7 @@ def _without_names(gold: str, prediction: str) -> tuple[str, str, bool | None] |
         return written, prediction, False
     if found and "=" not in gold:
         written = parts.bare(found, found[0])
-        return gold, written if bracketed(gold) or len(found[1]) > 1 else written.strip("()"), None
+        return gold, written if bracketed(gold) or len(found[1]) > 1 else written[1:-1], None
     return None
 
 
@@ -406,7 +406,7 @@ def _same_elements(kind: str, wanted: list[str], kind_found: str, found: list[st
     left = list(found)
     for element in sorted(wanted, key=lambda e: exact.read(e) is None):
         if len(left) > MOST_ELEMENTS and exact.read(element) is None:
-            raise Refused(f"a list of more than {MOST_ELEMENTS} elements that are no numbers")
+            raise Refused(f"a list of more than {MOST_ELEMENTS} elements that are not numbers")
         match = next((at for at, other in enumerate(left) if is_right(element, other)), None)
         if match is None:
             return False
@@ -456,7 +456,7 @@ def _is_number(text: str) -> bool:
 
 
 def _same_leaf(gold: str, prediction: str) -> bool:
-    """Ask math-verify about two answers that are no lists."""
+    """Ask math-verify about two answers that are not lists."""
     if _DOTS.search(gold) or _DOTS.search(prediction):
         return False  # math-verify leaves the dots out
     base, base_found = _BASE.fullmatch(gold), _BASE.fullmatch(prediction)

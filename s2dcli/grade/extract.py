@@ -33,7 +33,11 @@ _ORDER = re.compile(
     r"|\bfrom (?:the )?(?:small|larg|great|low|high|least|most)|\bsorted\b|\bordered list\b|\bfirst (?:\w+ )?terms\b",
     re.IGNORECASE,
 )
-_ALL = re.compile(r"\b(?:all|solve|solutions?|roots?|zeros|possible values?)\b", re.IGNORECASE)
+_ALL = re.compile(
+    r"\b(?:find|determine|list|give|what are|compute) all\b|(?<!for )\ball (?:\w+ ){0,3}(?:solutions?|roots?|zeros|values?)\b"
+    r"|\bsolve\b|\b(?:solutions|roots|zeros|possible values)\b",
+    re.IGNORECASE,
+)
 # A box with or without its brace, a doubled backslash before a brace, an escaped brace, a brace.
 _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+(\{)?|\\\\(?=[{}])|\\[{}]|[{}]")
 _JOINT = re.compile(

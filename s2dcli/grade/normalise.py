@@ -179,7 +179,7 @@ def is_prose(text: str) -> bool:
 
 
 def is_words(text: str) -> bool:
-    """Whether an answer is words that are no formula: prose or one word, in `\\text{...}` or not."""
+    """Whether an answer is words and not a formula: prose or one word, in `\\text{...}` or not."""
     text = _TEXT.sub(r"\1", text)
     return bool(_PROSE.search(text) or _ONE_WORD.fullmatch(text.strip()))
 

@@ -108,7 +108,7 @@ def failures(rewards: Sequence[Reward], verify_error: str) -> list[tuple[str, st
     """Return the kind of each failure that a row's `verify_error` names, and the failure in words.
 
     `failed` and `python:my:reward raised KeyError: 'x'`, or `timeout` and `math: timeout`. Answers that are
-    missing or wrong are no failures.
+    missing or wrong are not failures.
     """
     found = []
     for reward in rewards:
@@ -207,7 +207,7 @@ class Grader:
         self.close()
 
     def _revive(self, pending: deque[_Row]) -> None:
-        """Replace a supervisor that died and give the new one what the old one owed."""
+        """Replace a supervisor that died and send the new one the rows without a verdict."""
         self.close()
         self._restarts += 1
         if self._restarts > RESTARTS:
@@ -318,7 +318,7 @@ class Grader:
                 self._restarts = 0
 
     def take_errors(self) -> Errors:
-        """Return the failures of rewards since the last call; answers that are wrong or missing are none."""
+        """Return the failures of rewards since the last call; wrong or missing answers are not counted."""
         errors, self._errors = self._errors, Errors(Counter(), "")
         return errors
 

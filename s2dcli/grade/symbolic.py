@@ -151,7 +151,7 @@ def _compare_values(left: Any, right: Any) -> bool | None:
 
 
 def _numbers_agree(left: Any, right: Any) -> bool:
-    """Whether two expressions that were called equal are no numbers, or numbers that are close."""
+    """Whether two expressions that were called equal are close, if they are numbers."""
     import sympy
 
     if isinstance(left, sympy.Eq) != isinstance(right, sympy.Eq):

@@ -17,7 +17,7 @@ ROW = 2  # client -> supervisor -> worker: one row to grade
 VERDICT = 3  # worker -> supervisor -> client: one reward of one row
 CANCEL = 4  # client -> supervisor: forget the rows that wait
 READY = 5  # worker -> supervisor -> client: imports are done
-FATAL = 6  # worker or supervisor -> client: grading cannot go on
+FATAL = 6  # worker or supervisor -> client: grading cannot continue
 
 _HEADER = struct.Struct("<BHQI")
 

@@ -54,7 +54,7 @@ class Extract(StrEnum):
 
 
 class Rows:
-    """The records of a stream of lines; lines that are no JSON objects are reported and passed over."""
+    """The records of a stream of lines; lines that are not JSON objects are reported and skipped."""
 
     def __init__(self, lines: jsonl.RawLines) -> None:
         self._lines = lines
@@ -161,14 +161,14 @@ def _name(verdict: dict) -> str:
     return label if reward in ("1", "0", "null") else f"{label} ({reward})"
 
 
-def _report(tally: Counter[str], errors: Counter[str], examples: dict[str, str], rows: Rows, num_mute: int, unlike: str) -> None:
+def _report(tally: Counter[str], errors: Counter[str], examples: dict[str, str], rows: Rows, num_without: int, unlike: str) -> None:
     """Say on standard error how many rows were right, wrong and not graded, and why."""
     total = tally.total()
     console.info(f"{total} rows graded: {tally['right']} right, {tally['wrong']} wrong, {tally['null']} without a verdict")
     for error, number in errors.most_common():
         console.info(f"  {number:6} {error}" + (f": {examples[error]}" if error in examples else ""))
-    if num_mute:
-        console.warn(f"{num_mute} rows have no field 'completion'{unlike}: that counts as no answer")
+    if num_without:
+        console.warn(f"{num_without} rows have no field 'completion'{unlike}: that counts as no answer")
     if tally["unlabelled"]:
         console.warn(f"{tally['unlabelled']} of {total} rows have a reward but no label: it says neither right (1) nor wrong (0)")
     if tally["null"]:
@@ -210,7 +210,7 @@ def verify(
     tally: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     examples: dict[str, str] = {}  # of each kind of failure, the first in words
-    num_mute, unlike = 0, ""
+    num_without, unlike = 0, ""
     with ExitStack() as stack:
         stream = stack.enter_context(jsonl.open_input(source, "rollouts"))
         rows = Rows(jsonl.RawLines(stream, jsonl.input_name(source)))
@@ -225,7 +225,7 @@ def verify(
 
         def take(verdict: dict) -> bytes:
             """Count a verdict and return the row that it completes."""
-            nonlocal num_mute, unlike
+            nonlocal num_without, unlike
             where, raw, record = rows.under_way.popleft()
             advance()
             label = {True: "right", False: "wrong", None: "unlabelled"}[verdict["label"]]
@@ -236,7 +236,7 @@ def verify(
                 errors.update(list(failed) or [": ".join(verdict["verify_error"].split(": ")[:depth])])
             if "completion" not in record:
                 unlike = unlike or nearest("completion", record)
-                num_mute += 1
+                num_without += 1
             if changes:
                 changes.look(where, record, verdict)
             return jsonl.with_fields(raw, record, verdict)
@@ -248,7 +248,7 @@ def verify(
             writer.write_line(take(verdict))
             writer.flush()
         manifest["counts"] = {"rollouts": tally.total(), **tally, "invalid": rows.num_bad, "seconds": time.monotonic() - started}
-    _report(tally, errors, examples, rows, num_mute, unlike)
+    _report(tally, errors, examples, rows, num_without, unlike)
     if changes:
         changes.report(tally.total())
     _refuse_invalid(rows.num_bad, source, skip_invalid)

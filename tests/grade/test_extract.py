@@ -2,7 +2,7 @@ r"""Which part of a completion is its answer."""
 
 import pytest
 
-from s2dcli.grade.extract import extract, last_box, opens_thinking, text_of_answer, text_of_completion
+from s2dcli.grade.extract import asks_for_order, extract, last_box, opens_thinking, text_of_answer, text_of_completion
 
 BOXES = [
     (r"so \boxed{17}", "17"),
@@ -69,6 +69,24 @@ def test_a_prompt_that_opens_thinking_needs_its_end():
 )
 def test_whether_a_prompt_opens_thinking(prompt, expected):
     assert opens_thinking(prompt) is expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("Find all $x$ with $x^2=4$.", False),
+        ("What are the roots of p?", False),
+        ("If f(x) > a for all real values of x, what are a, b and c?", None),
+        ("Give the angles in increasing order.", True),
+        ("Find all a, b and c, respectively.", True),
+        ("What must be done in order to win?", None),
+        ([{"role": "system", "content": "in order"}, {"role": "user", "content": "Solve x^2=4"}], False),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_whether_a_problem_asks_for_an_order(prompt, expected):
+    assert asks_for_order(prompt) is expected
 
 
 @pytest.mark.parametrize(
