@@ -240,6 +240,12 @@ def _grid(cells: list[tuple[str, str]], width: int) -> Table:
 BYTES = (" B", " kB", " MB", " GB")
 
 
+def starting() -> None:
+    """Say on a terminal, before torch is imported, why nothing else happens for some seconds."""
+    if live_display():
+        info("importing torch and transformers")
+
+
 def loading(model: str, parameters: int, dtype: str, device: str) -> None:
     """Say before some slow seconds what is loaded."""
     info(f"loading {model} ({_short(parameters)} parameters, {dtype}, {device})")

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 
 from s2dcli.assembly.loading import adapter_of, compute_dtype
-from s2dcli.models.checkpoints import Checkpoint, empty_model, pick_device, pick_dtype
+from s2dcli.models.checkpoints import Checkpoint, empty_model, num_parameters, pick_device, pick_dtype
 from s2dcli.models.readers import CHUNK_BYTES, CHUNK_TENSORS
 from s2dcli.options import ModelOptions, Optimizer, TrainingOptions, Weights
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE
@@ -21,15 +20,6 @@ if TYPE_CHECKING:
 
 FLOAT32_BYTES = 4
 NARROW_BYTES = 2  # bfloat16
-
-
-def num_parameters(checkpoint: Checkpoint) -> int:
-    """Count the parameters of a checkpoint from its safetensors headers; nothing is loaded."""
-    total = 0
-    for path in sorted(checkpoint.folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not a dict
-    return total
 
 
 def device_bytes(name: str) -> int:

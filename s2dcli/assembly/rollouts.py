@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from s2dcli import console
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
-from s2dcli.files.records import Graded, Rollout, read_graded
+from s2dcli.files.records import Graded, Rollout, read_graded, read_rollouts
 from s2dcli.train.rows import Group, RowMaker, TrainingRow, renamed
 
+GOLD_ENGINE = "gold"  # `sampler.engine` of worked solutions written by `s2d prepare --solutions`
 # Rollouts by which another tokenizer is noticed: the first ones, and one of each of the first prompts.
 ROWS_TO_CHECK, PROMPTS_TO_CHECK = 16, 256
 
@@ -78,6 +80,23 @@ def read_on_policy(path: str, temperature: float) -> Iterator[Graded]:
         yield row
     if empty:
         raise DataError("holds no rollouts", where=jsonl.input_name(path))
+
+
+def read_targets(path: str, only_correct: bool, labels: set[str]) -> Iterator[Rollout]:
+    """Yield the rollouts to train on; adds to `labels` whose answers that spends, also those of dropped rows."""
+    kept = dropped = 0
+    for _, rollout in read_graded(path) if only_correct else read_rollouts(path):
+        if only_correct or rollout.sampler.get("engine") == GOLD_ENGINE:
+            labels.add(rollout.problem_sha256)
+        if only_correct and not rollout.label:
+            dropped += 1
+        else:
+            kept += 1
+            yield rollout
+    if only_correct:
+        console.info(f"--only-correct keeps {kept} of {kept + dropped} rollouts")
+    if not kept:
+        raise DataError("holds no rollouts to train on", where=jsonl.input_name(path))
 
 
 def draw(groups: Sequence[Group], chosen: Sequence[int]) -> list[Group]:

@@ -30,9 +30,10 @@ from s2dcli.files.records import Problem, Rollout, require_labels
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.grade.answer import FAILURES
 from s2dcli.grade.pool import MATH, Grader, check_reward
-from s2dcli.models.checkpoints import Checkpoint, LoadedModel, resolve
+from s2dcli.models.checkpoints import Checkpoint, LoadedModel, model_config, require_same_eos, resolve
 from s2dcli.models.policy import Policy
 from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
+from s2dcli.models.selftest import require_rows_fit
 from s2dcli.options import (
     HOW_STARTED,
     MAY_CHANGE_ON_RESUME,
@@ -80,6 +81,7 @@ class TrainingSetup:
         self.tokenizer = load_tokenizer(self.parent.folder, loading.trust_remote_code)
         for other in others:
             require_same_tokenizer(load_tokenizer(other.folder, loading.trust_remote_code), self.tokenizer)
+            require_same_eos(other, self.parent, self.tokenizer, loading.trust_remote_code)
         labelled = require_labels(list(eval_problems), "--eval-problems must be labelled")
         self.eval_tasks = make_tasks(labelled, self.encoder) if labelled else []
 
@@ -106,6 +108,8 @@ class TrainingSetup:
         samples = bool(problems or self.eval_tasks)
         if stored:
             require_made_with(self.tokenizer, stored.rows, stored.samples)
+            for parent in self.parents.values():
+                require_rows_fit(model_config(parent, self.loading.trust_remote_code), stored.rows, self.inputs[0])
         if self.running.dry_run:
             for reward in (self.grading.reward or [MATH]) if self.grading and problems else []:
                 check_reward(reward, self.grading.timeout, self.grading.memory_limit)

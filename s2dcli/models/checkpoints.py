@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2dcli import console
 from s2dcli.errors import ModelError, UsageError
 from s2dcli.files.checkpoint import latest_step, step_of
 from s2dcli.files.manifest import MANIFEST, files_sha256
@@ -190,12 +192,13 @@ def load(
     trust_remote_code: bool = False,
     attention: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    announce: bool = True,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer, unless there is one already.
 
     With `masters` the weights are float32 whatever `dtype` says, and the forward pass is cast: an
     update of 1e-6 would round to nothing on bfloat16 weights. `attention` names one of transformers'
-    implementations. Raises ModelError.
+    implementations. What takes the time is said unless `announce` is off. Raises ModelError.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -207,6 +210,8 @@ def load(
     tokenizer = tokenizer or load_tokenizer(checkpoint.folder, trust_remote_code)
     place = pick_device(device)
     compute = pick_dtype(dtype, place)
+    if announce:
+        console.loading(checkpoint.name, num_parameters(checkpoint), str(compute).removeprefix("torch."), str(place))
     with loading("the model", checkpoint.name):
         model, report = AutoModelForCausalLM.from_pretrained(
             str(checkpoint.folder),
@@ -311,6 +316,17 @@ def require_same_eos(teacher: Checkpoint, student: Checkpoint, tokenizer: PreTra
             f"teacher and student end a completion with different tokens: {name(theirs)} in {teacher.name}, {name(ours)} in {student.name}",
             hint="set eos_token_id in one's generation_config.json to the other's",
         )
+
+
+def num_parameters(checkpoint: Checkpoint) -> int:
+    """Count the parameters of a checkpoint from its safetensors headers; nothing is loaded."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not a dict
+    return total
 
 
 def saved_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -95,14 +95,13 @@ def evaluate(
 
     from s2dcli.models.checkpoints import resolve
 
-    started = time.monotonic()
     problems = read_problems(problems) if model else []
     if any(reward.built_in for reward in parse_all(grading.reward or [MATH])):
         require_labels(problems, "measure on labelled problems, or use a reward that needs no answer: --reward python:MODULE:FUNCTION")
     checkpoint = resolve(model) if model else None
     parents, streamed = [("model", checkpoint)] if checkpoint else [], [problem.to_record() for problem in problems]
     manifest = describe("eval", settings, inputs=[source, *loading.files], parents=parents, streamed=streamed)
-    summary, seen, measured, done = stats.Summary(), {}, set(), 0
+    summary, seen, measured, done, started = stats.Summary(), {}, set(), 0, time.monotonic()
     with ExitStack() as stack:
         folder = EvalFolder(out, manifest, may_change=MAY_CHANGE, overwrite=overwrite, resume=resume) if out else None
         if folder and stack.enter_context(folder).finished:
@@ -110,6 +109,7 @@ def evaluate(
             jsonl.print_result(folder.result(), console.eval_table)
             return
         if checkpoint:
+            console.starting()
             from s2dcli.assembly.loading import load_scorer
             from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan
             from s2dcli.engines.base import SamplingParams

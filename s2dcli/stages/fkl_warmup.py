@@ -15,7 +15,6 @@ keeps the rows that were graded right (rejection sampling), which spends the lab
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +22,9 @@ import typer
 
 from s2dcli import console, options
 from s2dcli.engines.opening import check_engine
-from s2dcli.errors import DataError, UsageError
-from s2dcli.files import jsonl
-from s2dcli.files.records import Rollout, read_graded, read_problems, read_rollouts
+from s2dcli.errors import UsageError
+from s2dcli.files.records import read_problems
 from s2dcli.files.run_folder import RunFolder
-
-GOLD_ENGINE = "gold"  # `sampler.engine` of worked solutions written by `s2d prepare --solutions`
 
 
 def fkl_warmup(
@@ -64,12 +60,13 @@ def fkl_warmup(
     if hard_labels and temperature != 1.0:
         raise UsageError("--temperature applies to a teacher's distributions; --hard-labels has none")
 
-    from s2dcli.assembly.rollouts import store
+    from s2dcli.assembly.rollouts import read_targets, store
 
     labels: set[str] = set()
-    stored = store(_taught(rollouts, only_correct, labels))
+    stored = store(read_targets(rollouts, only_correct, labels))
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
 
+    console.starting()
     from s2dcli.assembly.order import Order
     from s2dcli.assembly.training import TrainingSetup
     from s2dcli.engines.base import SamplingParams
@@ -108,20 +105,3 @@ def fkl_warmup(
             run.update(step, rows, objective)
             step.log(**{name: step.per_token(name)}, entropy=step.per_token("entropy"))
             run.log_rollouts(step, rows)
-
-
-def _taught(path: str, only_correct: bool, labels: set[str]) -> Iterator[Rollout]:
-    """Yield the rollouts to train on; adds to `labels` whose answers that spends, also those of dropped rows."""
-    kept = dropped = 0
-    for _, rollout in read_graded(path) if only_correct else read_rollouts(path):
-        if only_correct or rollout.sampler.get("engine") == GOLD_ENGINE:
-            labels.add(rollout.problem_sha256)
-        if only_correct and not rollout.label:
-            dropped += 1
-        else:
-            kept += 1
-            yield rollout
-    if only_correct:
-        console.info(f"--only-correct keeps {kept} of {kept + dropped} rollouts")
-    if not kept:
-        raise DataError("holds no rollouts to train on", where=jsonl.input_name(path))

@@ -85,6 +85,7 @@ def grpo(
     objective = objective.resolved(sampling.max_tokens)
     given |= options.flatten({"objective": objective, "sampling": sampling})
 
+    console.starting()
     from s2dcli.assembly.order import Order
     from s2dcli.assembly.sampling import make_tasks, tasks_of_step
     from s2dcli.assembly.training import TrainingSetup

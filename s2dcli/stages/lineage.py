@@ -66,7 +66,7 @@ def _headline(name: str, record: dict[str, Any]) -> str:
 
 
 def _branches(record: dict[str, Any], ancestors: dict[str, Any], shown: set[str]) -> Iterator[str]:
-    """Yield the lines below a headline: the settings, and a branch for each thing that it rests on."""
+    """Yield the lines below a headline: the settings, and a branch for each parent and input."""
     items = [(f"{parent['role']} {_where(parent)}", parent) for parent in record["parents"]]
     items += [(f"input {item['path']}", item) for item in record["inputs"]]
     if settings := _settings(record):

@@ -23,7 +23,7 @@ from typing import Annotated
 
 import typer
 
-from s2dcli import options
+from s2dcli import console, options
 from s2dcli.engines.opening import check_engine
 from s2dcli.files.records import read_problems
 from s2dcli.files.run_folder import RunFolder
@@ -66,6 +66,7 @@ def opd(
     items = read_problems(problems)
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
 
+    console.starting()
     from s2dcli.assembly.order import Order
     from s2dcli.assembly.sampling import make_tasks, tasks_of_step
     from s2dcli.assembly.training import TrainingSetup

@@ -60,6 +60,7 @@ def rollout(
     check_output(out, [problems], command="rollout", overwrite=overwrite, resume=resume)
     source, problems = problems, read_problems(problems)
 
+    console.starting()
     from s2dcli.assembly.loading import load_scorer
     from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan, shard_of
     from s2dcli.engines.base import LENGTH, SamplingParams

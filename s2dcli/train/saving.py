@@ -57,7 +57,9 @@ def saved_kl(folder: Path, policy: Policy, loaded: LoadedModel, rows: Sequence[R
     Raises ModelError beyond what rounding to `dtype`, and of the live model's computations, explains.
     """
     checkpoint = replace(loaded.checkpoint, folder=folder)
-    saved = freeze(Policy(load(checkpoint, device="cpu", dtype="float32", tokenizer=loaded.tokenizer).model, policy.vocabulary))
+    saved = freeze(
+        Policy(load(checkpoint, device="cpu", dtype="float32", tokenizer=loaded.tokenizer, announce=False).model, policy.vocabulary)
+    )
     kls = []
     for row in rows[:CHECKED_ROWS]:
         row = Row(row.prompt_ids, row.completion_ids[:CHECKED_TOKENS])

@@ -257,8 +257,7 @@ def measure(side: str, method: str, folder: Path, shape: dict, dtype: str, threa
 
 
 def parameters(folder: Path) -> int:
-    from s2dcli.assembly.plan import num_parameters
-    from s2dcli.models.checkpoints import resolve
+    from s2dcli.models.checkpoints import num_parameters, resolve
 
     return num_parameters(resolve(str(folder / "policy")))
 

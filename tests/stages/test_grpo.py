@@ -459,3 +459,54 @@ def test_the_mismatch_is_the_samplers_alone_and_entropy_is_that_of_all_tokens(s2
     # an estimate from some 150 tokens, whose -log p has a standard deviation of about 0.9
     assert result["entropy"] == pytest.approx(exact / tokens, abs=4 * 0.9 / tokens**0.5)
     assert result["trained_entropy"] > 0
+
+
+REWARDS = """
+def half(completion, answer, record):
+    if record["sample_index"] % 2:
+        raise KeyError("gold")
+    return float(len(completion) % 2)
+
+def broken(completion):
+    return 1.0
+"""
+
+
+def test_failures_of_a_reward_are_counted_and_told(s2d, toy, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    arguments = ["grpo", "-m", toy / "student", toy / "problems" / "1H.jsonl", "-o", tmp_path / "run", *SHORT]
+    result = s2d(*arguments, "--reward", "python:mine:half", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert [row["grader_errors"]["failed"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [8, 8]
+    assert "step 1: rewards of 16 rollouts failed (8 failed), the first: python:mine:half raised KeyError: 'gold'" in result.err
+
+
+def test_a_reward_that_always_fails_stops_the_run(s2d, toy, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    arguments = ["grpo", "-m", toy / "student", toy / "problems" / "1H.jsonl", "-o", tmp_path / "run", *SHORT]
+    for more, message in ([], "the rewards of all 16 rollouts of step 1 failed"), (["--dry-run"], "fails on a made-up rollout"):
+        result = s2d(*arguments, "--reward", "python:mine:broken", *more, cwd=tmp_path)
+        assert result.code in (1, 2)
+        assert message in result.err
+        assert "TypeError" in result.err
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("save_dtype", "lost"), [("auto", 1.0), ("float32", 0.0)])
+def test_small_updates_of_a_bfloat16_parent_are_told_or_kept(s2d, toy, tmp_path, save_dtype, lost):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(toy / "teacher", dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(toy / "teacher").save_pretrained(half)
+    more = ["--lr", "1e-6", "--save-dtype", save_dtype, "--eval-problems", toy / "problems" / "validation.jsonl", "--eval-samples", 1]
+    result = s2d("grpo", "-m", half, toy / "problems" / "1H.jsonl", "-o", tmp_path / "run", *SHORT, *more)
+    assert result.code == 0, result.err
+    saved = json.loads((tmp_path / "run" / "step-000002" / "s2d.json").read_text())["saved"]
+    assert saved["rounding_loss"] == pytest.approx(lost, abs=0.2)
+    assert saved["kl"] < 1e-4
+    assert ("--save-dtype float32 keeps it" in result.err) is (lost == 1.0)
+    before, after = weights(half), weights(tmp_path / "run" / "step-000002")
+    unchanged = sum((after[name].float() == before[name].float()).sum().item() for name in before)
+    assert (unchanged > 0.9 * 109056) is (lost == 1.0)
+    assert {row["weights"] for row in read_jsonl(tmp_path / "run" / "evals.jsonl")} == {"live"}
