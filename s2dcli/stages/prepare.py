@@ -225,7 +225,7 @@ def _solution_encoder(
             prompt=problem.prompt,
             completion=[{"role": "assistant", "content": text}],
             answer=problem.answer,
-            prompt_ids=encoder.encode(problem.prompt),
+            prompt_ids=encoder.encode(problem.prompt, f"problem {problem.id!r}"),
             completion_ids=completion_ids,
             completion_logprobs=[0.0] * len(completion_ids),
             finish_reason="stop",
