@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny
+from tiny import VOCABULARY, scores, tiny
 
 from s2dcli.engines.base import LENGTH, STOP, Request, SamplingParams
 from s2dcli.engines.transformers import TransformersEngine, choose
 from s2dcli.models.batching import Row
-from s2dcli.models.policy import Policy, score
+from s2dcli.models.policy import Policy
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16], [5, 6, 7, 8, 9, 10]]
 
@@ -42,8 +42,8 @@ def test_log_probs_equal_the_trainers(family, temperature):
     requests = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     samples = sample(model, requests, params(temperature))
     rows = [Row(request.prompt_ids, result.completion_ids) for request, result in zip(requests, samples, strict=True)]
-    scores = score(Policy(model, VOCABULARY), rows, tokens_per_batch=64, pad_id=0, temperature=temperature)
-    for result, ours in zip(samples, scores, strict=True):
+    found = scores(Policy(model, VOCABULARY), rows, tokens_per_batch=64, pad_id=0, temperature=temperature)
+    for result, ours in zip(samples, found, strict=True):
         assert result.logprobs == pytest.approx(ours, abs=1e-5)
 
 

@@ -12,8 +12,8 @@ from s2dcli.engines.base import LENGTH, STOP, Request, SamplingParams
 from s2dcli.engines.transformers import TransformersEngine
 from s2dcli.engines.weights import ParityGate
 from s2dcli.errors import EngineError, UsageError
-from s2dcli.models.batching import Row
-from s2dcli.models.policy import Policy, score
+from s2dcli.models.policy import Policy
+from s2dcli.models.scoring import score
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -77,7 +77,7 @@ def sample(engine, how=AT_1, rows=8):
 
 def scorer(model):
     def scores(rows, temperature):
-        return score(Policy(model, VOCABULARY), [Row(*row) for row in rows], tokens_per_batch=2048, pad_id=0, temperature=temperature)
+        return score(Policy(model, VOCABULARY), rows, tokens_per_batch=2048, pad_id=0, temperature=temperature)
 
     return scores
 

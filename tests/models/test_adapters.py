@@ -6,13 +6,13 @@ import pytest
 import torch
 from families import FAMILIES as ALL_FAMILIES
 from families import family
-from tiny import VOCABULARY, tiny
+from tiny import VOCABULARY, scores, tiny
 
 from s2dcli.errors import UsageError
 from s2dcli.files.checkpoint import save_weights
 from s2dcli.models.adapters import Adapter
 from s2dcli.models.batching import Row
-from s2dcli.models.policy import Policy, score
+from s2dcli.models.policy import Policy
 
 FAMILIES = ["qwen3", "llama", "gpt2", "gemma2", "cohere"]
 IDS = torch.arange(3, 20)[None]
@@ -50,9 +50,9 @@ def test_off_is_the_model_as_it_was_and_leaves_the_adapter_trainable(family):
 def test_head_and_hidden_states_are_those_of_the_adapted_model(family):
     model, _, _ = adapted(family)
     row = Row(IDS[0, :5].tolist(), IDS[0, 5:].tolist())
-    (scores,) = score(Policy(model, VOCABULARY), [row], tokens_per_batch=100, pad_id=0)
+    (found,) = scores(Policy(model, VOCABULARY), [row], tokens_per_batch=100, pad_id=0)
     exact = model(IDS).logits[0, 4:-1].log_softmax(-1).gather(1, IDS[0, 5:, None])[:, 0]
-    assert scores == pytest.approx(exact.tolist(), abs=1e-5)
+    assert found == pytest.approx(exact.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ from s2dcli.models.checkpoints import load, pick_device, require_same_eos, resol
 from s2dcli.models.policy import Policy
 from s2dcli.models.prompts import load_tokenizer
 from s2dcli.models.selftest import self_test
-from s2dcli.train.vocab import kl_loss
+from s2dcli.train.vocab import divergence_loss, forward_kl, reverse_kl
 
 
 def test_a_run_folder_means_its_latest_step(toy, tmp_path):
@@ -274,14 +274,14 @@ def test_ids_that_no_token_has_are_neither_sampled_nor_learnt(toy, tmp_path):
     assert all(20 not in sample.completion_ids for sample in samples.values())
     policy = Policy(loaded.model, 33)
     rows = [Row([4, 5, 6], sample.completion_ids) for sample in samples.values()]
-    (batch,) = micro_batches(rows, range(64), 10**6, 0, torch.device("cpu"))
+    (batch,) = micro_batches(rows, 10**6, 0, torch.device("cpu"))
     states = policy.states(batch)
     head = policy.head()
     weights, teacher = torch.ones(len(batch.targets_N)), replace(head, weight_VD=head.weight_VD.detach())
-    for reverse in (False, True):
-        loss, sums = kl_loss(states, head, states.detach() * 0.9, teacher, weights, reverse=reverse)
+    for divergence in (forward_kl, reverse_kl):
+        loss, figures = divergence_loss(states, head, states.detach() * 0.9, teacher, weights, divergence)
         assert loss.isfinite()
-        assert all(torch.as_tensor(value).isfinite() for value in sums.values())
+        assert all(values.isfinite().all() for values in figures.values())
     assert (head.logits(states).softmax(-1)[:, 20] == 0).all()
     loss.backward()
     gradient = loaded.model.get_output_embeddings().weight.grad

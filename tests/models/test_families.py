@@ -32,7 +32,7 @@ def test_the_table_has_all_families_and_no_others(table):
 
 def gradient(policy: Policy, rows: list[Row], **layout: bool) -> torch.Tensor:
     policy.zero_grad()
-    for batch in micro_batches(rows, range(len(rows)), MAX_POSITIONS, 0, torch.device("cpu"), **layout):
+    for batch in micro_batches(rows, MAX_POSITIONS, 0, torch.device("cpu"), **layout):
         states_ND = policy.states(batch)
         policy.head().logits(states_ND).log_softmax(-1).gather(1, batch.targets_N[:, None]).sum().backward()
     return torch.cat([(torch.zeros_like(weight) if weight.grad is None else weight.grad).flatten() for weight in policy.parameters()])
