@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from s2dcli import console
 from s2dcli.errors import DataError
@@ -21,21 +20,23 @@ ROWS_TO_CHECK, PROMPTS_TO_CHECK = 16, 256
 
 @dataclass(frozen=True)
 class StoredRollouts:
-    """The rows of a file; `samples` are some of them whole, `samplers` tells who drew them, each once."""
+    """The rows of a file or pipe.
 
+    `samples` are some of them, by which another tokenizer is noticed; `samplers` tells who drew them, each once;
+    `sha256` is the hash of what was piped in.
+    """
+
+    path: str
     rows: list[TrainingRow]
     samples: list[Rollout]
     samplers: list[dict]
-    digest: Any  # of the records, for what was piped in
+    sha256: str
 
-    def sha256(self) -> str:
-        return self.digest.hexdigest()
-
-    def max_tokens(self, path: str) -> int:
+    def max_tokens(self) -> int:
         """Return the length limit that all rollouts were sampled under. Raises DataError if they differ."""
         limits = {sampler["max_tokens"] for sampler in self.samplers}
         if len(limits) > 1:
-            raise DataError(f"sampled with several --max-tokens: {', '.join(map(str, sorted(limits)))}", where=jsonl.input_name(path))
+            raise DataError(f"sampled with several --max-tokens: {', '.join(map(str, sorted(limits)))}", where=jsonl.input_name(self.path))
         return limits.pop()
 
     def groups(self) -> list[Group]:
@@ -46,21 +47,26 @@ class StoredRollouts:
         return list(groups.values())
 
 
-def store(rollouts: Iterable[Rollout], *, keep_records: bool = False) -> StoredRollouts:
-    """Hold rollouts as training rows: 8 bytes for a completion token. With `keep_records` their whole records too, to be written again."""
-    stored, maker, samplers = StoredRollouts([], [], [], hashlib.sha256()), RowMaker(), {}
-    num_prompts = 0
+def store(path: str, rollouts: Iterable[Rollout], *, keep_records: bool = False) -> StoredRollouts:
+    """Hold the rollouts read from `path` as training rows: 8 bytes for a completion token.
+
+    With `keep_records` their whole records too, to be written again.
+    """
+    rows: list[TrainingRow] = []
+    samples: list[Rollout] = []
+    maker, samplers, num_prompts, digest = RowMaker(), {}, 0, hashlib.sha256()
     for rollout in rollouts:
         reward = rollout.reward if isinstance(rollout, Graded) else None
-        stored.rows.append(maker.row(rollout, reward, rollout.to_record() if keep_records else None))
-        new_prompt = maker.num_prompts > num_prompts
-        num_prompts = maker.num_prompts
-        if len(stored.rows) <= ROWS_TO_CHECK or (new_prompt and num_prompts <= PROMPTS_TO_CHECK):
-            stored.samples.append(rollout)
+        rows.append(maker.row(rollout, reward, rollout.to_record() if keep_records else None))
+        new_prompt, num_prompts = maker.num_prompts > num_prompts, maker.num_prompts
+        if len(rows) <= ROWS_TO_CHECK:
+            samples.append(rollout)
+        elif new_prompt and num_prompts <= PROMPTS_TO_CHECK:
+            samples.append(replace(rollout, completion=[], completion_ids=[], completion_logprobs=[]))
         samplers[jsonl.dumps(rollout.sampler)] = rollout.sampler
-        stored.digest.update(jsonl.dumps(rollout.to_record()))
-    stored.samplers.extend(samplers.values())
-    return stored
+        if jsonl.is_stream(path):
+            digest.update(jsonl.dumps(rollout.to_record()))
+    return StoredRollouts(path, rows, samples, list(samplers.values()), digest.hexdigest())
 
 
 def read_on_policy(path: str, temperature: float) -> Iterator[Graded]:

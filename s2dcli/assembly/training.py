@@ -132,7 +132,7 @@ class TrainingSetup:
         told = {name: value for name, value in self.options.items() if name not in HOW_STARTED}
         manifest = describe(self.stage, told, inputs=self.inputs, parents=[*self.parents.items()], rollouts=samplers, streamed=given)
         if stored and jsonl.is_stream(self.inputs[0]):
-            manifest["inputs"][0]["sha256"] = stored.sha256()
+            manifest["inputs"][0]["sha256"] = stored.sha256
         folder = RunFolder(
             self.out,
             manifest,

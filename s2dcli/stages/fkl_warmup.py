@@ -63,7 +63,7 @@ def fkl_warmup(
     from s2dcli.assembly.rollouts import read_targets, store
 
     labels: set[str] = set()
-    stored = store(read_targets(rollouts, only_correct, labels))
+    stored = store(rollouts, read_targets(rollouts, only_correct, labels))
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
 
     console.starting()

@@ -77,9 +77,13 @@ def grpo(
 
     from s2dcli.assembly.rollouts import draw, read_on_policy, store
 
-    stored = store(read_on_policy(rollouts, sampling.temperature), keep_records=running.keep_rollouts) if rollouts is not None else None
+    stored = (
+        store(rollouts, read_on_policy(rollouts, sampling.temperature), keep_records=running.keep_rollouts)
+        if rollouts is not None
+        else None
+    )
     if stored:
-        sampling = replace(sampling, max_tokens=stored.max_tokens(rollouts))
+        sampling = replace(sampling, max_tokens=stored.max_tokens())
     items = [] if stored else require_labels(read_problems(problems))
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
     objective = objective.resolved(sampling.max_tokens)

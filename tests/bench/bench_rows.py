@@ -51,7 +51,7 @@ def measured(make, tokens: int) -> float:
 
 def main() -> None:
     count, tokens = (int(argument) for argument in (sys.argv[1:] + ["512", "4000"][len(sys.argv) - 1 :]))
-    rows = measured(lambda: store(rollouts(count, tokens)), count * tokens)
+    rows = measured(lambda: store("rollouts.jsonl", rollouts(count, tokens)), count * tokens)
     records = measured(lambda: [rollout.to_record() for rollout in rollouts(min(count, 64), tokens)], min(count, 64) * tokens)
     print(f"{count} rollouts of {tokens} tokens: training rows {rows:.1f} bytes a token, dictionaries {records:.1f}")
 
