@@ -182,9 +182,9 @@ def _written(value: object, style: str = "") -> str:
 
 def _figures(row: dict, evaluation: dict | None, count: int = len(_FIGURES)) -> list[tuple[str, str]]:
     """Return the figures that a trainer's steps have, `-` for one that is missing in this step."""
-    if evaluation:
+    if evaluation and evaluation["avg_at_k"] is not None:  # else the rewards have no notion of right
         row = {**row, "evaluation": f"{evaluation['avg_at_k']:.1%} ± {evaluation['se']:.1%}"}
-    labels = {"evaluation": f"avg@{evaluation['k']}"} if evaluation else {}
+    labels = {"evaluation": f"avg@{evaluation['k']}"} if "evaluation" in row else {}
     return [(labels.get(name, label), _written(row[name], style)) for label, name, style in _FIGURES[:count] if name in row]
 
 

@@ -12,18 +12,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2dcli import console
 from s2dcli.engines.base import Engine, Request, Sample, SamplingParams
 from s2dcli.engines.opening import open_engine
-from s2dcli.engines.weights import ParityGate, Score, WeightSource, WeightSync
+from s2dcli.engines.weights import ParityGate, WeightSource, WeightSync
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files.output import CompleteLine
 from s2dcli.files.records import Problem, Rollout, row_seed
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel
 from s2dcli.models.prompts import PromptEncoder
 from s2dcli.options import EngineOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from s2dcli.engines.weights import Score
 
 LOGPROB_DECIMALS = 6
 

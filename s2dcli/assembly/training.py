@@ -23,17 +23,17 @@ from s2dcli.assembly.plan import device_bytes, memory_plan
 from s2dcli.assembly.rollouts import StoredRollouts
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
 from s2dcli.engines.base import SamplingParams
-from s2dcli.errors import GradingError
+from s2dcli.errors import GradingError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
 from s2dcli.files.records import Problem, Rollout, require_labels
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.grade.answer import FAILURES
-from s2dcli.grade.pool import MATH, Grader, check_reward
+from s2dcli.grade.pool import MATH, Errors, Grader, check_reward
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, model_config, require_same_eos, resolve
 from s2dcli.models.policy import Policy
 from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
-from s2dcli.models.selftest import require_rows_fit
+from s2dcli.models.selftest import max_length, require_rows_fit
 from s2dcli.options import (
     HOW_STARTED,
     MAY_CHANGE_ON_RESUME,
@@ -98,29 +98,34 @@ class TrainingSetup:
         *,
         frozen: Sequence[str] = (),
         problems: Sequence[Problem] = (),
+        tasks: Sequence[Task] = (),
         stored: StoredRollouts | None = None,
     ) -> Training | None:
         """Return the training, to be entered; None if there is nothing to do: a dry run, whose plan is printed, or a finished run.
 
         `phases` names the parts of a step to be timed, `frozen` the roles of models that are held beside the trained one;
-        `problems`, which the run folder keeps, or `stored` rollouts are what was read from the first input.
+        `problems`, which the run folder keeps, with their `tasks`, or `stored` rollouts are what was read from the first input.
         """
         samples = bool(problems or self.eval_tasks)
         if stored:
             require_made_with(self.tokenizer, stored.rows, stored.samples)
             for parent in self.parents.values():
                 require_rows_fit(model_config(parent, self.loading.trust_remote_code), stored.rows, self.inputs[0])
+        prompts = [len(task.prompt_ids) for task in (*tasks, *self.eval_tasks)]
+        for role, parent in self.parents.items():
+            require_length(parent, role, max(prompts, default=0) + self.params.max_tokens if prompts else 0, self.loading)
         if self.running.dry_run:
             for reward in (self.grading.reward or [MATH]) if self.grading and problems else []:
                 check_reward(reward, self.grading.timeout, self.grading.memory_limit)
             held = [self.parents[role] for role in frozen]
             sample_tokens = self.engine.sample_tokens if samples else 0
+            longest = max(len(row.completion_ids) for row in stored.rows) if stored else self.params.max_tokens
             per_step = min(order.per_step, order.total) * rollouts_per_item
             plan = {
                 "steps": order.steps,
                 "rollouts_per_step": per_step,
                 "rollouts": order.steps * per_step,
-                "completion_tokens_at_most": order.steps * per_step * self.params.max_tokens,
+                "completion_tokens_at_most": order.steps * per_step * longest,
                 **memory_plan(self.parent, held, self.loading, self.training, sample_tokens=sample_tokens),
                 "available_bytes": device_bytes(self.loading.device),
                 "out": str(self.out),
@@ -191,9 +196,9 @@ class Training:
 
     def __exit__(self, *error: Any) -> None:
         """Close everything; after a run without error its result is printed."""
+        self._held.__exit__(*error)
         if error[0] is None:
             jsonl.print_result(self.folder.result(), console.run_table)
-        self._held.__exit__(*error)
 
     def load_teacher(self, role: str) -> Policy:
         """Load a frozen model that the setup knows by its role. Raises ModelError or UsageError."""
@@ -228,16 +233,38 @@ class Training:
         """Log the failures of rewards by kind, and warn of them. Raises GradingError if every rollout's failed."""
         errors = self._grader.take_errors()
         step.grader_errors.update(errors.counts)
+        step.num_graded += num_rollouts
+        step.num_failed += errors.rows
         step.log(grader_errors={kind: step.grader_errors[kind] for kind in FAILURES})
-        if errors.counts.total() >= num_rollouts:
+        if step.num_failed == step.num_graded:
             raise GradingError(f"the rewards of all {num_rollouts} rollouts of step {step.number} failed: {errors.first}")
         if errors.counts:
-            kinds = ", ".join(f"{number} {kind}" for kind, number in errors.counts.most_common())
-            console.warn(f"step {step.number}: rewards of {num_rollouts} rollouts failed ({kinds}), the first: {errors.first}")
+            console.warn(f"step {step.number}: {_in_words(errors, num_rollouts)}")
 
     def _row(self, maker: RowMaker, rollout: Rollout, record: dict[str, Any]) -> TrainingRow:
         return maker.row(rollout, record.get("reward"), record if self.keep_rollouts else None)
 
     def _evaluate(self) -> dict[str, Any]:
         groups = self._sampler.sample(self.setup.eval_tasks, self.setup.running.eval_samples)
-        return stats.summarize(self._grader.graded([row.to_record() for group in groups for row in group]))
+        rows = [row.to_record() for group in groups for row in group]
+        figures = stats.summarize(self._grader.graded(rows))
+        errors = self._grader.take_errors()
+        if errors.counts:
+            console.warn(f"evaluation: {_in_words(errors, len(rows))}")
+        return figures
+
+
+def _in_words(errors: Errors, num_rollouts: int) -> str:
+    kinds = ", ".join(f"{number} {kind}" for kind, number in errors.counts.most_common())
+    return f"rewards of {errors.rows} of {num_rollouts} rollouts failed ({kinds}), the first: {errors.first}"
+
+
+def require_length(checkpoint: Checkpoint, role: str, tokens: int, loading: ModelOptions) -> None:
+    """Raise UsageError if a model is to take more tokens than it computes right."""
+    limit = max_length(model_config(checkpoint, loading.trust_remote_code))
+    if limit is not None and tokens > limit:
+        raise UsageError(
+            f"the longest prompt and --max-tokens make {tokens} tokens; the {role} computes at most {limit} right",
+            where=checkpoint.name,
+            hint="lower --max-tokens, or drop long prompts (--max-prompt-tokens)",
+        )

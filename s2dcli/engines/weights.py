@@ -21,17 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from s2dcli import console
 from s2dcli.engines.base import HostedEngine, Request, SamplingParams
 from s2dcli.errors import EngineError
 from s2dcli.files.atomic import disk_errors, temporary
-from s2dcli.models.rows import Row
 from s2dcli.stats import mean
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    from s2dcli.models.rows import Row
+
+    # (rows, temperature) -> each row with the log-probs [T] of its completion's tokens, in any order
+    Score = Callable[[Sequence[Row], float], Iterator[tuple[Row, np.ndarray]]]
 
 PARITY_ROWS = 8
 PARITY_TOKENS = 16  # of each row
@@ -41,9 +44,6 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 MEMORY_DISK = Path("/dev/shm")
 PREFIX = "s2d-weights-"  # of folders there
 ROOM_FACTOR = 1.5  # of the weights' size that must be free there
-
-# (rows, temperature) -> each row with the log-probs [T] of its completion's tokens, in any order
-Score = Callable[[Sequence[Row], float], Iterator[tuple[Row, np.ndarray]]]
 
 
 class WeightSource(Protocol):
@@ -76,6 +76,8 @@ class ParityGate:
 
     def check(self, engine: HostedEngine, score: Score, prompts: Sequence[list[int]], params: SamplingParams) -> float:
         """Sample some tokens and score them; returns the mean difference in nats. Raises EngineError beyond the tolerance."""
+        from s2dcli.models.rows import Row
+
         how = SamplingParams(params.temperature, top_p=1.0, top_k=0, max_tokens=min(PARITY_TOKENS, params.max_tokens))
         requests = [Request(prompts[row % len(prompts)], seed=row) for row in range(self.rows)]
         samples = dict(engine.generate(requests, how))

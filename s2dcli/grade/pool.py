@@ -102,6 +102,7 @@ class Errors(NamedTuple):
 
     counts: Counter[str]
     first: str
+    rows: int  # whose rewards failed
 
 
 def failures(rewards: Sequence[Reward], verify_error: str) -> list[tuple[str, str]]:
@@ -161,7 +162,7 @@ class Grader:
         self._judge = next((number for number, reward in enumerate(self.rewards) if reward.built_in), 0)  # whose verdict `label` is
         self._whole_records = not all(reward.built_in for reward in self.rewards)
         self._ids = count(1)
-        self._errors = Errors(Counter(), "")
+        self._errors = Errors(Counter(), "", 0)
         self._start()
 
     def _describe(self, memory_limit: str | int) -> str:
@@ -319,7 +320,7 @@ class Grader:
 
     def take_errors(self) -> Errors:
         """Return the failures of rewards since the last call; wrong or missing answers are not counted."""
-        errors, self._errors = self._errors, Errors(Counter(), "")
+        errors, self._errors = self._errors, Errors(Counter(), "", 0)
         return errors
 
     def _verdict(self, row: _Row) -> dict[str, Any]:
@@ -330,9 +331,10 @@ class Grader:
             error = parts[0][2]
         else:
             error = "; ".join(f"{name}: {part[2]}" for name, part in zip(scores, parts, strict=True) if part[2])
-        for kind, failure in failures(self.rewards, error):
-            self._errors.counts[kind] += 1
-            self._errors = Errors(self._errors.counts, self._errors.first or failure)
+        if found := failures(self.rewards, error):
+            counts, first, rows = self._errors
+            counts.update(kind for kind, _ in found)
+            self._errors = Errors(counts, first or found[0][1], rows + 1)
         total = None
         if None not in scores.values():
             total = sum(reward.weight * scores[reward.name] for reward in self.rewards)

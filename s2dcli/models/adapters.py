@@ -74,11 +74,11 @@ class Adapter:
         with self._peft.disable_adapter():
             yield
 
-    def merged(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def merged(self, dtype: torch.dtype, device: torch.device | None = None) -> dict[str, torch.Tensor]:
         """Return the state dict of a plain model that computes the same, the adapted weights summed in float32, cast to `dtype`.
 
-        Weights without an adapter are handed out as they are. The model itself does not change: merging and
-        unmerging it would round its weights each time.
+        Merged weights are put on `device` one by one, where it is given; weights without an adapter are handed out as
+        they are. The model itself does not change: merging and unmerging it would round its weights each time.
         """
         import torch
 
@@ -89,7 +89,7 @@ class Adapter:
                     continue
                 name = name.replace(_BASE, "")
                 if name in self._layers:
-                    tensor = (tensor.float() + self._layers[name].get_delta_weight(_NAME).float()).to(dtype)
+                    tensor = (tensor.float() + self._layers[name].get_delta_weight(_NAME).float()).to(device or tensor.device, dtype)
                 state[name] = tensor
         return state
 

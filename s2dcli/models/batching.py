@@ -73,7 +73,7 @@ def micro_batches(
 
     Two plans are weighed by the positions that they run through the model: rows sorted by length, so
     that neighbours pad each other little, or with `pack` one behind the other and without padding (see
-    `models/forward.can_pack`); or rows of one prompt together, the prompt run once for all of them (only
+    `models/selftest.FastPaths`); or rows of one prompt together, the prompt run once for all of them (only
     with `share_prompts`: it needs a model that caches). A row that is longer than the budget is a
     micro-batch of its own. Rows without completion tokens are left out: they have nothing to learn
     from, and their weight in the loss's denominators stays.

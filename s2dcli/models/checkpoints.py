@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from s2dcli.models.selftest import FastPaths
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SETUP = (".json", ".model", ".txt", ".jinja", ".py")
@@ -180,7 +179,7 @@ class LoadedModel:
     pad_id: int
     autocast: torch.dtype | None  # computes in this type although the weights are float32
     compute_dtype: torch.dtype  # of the forward pass, whatever the weights are
-    paths: FastPaths  # which shortcuts compute the same as plain forward passes
+    trust_remote_code: bool  # code that the checkpoint brings was run to load it
 
 
 def load(
@@ -226,7 +225,7 @@ def load(
     vocabulary = vocabulary_size(tokenizer)
     model = model.to(place).eval()
     mask_unused(model, unused_ids(tokenizer))
-    paths = self_test(model, vocabulary, checkpoint.name, compute)
+    self_test(model, vocabulary, checkpoint.name, compute)
     _return_freed_memory()
     return LoadedModel(
         checkpoint=checkpoint,
@@ -237,7 +236,7 @@ def load(
         pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         autocast=compute if masters and compute != torch.float32 else None,
         compute_dtype=compute,
-        paths=paths,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -11,7 +11,7 @@ from s2dcli.models.batching import MicroBatch, Row, micro_batches
 from s2dcli.models.forward import Head
 from s2dcli.models.policy import Policy
 from s2dcli.models.readers import token_logprobs
-from s2dcli.models.selftest import can_pack, can_share_prompts
+from s2dcli.models.selftest import fast_paths
 
 # (hidden states [N, D], head, micro-batch) -> one tensor or several, [N, ...] each
 Reader = Callable[[torch.Tensor, Head, MicroBatch], tuple[torch.Tensor, ...]]
@@ -25,7 +25,8 @@ def read(
     Rows without completion tokens do not appear.
     """
     device = next(policy.parameters()).device
-    layout = {"share_prompts": can_share_prompts(policy.model), "pack": can_pack(policy.model)}
+    paths = fast_paths(policy.model)
+    layout = {"share_prompts": paths.share_prompts, "pack": paths.pack}
     for batch in micro_batches(rows, tokens_per_batch, pad_id, device, **layout):
         with torch.no_grad():
             found = [values.cpu().split(batch.lengths_B) for values in reader(policy.states(batch), policy.head(), batch)]

@@ -37,7 +37,9 @@ def fkl_warmup(
     only_correct: Annotated[bool, typer.Option("--only-correct", help="Keep only rollouts graded right.")] = False,
     out: options.RunDir = Path("runs/fkl-warmup"),
     temperature: Annotated[float, options.in_training("Temperature of both distributions in the KL.", min=1e-3)] = 1.0,
-    aggregate: options.AggregateOption = options.Aggregate.token,
+    aggregate: Annotated[
+        options.Aggregate, options.in_training("Denominator of a token's loss: all tokens, its sequence's, or the longest completion.")
+    ] = options.Aggregate.token,
     steps: options.Steps = None,
     epochs: Annotated[int, options.in_training("Passes over the rollouts, unless --steps is given.", min=1)] = 1,
     mini_batch_size: Annotated[int, options.in_training("Rollouts per step.", min=1)] = 64,

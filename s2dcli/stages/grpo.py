@@ -33,6 +33,7 @@ from s2dcli.files import jsonl
 from s2dcli.files.records import read_problems, require_labels
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.options import Correction
+from s2dcli.train.advantages import is_mixed
 from s2dcli.train.presets import KlIn, ObjectiveOptions
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def grpo(
     from s2dcli.models.policy import on_device
     from s2dcli.train.losses import mean_log_ratio
     from s2dcli.train.objectives import PolicyGradient
-    from s2dcli.train.rows import mixed, set_weights
+    from s2dcli.train.rows import set_weights
 
     setup = TrainingSetup(
         "grpo",
@@ -124,6 +125,7 @@ def grpo(
         phases=("sample", "grade", "score", "update"),
         frozen=["model"] if objective.kl_coef else [],
         problems=items,
+        tasks=tasks,
         stored=stored,
     )
     if opened is None:
@@ -148,11 +150,12 @@ def grpo(
             groups = draw(on_disk, chosen) if stored else sample(step, chosen)
             run.labels.update(group[0].problem_sha256 for group in groups)
             for _ in range(objective.dynamic_sampling):
-                flat = [slot for slot, group in enumerate(groups) if not mixed(group)]
-                fresh = sample(step, list(islice(extra, len(flat)))) if flat else []
+                flat = [slot for slot, group in enumerate(groups) if not _teaches(group, objective)]
+                others = list(islice(extra, len(flat)))
+                fresh = sample(step, others) if others else []
                 resampled += len(fresh)
                 for slot, group in zip(flat, fresh, strict=False):  # fewer when the problems are used up
-                    groups[slot] = group if mixed(group) else groups[slot]
+                    groups[slot] = group if _teaches(group, objective) else groups[slot]
 
             rows = [row for group in groups for row in group]
             mini_batches = split([row for row in rows if _is_usable(row, objective)], batches.mini_batch_size)
@@ -166,7 +169,7 @@ def grpo(
                     for row, logprobs in run.score(rows, sampling.temperature):
                         row.trainer_logprobs = logprobs
                 for row in rows:  # of a single update on fresh samples the policy is its own old policy: None
-                    row.old_logprobs = row.logprobs if stored else row.trainer_logprobs
+                    row.old_logprobs = row.logprobs if stored else row.trainer_logprobs if several else None
             for group in groups:
                 _set_advantages(group, objective, sampling.max_tokens)
 
@@ -192,6 +195,11 @@ def grpo(
 def _is_usable(row: TrainingRow, objective: ObjectiveOptions) -> bool:
     """Whether a row is learnt from: rows without a verdict, and masked ones, leave baselines and denominators."""
     return row.reward is not None and not (row.truncated and objective.truncated is options.Truncated.mask)
+
+
+def _teaches(group: Group, objective: ObjectiveOptions) -> bool:
+    """Whether the rewards of a group's usable rows differ."""
+    return is_mixed([row.reward if _is_usable(row, objective) else None for row in group])
 
 
 def _set_advantages(group: Group, objective: ObjectiveOptions, max_tokens: int) -> None:
@@ -222,7 +230,6 @@ def _log(step: Step, groups: list[Group], objective: ObjectiveOptions, *, sample
     `entropy` is that of all tokens, estimated by -log p of the sampled ones; `trained_entropy` the exact one of those trained on.
     """
     from s2dcli.train.losses import kl_estimates
-    from s2dcli.train.rows import mixed
 
     rows = [row for group in groups for row in group]
     tokens = [value for row in rows for value in row.logprobs.tolist()]
@@ -231,10 +238,11 @@ def _log(step: Step, groups: list[Group], objective: ObjectiveOptions, *, sample
     if objective.kl_coef and objective.kl_in is KlIn.reward:
         usable = [row for row in rows if _is_usable(row, objective)]
         estimates = [kl_estimates(objective.kl_estimator, row.trainer_logprobs, row.reference_logprobs) for row in usable]
-        kl = stats.mean([value for values in estimates for value in values.tolist()] or [0.0])
+        values = [value for row_values in estimates for value in row_values.tolist()]
+        kl = stats.mean(values) if values else None
     step.log(
-        reward=stats.mean(rewards or [0.0]),
-        mixed_groups=stats.mean(float(mixed(group)) for group in groups),
+        reward=stats.mean(rewards) if rewards else None,
+        mixed_groups=stats.mean(float(_teaches(group, objective)) for group in groups),
         kl=kl,
         entropy=-stats.mean(tokens) if sampled and tokens else None,
         trained_entropy=step.per_token("entropy"),
@@ -259,5 +267,13 @@ def _refuse_contradictions(context: typer.Context, given: dict[str, Any]) -> Non
         raise UsageError("-n 1 makes groups of one, whose advantage is always 0", hint="-n 2 or more")
     if kl_coef and given["kl_in"] is KlIn.loss and given["kl_estimator"] is options.KlEstimator.k1:
         raise UsageError("--kl-estimator k1 in the loss has an expected gradient of zero", hint="k2 or k3, or --kl-in reward")
+    for needed, missing, names in (
+        ("--kl-coef", not kl_coef, ["kl_in", "kl_estimator"]),
+        ("--correction", given["correction"] is Correction.none, ["correction_level", "correction_cap", "correction_floor"]),
+        ("--correction mask", given["correction"] is not Correction.mask, ["correction_floor"]),
+        ("--truncated penalty", given["truncated"] is not options.Truncated.penalty, ["overlong_buffer"]),
+    ):
+        if missing:
+            options.refuse_given(context, {name: "--" + name.replace("_", "-") for name in names}, f"requires {needed}")
     if offload and not kl_coef:
         raise UsageError("--offload moves the reference model, and without --kl-coef there is none", hint="leave it out")

@@ -93,7 +93,7 @@ def opd(
     )
     tasks = make_tasks(items, setup.encoder, sampling.max_prompt_tokens)
     order = Order(len(tasks), batches.problems_per_step, seed=running.seed, steps=batches.steps, epochs=batches.epochs)
-    opened = setup.start(order, sampling.num_samples, ("sample", "score", "update"), frozen=["teacher"], problems=items)
+    opened = setup.start(order, sampling.num_samples, ("sample", "score", "update"), frozen=["teacher"], problems=items, tasks=tasks)
     if opened is None:
         return
 

@@ -60,6 +60,8 @@ class Step:
     updates: int = 0
     tokens: int = 0  # completion tokens that were trained on
     metrics: dict[str, Any] = field(default_factory=dict)
+    num_graded: int = 0
+    num_failed: int = 0  # of these, whose rewards failed
     grader_errors: Counter[str] = field(default_factory=Counter)  # failures of rewards by kind
     seconds: dict[str, float] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -155,6 +157,8 @@ class TrainingRun:
 
         The loss runs inside the policy's forward; the gradients of the micro-batches add up to that of all rows.
         """
+        if not any(len(row.completion_ids) for row in rows):
+            return
         with step.phase("update"):
             paths = functools.reduce(operator.and_, (fast_paths(policy.model) for policy in (self.policy, *objective.others)))
             # Prompts are shared through a cache, which layers that run twice would fill twice.
@@ -199,10 +203,13 @@ class TrainingRun:
             return {"model": parent.name, "revision": parent.revision, "step": parent.step, "checkpoint": parent.weights_sha256}
         return {"model": str(self.folder.out), "revision": "", "step": step.number - 1, "checkpoint": ""}
 
-    def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return the state dict of a plain model that is what this run has learnt, at full precision or in `dtype`."""
+    def weights(self, dtype: torch.dtype, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+        """Return the state dict of a plain model that is what this run has learnt, at full precision or in `dtype`.
+
+        Weights that are merged for it are put on `device` one by one, where it is given.
+        """
         adapter = self.policy.adapter
-        return adapter.merged(dtype) if adapter else self.optimizer.full_precision(self.policy.model)
+        return adapter.merged(dtype, device) if adapter else self.optimizer.full_precision(self.policy.model)
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         return sum(parameter.numel() for parameter in self.policy.parameters()) * dtype.itemsize
@@ -245,14 +252,14 @@ class TrainingRun:
             return
         row = {"step": number, "weights": "live", **self.evaluate()}  # those in training, before they are rounded to be saved
         self.folder.add_eval(row)
-        console.info(f"step {number}: avg@{row['k']} {row['avg_at_k']:.1%} ± {row['se']:.1%} on {row['problems']} problems")
+        console.info(f"step {number}: {stats.in_words(row)}")
 
     def _save(self, number: int) -> None:
         started = time.perf_counter()
 
         def fill(draft: Path) -> dict[str, Any]:
             model, adapter = self.policy.model, self.policy.adapter
-            state = self.weights(torch.float32)
+            state = self.weights(torch.float32, torch.device("cpu"))
             save_adapter = adapter.save if adapter else None
             write_checkpoint(draft, model, self.loaded.checkpoint.folder, self.dtype, state=state, save_adapter=save_adapter)
             write_training_state(draft / TRAINING_STATE, self.optimizer.state())
@@ -267,14 +274,17 @@ class TrainingRun:
         Returns what the step's manifest says of it, which is the same in a resumed run. Raises ModelError if rounding
         does not explain the difference.
         """
-        narrow, name = self.dtype != torch.float32, str(self.dtype).removeprefix("torch.")
+        narrow, name = self.dtype.itemsize < 4, str(self.dtype).removeprefix("torch.")
+        lost = rounding_loss(state, self.loaded.checkpoint.folder, self.dtype)
+        state.clear()
         kl = None
         if narrow or last or not self._proved:
             kl = saved_kl(folder, self.policy, self.loaded, self._compared, self.dtype)
             self._proved = True
-        lost = rounding_loss(state, self.loaded.checkpoint.folder, self.dtype)
-        text = f"saved in {name}: rounding removed {lost:.0%} of the distance to the parent, KL {kl or 0.0:.2g} nats"
-        if lost > MUCH_LOST:
+        share = "an unknown share" if lost is None else f"{lost:.0%}"
+        measured = "" if kl is None else f", KL {kl:.2g} nats"
+        text = f"saved in {name}: rounding removed {share} of the distance to the parent{measured}"
+        if lost is not None and lost > MUCH_LOST:
             console.warn(f"{text}; --save-dtype float32 keeps it")
         elif narrow:
             console.info(text)

@@ -16,7 +16,7 @@ import numpy as np
 from s2dcli.files.records import Rollout
 from s2dcli.models.rows import Row, as_ids
 from s2dcli.options import Aggregate
-from s2dcli.train.advantages import is_mixed, token_weights
+from s2dcli.train.advantages import token_weights
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -72,11 +72,6 @@ class RowMaker:
             reward=reward,
             record=record,
         )
-
-
-def mixed(group: Group) -> bool:
-    """Whether a group's rewards differ, so that it has something to teach."""
-    return is_mixed([row.reward for row in group])
 
 
 def renamed(group: Group, group_id: str) -> Group:

@@ -7,7 +7,7 @@ than that is rounded away, and a mistake in merging or naming weights would show
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,25 +29,24 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 MUCH_LOST = 0.5  # share of what was learnt whose loss is worth a warning
 
 
-@dataclass(frozen=True)
-class SavingLoss:
-    """How far a saved policy is from the live one: KL(live || saved) in nats, and the share of the update that rounding removed."""
+def rounding_loss(state: Mapping[str, torch.Tensor], parent: Path, dtype: torch.dtype) -> float | None:
+    """Return |saved - live| / |live - parent| over all weights, at most 1: what rounding to `dtype` takes of the way from the parent.
 
-    kl: float
-    rounding: float
-
-
-def rounding_loss(state: Mapping[str, torch.Tensor], parent: Path, dtype: torch.dtype) -> float:
-    """Return |saved - live| / |live - parent| over all weights, at most 1: what rounding to `dtype` takes of the way from the parent."""
-    if dtype == torch.float32:
+    None where most weights have other names in the parent's files, so that the way is not known.
+    """
+    if dtype.itemsize >= 4:
         return 0.0
     lost = moved = 0.0
+    compared = 0
     for path in sorted(parent.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in state.keys() & set(file.keys()):
                 live = state[name].detach().cpu().float()
                 lost += (live.to(dtype).float() - live).square().sum().item()
                 moved += (live - file.get_tensor(name).float()).square().sum().item()
+                compared += live.numel()
+    if 2 * compared < sum(tensor.numel() for tensor in state.values()):
+        return None
     return min(1.0, (lost / moved) ** 0.5) if moved else 0.0
 
 
@@ -56,17 +55,16 @@ def saved_kl(folder: Path, policy: Policy, loaded: LoadedModel, rows: Sequence[R
 
     Raises ModelError beyond what rounding to `dtype`, and of the live model's computations, explains.
     """
-    checkpoint = replace(loaded.checkpoint, folder=folder)
-    saved = freeze(
-        Policy(load(checkpoint, device="cpu", dtype="float32", tokenizer=loaded.tokenizer, announce=False).model, policy.vocabulary)
-    )
+    checkpoint = replace(loaded.checkpoint, folder=folder, name=str(folder))
+    how = {"device": "cpu", "dtype": "float32", "trust_remote_code": loaded.trust_remote_code, "tokenizer": loaded.tokenizer}
+    saved = freeze(Policy(load(checkpoint, **how, announce=False).model, policy.vocabulary))
     kls = []
     for row in rows[:CHECKED_ROWS]:
         row = Row(row.prompt_ids, row.completion_ids[:CHECKED_TOKENS])
         live, written = (_logprobs(model, row, loaded.pad_id) for model in (policy, saved))
         kls += (np.exp(live) * (live - written)).sum(-1).tolist()
     kl = float(np.mean(kls)) if kls else 0.0
-    tolerance = max(TOLERANCES[dtype], TOLERANCES[loaded.compute_dtype])
+    tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.float32]), TOLERANCES[loaded.compute_dtype])
     if not kl <= tolerance:  # also if it is not a number
         raise ModelError(
             f"the checkpoint as saved is {kl:.2g} nats from the model in training; rounding explains {tolerance:g}",

@@ -244,3 +244,15 @@ def test_a_small_tail_of_the_teacher_is_exact(sharpness, reverse):
     kl = (ours * (ours / theirs).log()).sum(-1) if reverse else (theirs * (theirs / ours).log()).sum(-1)
     loss = top_k_divergence_loss(hidden, student, ids, logprobs, tails, WEIGHTS, KL[reverse])[0]
     check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_teachers_own_temperature_equals_dense_float64(reverse):
+    hidden, student = make(D, 0)
+    states, teacher = make(E, 5)
+    p = (dense_logits(hidden, student) / 0.7).log_softmax(-1)
+    q = (dense_logits(states, teacher) / 2.0).log_softmax(-1).detach()
+    kl = (p.exp() * (p - q)).sum(-1) if reverse else (q.exp() * (q - p)).sum(-1)
+    how = {"temperature": 0.7, "teacher_temperature": 2.0}
+    loss = divergence_loss(hidden, student, states, teacher, WEIGHTS, KL[reverse], **how)[0]
+    check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
