@@ -290,8 +290,9 @@ def test_worked_solutions_end_where_the_model_stops(prepare, tmp_path):
     shutil.copytree(TOY_TEACHER, model)
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|user|>{% endfor %}<|im_end|>")
     (model / "generation_config.json").write_text('{"eos_token_id": [3, 1]}')
-    write(tmp_path / "a.jsonl", [{"problem": "7-1=", "answer": "6", "solution": "\\boxed{6}"}])
-    assert prepare("a.jsonl", "-o", "p.jsonl", "--solutions", "gold.jsonl", "--tokenizer", "model").code == 0
+    write(tmp_path / "a.jsonl", [{"problem": "7-1=", "answer": "6", "solution": "=6\n\\boxed{6}"}])
+    done = prepare("a.jsonl", "-o", "p.jsonl", "--template", "none", "--solutions", "gold.jsonl", "--tokenizer", "model")
+    assert done.code == 0, done.err
     assert read(tmp_path / "gold.jsonl")[0]["completion_ids"][-1] == 1  # <|user|>; the tokenizer's EOS is 3
 
 
