@@ -198,7 +198,7 @@ USAGE_ERRORS = {
     "rollout -m x --max-tokens 99999999999999999999": "--max-tokens 99999999999999999999: too large",
     "grpo -m x --lr inf": "--lr inf: not a finite number",
     "grpo -m x --lr nan": "--lr nan: at least 0 is needed",
-    "verify --timeout inf": "--timeout inf: not a finite number",
+    "verify --timeout inf": "--timeout inf: not between 0.1 and 86400",
     "grpo -m x --loss grp": "--loss grp: not one of grpo, dr-grpo, dapo, gspo, cispo; did you mean grpo?",
     "grpo -m x a b": "unexpected argument b; usage: s2d grpo --model CKPT [OPTIONS] [PROBLEMS]",
     "grpo -m x a b c": "unexpected arguments b c; usage: s2d grpo --model CKPT [OPTIONS] [PROBLEMS]",

@@ -53,7 +53,7 @@ def loading(what: str, where: str) -> Iterator[None]:
         # Errors of a config's validation name the field first and what is wrong with it behind.
         text = " ".join(lines) if type(error).__name__.startswith("StrictDataclass") else lines[0]
         plain = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-        hint = "--trust-remote-code runs the code that it brings" if "trust_remote_code" in text else ""
+        hint = "--trust-remote-code runs the code that it brings" if "trust_remote_code" in str(error) else ""
         kind = "" if plain or type(error).__name__.startswith("StrictDataclass") else f"{type(error).__name__}: "
         raise ModelError(f"cannot load {what}: {kind}{text.rstrip(' .')}", where=where, hint=hint) from None
 

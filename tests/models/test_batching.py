@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, ragged_rows, scores, tiny, training_row
 
-from s2dcli.models import batching
+from s2dcli.models import batching, selftest
 from s2dcli.models.batching import micro_batches, split
 from s2dcli.models.forward import head_of
 from s2dcli.models.policy import Policy, freeze
@@ -265,7 +265,9 @@ def test_gradients_of_packed_rows_equal_those_of_padded_ones(attention):
         assert (packed - padded).norm() <= 1e-5 * padded.norm(), family
 
 
-def test_only_kernels_of_variable_length_pack():
+def test_only_kernels_of_variable_length_pack(monkeypatch):
+    """Of what the self-test finds right, which here is everything: flex has to be compiled."""
+    monkeypatch.setattr(selftest._Test, "passes", lambda *_: True)
     model = tiny("qwen3")
     for attention, packs in [("sdpa", False), ("eager", False), ("flex_attention", True)]:
         model.set_attn_implementation(attention)

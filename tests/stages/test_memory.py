@@ -115,7 +115,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(train, toy, tmp_pat
     """Measured against the parent loaded by transformers: the second step's KL, from the tokens sampled for it."""
     from transformers import AutoModelForCausalLM
 
-    more = ["--lora-rank", 4, "--kl-coef", "1e-3", "--kl-estimator", "k1", "--keep-rollouts", "--truncated", "keep"]
+    more = ["--lora-rank", 4, "--kl-coef", "1e-3", "--kl-estimator", "k1", "--kl-in", "reward", "--keep-rollouts", "--truncated", "keep"]
     result = train("grpo", tmp_path / "run", *more)
     assert result.code == 0, result.err
     first, second = (row["kl"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"))
