@@ -223,7 +223,19 @@ def test_null_rewards_change_nothing(s2d, toy, graded, tmp_path):
 
 
 def test_dry_run_loads_no_weights_and_writes_nothing(s2d, toy, tmp_path):
-    result = s2d("grpo", "-m", toy / "teacher", toy / "problems" / "1H.jsonl", "-o", tmp_path / "run", "--dry-run", "--epochs", 10)
+    result = s2d(
+        "grpo",
+        "-m",
+        toy / "teacher",
+        toy / "problems" / "1H.jsonl",
+        "-o",
+        tmp_path / "run",
+        "--dry-run",
+        "--epochs",
+        10,
+        "--max-tokens",
+        16,
+    )
     assert result.result["steps"] == 160
     assert result.result["parameters"] == 109056
     assert result.result["rollouts"] == 160 * 32 * 8

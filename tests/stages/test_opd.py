@@ -103,7 +103,9 @@ def test_a_missing_teacher_is_a_usage_error(s2d, toy, few, tmp_path):
 
 
 def test_dry_run(s2d, toy, few, tmp_path):
-    plan = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", "--dry-run").result
+    plan = s2d(
+        "opd", "--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", "--dry-run", "--max-tokens", 16
+    ).result
     assert (plan["steps"], plan["rollouts_per_step"], plan["parameters"]) == (1, 64, 36160)
     assert plan["frozen_bytes"] == 4 * 109056
     assert not (tmp_path / "run").exists()
