@@ -76,16 +76,15 @@ def sample(engine, how=AT_1, rows=8):
 
 
 def scorer(model):
-    def scores(rows, temperature):
-        return score(Policy(model, VOCABULARY), rows, tokens_per_batch=2048, pad_id=0, temperature=temperature)
-
-    return scores
+    return lambda rows, temperature: score(Policy(model, VOCABULARY), rows, tokens_per_batch=2048, pad_id=0, temperature=temperature)
 
 
 def largest_gap(engine, model, how=AT_1):
     requests, samples = sample(engine, how)
     rows = [(request.prompt_ids, result.completion_ids) for request, result in zip(requests, samples, strict=True)]
-    scores = scorer(model)(rows, how.temperature or 1.0)
+    rows = [Row(*row) for row in rows]
+    found = dict(scorer(model)(rows, how.temperature or 1.0))
+    scores = [found[row].tolist() for row in rows]
     return max(abs(a - b) for ours, result in zip(scores, samples, strict=True) for a, b in zip(ours, result.logprobs, strict=True))
 
 

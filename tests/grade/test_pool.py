@@ -274,16 +274,16 @@ def test_failures_of_rewards_are_counted_by_kind_with_the_first_in_words(functio
     rows = [{"answer": "a", "completion": "a", "what": what} for what in ("", "raise", "crash", "raise", "none")]
     with Grader(["math", "python:my_rewards:judge"], workers=1) as grader:
         list(grader.grade(rows))
-        counts, first = grader.take_errors()
+        counts, first, _ = grader.take_errors()
         assert counts == {"failed": 2, "crashed": 1}
         assert first == "python:my_rewards:judge raised KeyError: 'colour'"
-        assert grader.take_errors() == ({}, "")
+        assert grader.take_errors() == ({}, "", 0)
         list(grader.grade([{"answer": "1", "completion": "none"}, {"answer": "", "completion": ""}]))
-        assert grader.take_errors() == ({}, "")
+        assert grader.take_errors() == ({}, "", 0)
     (functions / "odd_rewards.py").write_text("def few(completion): return 1.0")
     with Grader(["python:odd_rewards:few"], workers=1) as grader:
         list(grader.grade(rows))
-        counts, first = grader.take_errors()
+        counts, first, _ = grader.take_errors()
         assert counts == {"failed": 5}
         assert first.startswith("python:odd_rewards:few raised TypeError: few() takes 1 positional argument")
 

@@ -313,7 +313,8 @@ def test_truncated_completions_are_masked_or_punished(s2d, toy, tmp_path):
     short = ["--max-tokens", 12, "--keep-rollouts", "--lr", "1e-3"]
     trained = {}
     for how in ("keep", "mask", "penalty"):
-        train(s2d, toy, tmp_path / how, *short, "--truncated", how, "--overlong-buffer", 4)
+        buffer = ["--overlong-buffer", 4] if how == "penalty" else []
+        train(s2d, toy, tmp_path / how, *short, "--truncated", how, *buffer)
         trained[how] = read_jsonl(tmp_path / how / "metrics.jsonl")[0]
     assert trained["keep"]["truncated"] > 0
     assert len({row["reward"] for row in trained.values()}) == 1  # the raw reward is never overwritten
@@ -490,7 +491,7 @@ def test_failures_of_a_reward_are_counted_and_told(s2d, toy, tmp_path):
     result = s2d(*arguments, "--reward", "python:mine:half", cwd=tmp_path)
     assert result.code == 0, result.err
     assert [row["grader_errors"]["failed"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [8, 8]
-    assert "step 1: rewards of 16 rollouts failed (8 failed), the first: python:mine:half raised KeyError: 'gold'" in result.err
+    assert "step 1: rewards of 8 of 16 rollouts failed (8 failed), the first: python:mine:half raised KeyError: 'gold'" in result.err
 
 
 def test_a_reward_that_always_fails_stops_the_run(s2d, toy, tmp_path):

@@ -131,7 +131,7 @@ def test_top_k_without_its_estimator_is_refused(s2d, toy, few, tmp_path):
 
 def test_offload_is_refused_without_a_gpu(s2d, toy, few, tmp_path):
     arguments = ["--teacher", toy / "teacher", "--student", toy / "student", few, "-o", tmp_path / "run", "--device", "cpu"]
-    result = s2d("opd", *arguments, "--offload")
+    result = s2d("opd", *arguments, "--offload", "--max-tokens", 16)
     assert result.code == 2
     assert "this run is on the CPU" in result.err
 

@@ -145,7 +145,7 @@ def test_an_input_is_never_an_output(s2d, outputs, toy, few, tmp_path, kind):
         ["verify", outputs / "rollouts.jsonl", "--diff", outputs / "graded.jsonl", "-o", graded],
     ]
     if kind == "same":
-        run = ["-o", outputs / "run", "--steps", 1]
+        run = ["-o", outputs / "run", "--steps", 1, "--max-tokens", 16]
         stored = outputs / "run" / "problems.jsonl"
         commands += [
             ["prepare", outputs, "-o", mine],
@@ -201,7 +201,7 @@ def test_an_unfinished_file_is_no_input(s2d, outputs, toy, few, tmp_path):
         (["rollout", "-m", toy / "student", outputs / "problems.jsonl"], f"-o {outputs / 'problems.jsonl'} --overwrite completes it"),
         (["fkl-warmup", *student, "--rollouts", rollouts, "--hard-labels"], "--resume completes it"),
         (["grpo", "-m", toy / "teacher", "--rollouts", graded, "-o", tmp_path / "run"], "--resume completes it"),
-        (["opd", "--teacher", toy / "teacher", *student, outputs / "problems.jsonl"], "--overwrite completes it"),
+        (["opd", "--teacher", toy / "teacher", *student, "--max-tokens", 16, outputs / "problems.jsonl"], "--overwrite completes it"),
     ):
         result = s2d(*command)
         assert (result.code, result.out) == (1, b"")
