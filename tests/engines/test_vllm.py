@@ -13,6 +13,7 @@ from s2dcli.engines.transformers import TransformersEngine
 from s2dcli.engines.weights import ParityGate
 from s2dcli.errors import EngineError, UsageError
 from s2dcli.models.policy import Policy
+from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
