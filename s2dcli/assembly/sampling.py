@@ -38,11 +38,15 @@ class Task:
     problem: Problem
     prompt_ids: list[int]
     group_id: str
+    reasoning_open: bool = False  # the rendered prompt ends inside <think>
 
 
 def make_tasks(problems: Sequence[Problem], encoder: PromptEncoder, max_prompt_tokens: int | None = None) -> list[Task]:
     """Encode problems; those with longer prompts are dropped and counted. Raises DataError if none is left."""
-    tasks = [Task(problem, encoder.encode(problem.prompt, f"problem {problem.id!r}"), problem.id) for problem in problems]
+    tasks = [
+        Task(problem, encoder.encode(problem.prompt, f"problem {problem.id!r}"), problem.id, encoder.opens_reasoning(problem.prompt))
+        for problem in problems
+    ]
     kept = [task for task in tasks if max_prompt_tokens is None or len(task.prompt_ids) <= max_prompt_tokens]
     if len(kept) < len(tasks):
         message = f"{len(tasks) - len(kept)} of {len(tasks)} prompts are longer than {max_prompt_tokens} tokens"
@@ -248,5 +252,5 @@ class Sampler:
                 "template": self.encoder.description,
             },
             template_sha256=self.encoder.template_sha256,
-            reasoning_open=self.encoder.opens_reasoning(problem.prompt),
+            reasoning_open=task.reasoning_open,
         )
