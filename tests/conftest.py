@@ -1,36 +1,27 @@
-"""A way to run the command line that is real but warm.
-
-Importing torch and transformers takes seconds, so each command runs in a child forked from this
-process, which has them already: own descriptors, own exit code, own signals. One thread per process
-keeps that fork safe.
-"""
+"""A way to run the command line that is real but warm: see zygote.py."""
 
 from __future__ import annotations
 
-import functools
-import io
 import json
 import os
 import signal
-import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from zygote import TOY, Zygote, wait
 
 # A shell ignores Ctrl-C for what it runs in the background, and so would every command that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that read weights race to make a forked process's thread pool
 os.environ.setdefault("COLUMNS", "100")
 
-TOY = Path(__file__).parents[1] / "examples" / "toy"
-DEADLINE_SECONDS = 300.0  # for one command; only a hang gets there
+ZYGOTE = Zygote("peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -52,83 +43,30 @@ class Result:
         return self.rows[-1]
 
 
-@functools.cache
-def _warm_up() -> None:
-    """Import what sampling imports, by doing it: a child then starts in a third of a second instead of two."""
-    import torch
-
-    from s2dcli.engines import transformers  # noqa: F401
-    from s2dcli.models.checkpoints import load, resolve
-
-    torch.set_num_threads(1)
-    load(resolve(str(TOY / "student")))
-
-
 def start(args: list[str], stdin: int, stdout: int, stderr: int, cwd: Path | None = None) -> int:
-    """Fork a child that runs `s2d ARGS` on the given descriptors. Returns its pid."""
-    _warm_up()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        os.setpgid(0, 0)
-        for target, source in enumerate((stdin, stdout, stderr)):
-            os.dup2(source, target)
-        os.closerange(3, 256)
-        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)))
-        sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), line_buffering=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if cwd:
-            os.chdir(cwd)
-        import torch
-
-        torch.set_num_threads(1)  # makes the thread pool anew before threads of a library race to do so
-        from s2dcli.cli import main
-
-        sys.argv = ["s2d", *args]
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1 if end.code else 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
+    """Start `s2d ARGS` on the given descriptors in a child of this process. Returns its pid."""
+    return ZYGOTE.start(args, stdin, stdout, stderr, cwd)
 
 
-def wait(pid: int, deadline: float = DEADLINE_SECONDS) -> int:
-    """Return the exit code of a child (negative: the signal that ended it); kill it past the deadline."""
-    end = time.monotonic() + deadline
-    while time.monotonic() < end:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise TimeoutError(f"no end after {deadline} s")
-
-
-@pytest.fixture(scope="session")
-def s2d() -> Callable[..., Result]:
-    """Run `s2d ARGS` with bytes on standard input; see `Result`."""
+def runner(zygote: Zygote) -> Callable[..., Result]:
+    """Return a function that runs `s2d ARGS`, with bytes on standard input, to its end."""
 
     def run(*args: object, stdin: bytes = b"", cwd: Path | None = None) -> Result:
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             given.write(stdin)
             given.seek(0)
-            code = wait(start([str(arg) for arg in args], given.fileno(), out.fileno(), err.fileno(), cwd))
+            code = wait(zygote.start([str(arg) for arg in args], given.fileno(), out.fileno(), err.fileno(), cwd))
             out.seek(0)
             err.seek(0)
             return Result(code, out.read(), err.read().decode())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s2d() -> Callable[..., Result]:
+    """Run `s2d ARGS` with bytes on standard input; see `Result`."""
+    return runner(ZYGOTE)
 
 
 @pytest.fixture(scope="session")

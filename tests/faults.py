@@ -4,8 +4,8 @@
     assert outcome.mismatches == []
 
 Each run is killed with SIGKILL up to KILLS_IN_A_ROW times, each time at a moment drawn from the time
-that an undisturbed run takes, and then resumed to its end. Children are forked from this process, which
-has torch and transformers already (`conftest.start`), or with `cold` started as real commands.
+that an undisturbed run takes, and then resumed to its end. Commands are started by
+`conftest.start`, which is fast, or with `cold` as a user would.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conftest import DEADLINE_SECONDS, start, wait
+from conftest import start
+from zygote import DEADLINE_SECONDS, wait
 
 KILLS_IN_A_ROW = 3
 LONG = int(os.environ.get("S2D_TEST_KILLS", "0"))  # kills per stage in the long form: S2D_TEST_KILLS=200 pytest ...

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
-from conftest import Result, read_jsonl, start, wait
+from conftest import Result, read_jsonl, runner, start, wait
 from typer.main import get_command
+from zygote import fork
 
 from s2dcli import help
 from s2dcli.cli import app, main
@@ -318,8 +320,8 @@ def test_chatter_never_reaches_standard_output(tmp_path):
     assert set(result.stderr.split("\n")) >= {"from python", "from C", "from a child"}
 
 
-def test_no_traceback_unless_debugging(s2d, toy, few, monkeypatch):
-    s2d("--version")  # what runs below is a copy of this process, which by then has loaded a model
+def test_no_traceback_unless_debugging(toy, few, monkeypatch):
+    s2d = runner(SimpleNamespace(start=fork))  # a copy of this process, with what is wrong in it
     monkeypatch.setattr("s2dcli.models.checkpoints.resolve", lambda name: 1 / 0)  # what no error class foresees
     arguments = ["rollout", "-m", toy / "student", few]
     plain = s2d(*arguments)

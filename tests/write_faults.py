@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import TOY, _warm_up, start, wait
 from faults import differing
+from zygote import TOY, fork, wait, warm_up
 
 from s2dcli import console
 from s2dcli.errors import DataError
@@ -98,7 +98,7 @@ def run_command(arguments: list[str], folder: Path, nth: int = 0, error: int = 0
     if nth:
         arm(folder / "run", nth, error, lasting)
     with open(os.devnull, "rb") as null, open(folder / "log", "wb") as log:
-        pid = start([*arguments, "-o", str(folder / "run"), "--resume"], null.fileno(), log.fileno(), log.fileno())
+        pid = fork([*arguments, "-o", str(folder / "run"), "--resume"], null.fileno(), log.fileno(), log.fileno())
     preloaded.faults_disarm()
     return wait(pid)
 
@@ -136,7 +136,7 @@ def fail_runs(folder: Path, every: int) -> tuple[int, list[str]]:
 def main(folder: Path, every: int) -> None:
     from transformers import AutoModelForCausalLM
 
-    _warm_up()
+    warm_up()
     console.configure(quiet=True, verbose=False)
     model = AutoModelForCausalLM.from_pretrained(TOY / "student")
     saves = {name: fail_saves(model, folder, name) for name in (ERRORS if every == 1 else ("ENOSPC", "EIO"))}

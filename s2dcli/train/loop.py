@@ -36,7 +36,7 @@ from s2dcli.models.selftest import fast_paths
 from s2dcli.options import Dtype, RunOptions, Schedule, TrainingOptions, parse_cadence
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.rows import TrainingRow
-from s2dcli.train.saving import CHECKED_ROWS, MUCH_LOST, rounding_loss, saved_kl
+from s2dcli.train.saving import CHECKED_ROWS, MUCH_KL, MUCH_LOST, rounding_loss, saved_kl
 
 
 def learning_rate(step: int, steps: int, training: TrainingOptions) -> float:
@@ -276,15 +276,14 @@ class TrainingRun:
         """
         narrow, name = self.dtype.itemsize < 4, str(self.dtype).removeprefix("torch.")
         lost = rounding_loss(state, self.loaded.checkpoint.folder, self.dtype)
-        state.clear()
         kl = None
         if narrow or last or not self._proved:
-            kl = saved_kl(folder, self.policy, self.loaded, self._compared, self.dtype)
+            kl = saved_kl(folder, self.policy, self.loaded, self._compared, state, self.dtype)
             self._proved = True
         share = "an unknown share" if lost is None else f"{lost:.0%}"
         measured = "" if kl is None else f", KL {kl:.2g} nats"
         text = f"saved in {name}: rounding removed {share} of the distance to the parent{measured}"
-        if lost is not None and lost > MUCH_LOST:
+        if (lost or 0.0) > MUCH_LOST or (kl or 0.0) > MUCH_KL:
             console.warn(f"{text}; --save-dtype float32 keeps it")
         elif narrow:
             console.info(text)

@@ -3,7 +3,8 @@
 import importlib.util
 
 import pytest
-from conftest import read_jsonl
+from conftest import ZYGOTE, read_jsonl, runner
+from zygote import Zygote
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 SAMPLING = ["-n", 2, "--max-tokens", 16]
@@ -13,16 +14,15 @@ TRAINING = ["--steps", 3, "--lr", 1e-2, "--problems-per-step", 8, "-n", 4, "--ma
 
 
 @pytest.fixture(scope="module")
-def warm():
-    """vLLM in this process's memory, for the commands that are forked from it: importing it takes ten seconds."""
-    import os
-
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
-    import vllm  # noqa: F401
+def s2d():
+    """Commands that have vLLM in memory already: importing it takes ten seconds."""
+    if importlib.util.find_spec("vllm") is None:
+        return runner(ZYGOTE)
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+    return runner(Zygote("vllm", environment=environment))
 
 
 @needs_vllm
-@pytest.mark.usefixtures("warm")
 def test_rollout_in_shards_is_the_whole_with_log_probs_of_transformers(s2d, toy, few):
     sampling = ["-m", toy / "student", few, *SAMPLING, "--sample-tokens", 200]
     whole = s2d("rollout", *sampling, *VLLM, "--parity-rows", 4)
@@ -40,7 +40,6 @@ def test_rollout_in_shards_is_the_whole_with_log_probs_of_transformers(s2d, toy,
 
 
 @needs_vllm
-@pytest.mark.usefixtures("warm")
 def test_eval_measures_what_the_transformers_engine_does(s2d, toy, few):
     greedy = ["-m", toy / "teacher", few, "--temperature", 0, "--max-tokens", 16]
     ours, theirs = s2d("eval", *greedy, *VLLM), s2d("eval", *greedy)
@@ -48,7 +47,6 @@ def test_eval_measures_what_the_transformers_engine_does(s2d, toy, few):
 
 
 @needs_vllm
-@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("memory", [[], ["--lora-rank", 4], ["--weights", "bfloat16"]], ids=["float32", "lora", "bfloat16"])
 def test_grpo_samples_from_the_weights_that_it_trains(s2d, toy, few, tmp_path, memory):
     """Sampler and trainer agree in every step, although the weights move by much more than the tolerance."""
@@ -62,7 +60,6 @@ def test_grpo_samples_from_the_weights_that_it_trains(s2d, toy, few, tmp_path, m
 
 
 @needs_vllm
-@pytest.mark.usefixtures("warm")
 def test_opd_and_the_warm_up_follow_too(s2d, toy, few, tmp_path):
     run = tmp_path / "opd"
     opd = s2d("opd", "--teacher", toy / "teacher", "--student", toy / "student", few, *TRAINING, "--keep-rollouts", "-o", run)
@@ -118,7 +115,6 @@ def test_an_engine_for_a_run_that_samples_nothing_is_refused(s2d, toy, few, tmp_
 
 
 @needs_vllm
-@pytest.mark.usefixtures("warm")
 def test_a_trainer_may_not_leave_its_sampler_unproved(s2d, toy, few, tmp_path):
     result = s2d("grpo", "-m", toy / "student", few, *TRAINING, "--parity-rows", 0, "-o", tmp_path / "run")
     assert result.code == 2

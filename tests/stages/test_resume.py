@@ -39,13 +39,6 @@ def kill_at_step(args: list[str], cwd: Path, step: int) -> None:
     assert kill(pid), "the run was over before it could be killed"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def warm():
-    """Have the imports of this module's commands behind us, too."""
-    import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
-
-
 @pytest.fixture(scope="module")
 def graded(s2d, toy, tmp_path_factory):
     path = tmp_path_factory.mktemp("graded") / "graded.jsonl"

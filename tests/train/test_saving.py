@@ -10,7 +10,7 @@ from s2dcli.errors import ModelError
 from s2dcli.files.checkpoint import save_weights
 from s2dcli.models.checkpoints import load, resolve
 from s2dcli.models.policy import Policy
-from s2dcli.train.saving import rounding_loss, saved_kl
+from s2dcli.train.saving import TOLERANCES, rounding_loss, saved_kl
 
 ROWS = [training_row([1, 14, 24, 14], [4, 15, 20, 3]), training_row([1, 15], [3])]
 
@@ -21,8 +21,12 @@ def trained(toy):
     return loaded, Policy(loaded.model, loaded.vocabulary)
 
 
+def weights(loaded):
+    return {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+
+
 def save(loaded, folder, dtype, change=lambda state: None):
-    state = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    state = weights(loaded)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     change(state)
     save_weights(folder, loaded.model, state, dtype)
@@ -34,7 +38,7 @@ def save(loaded, folder, dtype, change=lambda state: None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_that_is_the_live_policy_is_near(trained, tmp_path, dtype):
     loaded, policy = trained
-    kl = saved_kl(save(loaded, tmp_path / "step", dtype), policy, loaded, ROWS, dtype)
+    kl = saved_kl(save(loaded, tmp_path / "step", dtype), policy, loaded, ROWS, weights(loaded), dtype)
     assert 0 <= kl < 1e-9 if dtype == torch.float32 else 1e-9 < kl < 5e-2
 
 
@@ -45,8 +49,29 @@ def test_a_checkpoint_of_other_weights_stops_the_run(trained, tmp_path):
         one, other = (f"model.layers.{index}.mlp.gate_proj.weight" for index in (0, 1))
         state[one], state[other] = state[other].clone(), state[one].clone()
 
-    with pytest.raises(ModelError, match=r"nats from the model in training; rounding explains 0\.0001"):
-        saved_kl(save(loaded, tmp_path / "step", torch.float32, swap), policy, loaded, ROWS, torch.float32)
+    with pytest.raises(ModelError, match=r": model\.layers\.0\.mlp\.gate_proj\.weight is not what was trained"):
+        saved_kl(save(loaded, tmp_path / "step", torch.float32, swap), policy, loaded, ROWS, weights(loaded), torch.float32)
+
+
+def test_rounding_beyond_the_tolerance_is_measured_and_is_no_mistake(trained, tmp_path, monkeypatch):
+    """Models with extreme weights lose more to rounding than two forward passes differ by."""
+    loaded, policy = trained
+    monkeypatch.setitem(TOLERANCES, torch.float32, 1e-9)
+    folder = save(loaded, tmp_path / "step", torch.bfloat16)
+    assert saved_kl(folder, policy, loaded, ROWS, weights(loaded), torch.bfloat16) > 1e-9
+
+
+def test_weights_that_are_not_the_live_policy_stop_the_run(trained, tmp_path):
+    """What an adapter merged wrongly would be: saved as given, and given wrong."""
+    loaded, policy = trained
+
+    def change(state):
+        state["model.layers.0.mlp.gate_proj.weight"] *= -1
+
+    wrong = weights(loaded)
+    change(wrong)
+    with pytest.raises(ModelError, match=r"the weights to be saved give a model .* nats from the one in training"):
+        saved_kl(save(loaded, tmp_path / "step", torch.float32, change), policy, loaded, ROWS, wrong, torch.float32)
 
 
 def test_rounding_loss_by_hand(tmp_path):
