@@ -210,14 +210,20 @@ def _first_line(error: Exception) -> str:
 
 def _read_folder(folder: Path, subset: str | None, split: str | None, every_split: bool) -> Iterator[Row]:
     """Read a folder in hub layout, such as a clone of a data set's repository."""
-    layout = _declared_layout(folder) or _found_layout(folder)
-    if not layout:
-        raise DataError("no JSONL, JSON, parquet or CSV file in this folder", where=str(folder))
+    layout = layout_of(folder)
     for subset_name in _choose("subset", "--subset", list(layout), subset, every_split, str(folder)):
         splits = layout[subset_name]
         for split_name in _choose("split", "--source-split", list(splits), split, every_split, str(folder)):
             for path in splits[split_name]:
                 yield from _number(_read_file(path), folder.resolve().name, split_name)
+
+
+def layout_of(folder: str | Path) -> dict[str, dict[str, list[Path]]]:
+    """Return subset -> split -> files of a folder in hub layout. Raises DataError if it holds no file of data."""
+    layout = _declared_layout(Path(folder)) or _found_layout(Path(folder))
+    if not layout:
+        raise DataError("no JSONL, JSON, parquet or CSV file in this folder", where=str(folder))
+    return layout
 
 
 def _choose(what: str, option: str, names: list[str], wanted: str | None, every: bool, where: str) -> list[str]:
