@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
@@ -122,11 +123,45 @@ class Correction(StrEnum):
     mask = "mask"
 
 
+class Preset(StrEnum):
+    """Sampling that a model card recommends; see PRESETS."""
+
+    qwen3_thinking = "qwen3-thinking"
+    qwen3_plain = "qwen3-plain"
+
+
+class Drawing(NamedTuple):
+    """How tokens are drawn; 0 of top-k is all."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+# Qwen3's model cards, "Best Practices": with and without thinking, which its chat template switches
+PRESETS = {Preset.qwen3_thinking: (Drawing(0.6, 0.95, 20), True), Preset.qwen3_plain: (Drawing(0.7, 0.8, 20), False)}
+
+
+def with_preset(context: typer.Context, preset: Preset, given: Drawing, loading: ModelOptions) -> tuple[Drawing, ModelOptions]:
+    """Return the sampling of a preset and the template's switch for thinking; what the command line says itself stays as it is."""
+    drawing, thinking = PRESETS[preset]
+    kept = {name: getattr(given, name) for name in Drawing._fields if _on_command_line(context, name)}
+    with suppress(ValueError):  # what is no JSON object is told where it is parsed
+        arguments = json.loads(loading.chat_template_kwargs)
+        if isinstance(arguments, dict):
+            loading = dataclasses.replace(loading, chat_template_kwargs=json.dumps({"enable_thinking": thinking, **arguments}))
+    return drawing._replace(**kept), loading
+
+
+def _on_command_line(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse_given(context: typer.Context, names: dict[str, str], reason: str) -> None:
     """Raise UsageError if an option that would be ignored was given; `names` maps parameters to options."""
     for parameter, option in names.items():
-        source = context.get_parameter_source(parameter)
-        if source is not None and source.name == "COMMANDLINE":
+        if _on_command_line(context, parameter):
             raise UsageError(f"{option} {reason}", hint="leave it out")
 
 
@@ -180,6 +215,9 @@ NumSamples = Annotated[int, _sampling("Rollouts per problem.", "-n", metavar="N"
 Temperature = Annotated[float, _sampling("Sampling temperature; 0 is greedy.", "--temperature", min=0.0)]
 TopP = Annotated[float, _sampling("Nucleus sampling: smallest probability mass to keep.", "--top-p", min=0.0, max=1.0)]
 TopK = Annotated[int, _sampling("Sample from the k most likely tokens; 0 is all.", "--top-k", min=0)]
+PresetOption = Annotated[
+    Preset | None, _sampling("Sampling and thinking switch that a model card recommends; options given beside it win.", "--preset")
+]
 MaxTokens = Annotated[int, _sampling("Maximum completion length in tokens.", "--max-tokens", min=1)]
 MaxPromptTokens = Annotated[int | None, _sampling("Drop problems with longer prompts; they are counted.", "--max-prompt-tokens", min=1)]
 

@@ -1,24 +1,28 @@
 """The folder of an evaluation: results.json, and the graded rollouts that it sums up.
 
 out/ s2d.json results.json rollouts.jsonl
+     problems.jsonl   what was counted of each problem: samples, right, score, ...
+     export/          what --export writes
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
-from s2dcli.files.atomic import disk_errors
+from s2dcli.files.atomic import disk_errors, whole_file
 from s2dcli.files.manifest import MANIFEST, read_json, require_complete, sidecar, write_json
 from s2dcli.files.output import CompleteLine, complete_lines, resumable, truncate_after
 from s2dcli.files.output_folder import OutputFolder
 
 RESULTS = "results.json"
 GRADED = "rollouts.jsonl"
+PROBLEMS = "problems.jsonl"
+EXPORT = "export"
 
 
 def results_path(run: str) -> Path:
@@ -42,7 +46,16 @@ def graded_path(run: str) -> str:
 class EvalFolder(OutputFolder):
     """The folder of an evaluation in this process's hands; one that is overwritten stays until the new one is finished."""
 
-    FILES = (RESULTS, GRADED)
+    FILES = (
+        RESULTS,
+        GRADED,
+        PROBLEMS,
+        f"{EXPORT}/lm-eval/*/results_*.json",
+        f"{EXPORT}/lm-eval/*/samples_*.jsonl",
+        f"{EXPORT}/every-eval-ever/data/*/*/*/*.json",
+        f"{EXPORT}/every-eval-ever/data/*/*/*/*_samples.jsonl",
+        f"{EXPORT}/hub/.eval_results/*.yaml",
+    )
     old: dict[str, Any] | None = None  # manifest of what is resumed
 
     def _open(self) -> None:
@@ -53,26 +66,11 @@ class EvalFolder(OutputFolder):
         self.keep = self.old is not None
 
     @property
-    def finished(self) -> bool:
-        return self.old is not None and self.old["complete"]
-
-    def result(self) -> dict[str, Any]:
-        return read_json(self.folder / RESULTS)
-
-    def lines(self, count: int | None = None) -> Iterator[CompleteLine]:
-        """Yield the complete lines of the graded rollouts, `count` of them at most."""
-        return complete_lines(self.folder / GRADED, count)
-
-    @contextmanager
-    def open_rollouts(self, done: int = 0) -> Iterator[jsonl.Writer]:
-        """Open the graded rollouts, to continue after `done` of them."""
-        path = self.folder / GRADED
-        with disk_errors("write", path):
-            if path.exists():
-                truncate_after(path, done)
-        with jsonl.open_output(path, append=True) as writer:
-            yield writer
-            writer.sync()
+    def write_problems(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write what was counted of each problem."""
+        path = self.folder / PROBLEMS
+        with disk_errors("write", path), whole_file(path) as file:
+            file.writelines(map(jsonl.dumps, rows))
 
     def finish(self, results: dict[str, Any], **more: Any) -> None:
         """Write the results and the manifest, with `more` in it."""

@@ -156,19 +156,24 @@ def parse_line(raw: bytes, where: str, **decoding: Any) -> dict:
     return record
 
 
-def read(path: str | Path, expects: str) -> Iterator[Line]:
-    """Yield the objects of a JSONL file as they come; blank lines are skipped.
-
-    Raises DataError at the first line that is not a JSON object.
-    """
+def read_raw(path: str | Path, expects: str) -> Iterator[tuple[str, bytes]]:
+    """Yield (where, line) of a JSONL file as they come; blank lines are skipped. Raises DataError if it shows another format."""
     name = input_name(path)
     with open_input(path, expects) as stream:
         for number, raw in enumerate(stream, 1):
             if number == 1:
                 _refuse_foreign(raw, name, expects)
             if raw.strip():
-                where = f"{name}:{number}"
-                yield Line(where, parse_line(raw, where))
+                yield f"{name}:{number}", raw
+
+
+def read(path: str | Path, expects: str) -> Iterator[Line]:
+    """Yield the objects of a JSONL file as they come; blank lines are skipped.
+
+    Raises DataError at the first line that is not a JSON object.
+    """
+    for where, raw in read_raw(path, expects):
+        yield Line(where, parse_line(raw, where))
 
 
 def parse_strict(raw: bytes, where: str) -> dict:

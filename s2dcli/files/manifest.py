@@ -81,7 +81,7 @@ def describe(
     """Build a manifest. `inputs` are files, folders or pipes; `parents` are (role, checkpoint), e.g. ("teacher", CHECKPOINT).
 
     `rollouts` are the rows that are learnt from or measured: who sampled them is a parent too. `streamed` are the
-    records that were read from a pipe, whose hash is the input's then, so that a resume can be held to the same.
+    records that were read from a pipe or from the hub, whose hash is the input's then, so that a resume can be held to the same.
     Raises DataError if an input is not complete.
     """
     ancestors: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def _input(path: str, ancestors: dict[str, Any], streamed: Iterable[Mapping[str,
         require_complete(path, Path(path) / MANIFEST)
         return {"path": path, "sha256": folder_sha256(Path(path)), "record": record_of(Path(path) / MANIFEST, ancestors)}
     if not os.path.isfile(path):
-        sha256 = jsonl.sha256(streamed) if jsonl.is_stream(path) and streamed else ""
+        sha256 = jsonl.sha256(streamed) if (jsonl.is_stream(path) or not os.path.exists(path)) and streamed else ""
         return {"path": path, "sha256": sha256, "record": ""}
     require_complete(path, sidecar(path))
     sha256 = file_sha256(path)

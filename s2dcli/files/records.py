@@ -7,12 +7,13 @@ that `datasets` and jq read every column back with the type it was written with.
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from s2dcli import stats
 from s2dcli.errors import DataError, nearest
@@ -260,14 +261,32 @@ def require_labels(problems: list[Problem], hint: str = "RL needs labels; for un
 Row = TypeVar("Row", bound=Rollout)
 
 
+class Seen:
+    """Which samples of which groups there were: a bit each, so that a million rows take some megabytes."""
+
+    BITS = 4096  # sample indices from here on are kept one by one
+
+    def __init__(self) -> None:
+        self._bits: dict[str, int] = {}
+        self._others: set[tuple[str, int]] = set()
+
+    def add(self, group_id: str, sample_index: int, where: str) -> None:
+        """Note a sample. Raises DataError if it was there before."""
+        if 0 <= sample_index < self.BITS:
+            bits, bit = self._bits.get(group_id, 0), 1 << sample_index
+            again, self._bits[group_id] = bits & bit, bits | bit
+        else:
+            again = (group_id, sample_index) in self._others
+            self._others.add((group_id, sample_index))
+        if again:
+            raise DataError(f"group {group_id!r} has sample {sample_index} twice", where=where)
+
+
 def _read_rows(path: str | Path, kind: type[Row]) -> Iterator[tuple[str, Row]]:
-    seen: set[tuple[str, int]] = set()
+    seen = Seen()
     for where, record in jsonl.read(path, "rollouts"):
         row = kind.from_record(record, where)
-        key = (row.group_id, row.sample_index)
-        if key in seen:
-            raise DataError(f"group {key[0]!r} has sample {key[1]} twice", where=where)
-        seen.add(key)
+        seen.add(row.group_id, row.sample_index, where)
         yield where, row
 
 
@@ -279,3 +298,52 @@ def read_rollouts(path: str | Path) -> Iterator[tuple[str, Rollout]]:
 def read_graded(path: str | Path) -> Iterator[tuple[str, Graded]]:
     """Yield (where, graded rollout) for each line; (group_id, sample_index) must be unique. Raises DataError."""
     return _read_rows(path, Graded)
+
+
+# A list of numbers in a line of JSON; in a text its quotation marks would be escaped
+_NUMBERS = re.compile(rb'"(prompt_ids|completion_ids|completion_logprobs)": ?\[([-+0-9.eE, ]*)\]')
+_VERDICT_TEXTS = ("problem_id", "problem_sha256", "group_id", "finish_reason", "answer")
+
+
+class VerdictLine(NamedTuple):
+    """A graded rollout as it is counted: in `record` a number of tokens stands where the line has ids or log-probs."""
+
+    where: str
+    raw: bytes
+    record: dict[str, Any]
+
+
+def read_verdicts(path: str | Path) -> Iterator[VerdictLine]:
+    """Yield the lines of a file of graded rollouts, without parsing the token ids and log-probs that are most of it.
+
+    What is counted of a row is checked, and that (group_id, sample_index) is unique. Raises DataError.
+    """
+    seen = Seen()
+    for where, raw in jsonl.read_raw(path, "rollouts"):
+        record = jsonl.parse_line(_NUMBERS.sub(_counted, raw), where)
+        for name, take_numbers in _NUMBER_LISTS.items():
+            if type(record.get(name)) is not int:  # missing, or a list that has more than numbers in it or is written in another way
+                record[name] = len(take_numbers(record, name, where))
+        for name in _VERDICT_TEXTS:
+            take(record, name, str, where)
+        if record["completion_ids"] != record["completion_logprobs"]:
+            raise DataError(f"{record['completion_ids']} completion_ids but {record['completion_logprobs']} completion_logprobs", where=where)
+        sampler = take(record, "sampler", dict, where)
+        if type(sampler.get("max_tokens")) is not int:
+            take({f"sampler.{name}": value for name, value in sampler.items()}, "sampler.max_tokens", int, where)
+        take(record, "source", dict, where)
+        take_reward(record, where)
+        for name, kind in _VERDICT_KINDS.items():
+            if name in record:
+                take(record, name, kind, where)
+        seen.add(record["group_id"], take(record, "sample_index", int, where), where)
+        yield VerdictLine(where, raw, record)
+
+
+_NUMBER_LISTS = {"prompt_ids": take_ids, "completion_ids": take_ids, "completion_logprobs": take_logprobs}
+_VERDICT_KINDS = {"label": (bool, type(None)), "extracted": str, "verifier": str, "verify_error": str}
+
+
+def _counted(match: re.Match[bytes]) -> bytes:
+    numbers = match[2].strip()
+    return b'"%b": %d' % (match[1], numbers.count(b",") + 1 if numbers else 0)

@@ -1,41 +1,63 @@
-"""Measure a model: avg@k with its standard error over problems, pass@k and the share of truncated answers.
+"""Measure a model: avg@k with its standard error over problems, pass@k, maj@k, and what the score is made up of.
 
     s2d eval --model CKPT problems.jsonl -k 16 -o results/ckpt
     s2d rollout -m CKPT problems.jsonl -n 16 | s2d verify | s2d eval --rollouts -
+    s2d eval -m Qwen/Qwen3-1.7B math500 aime24 aime25 --preset qwen3-thinking --max-tokens 32768 -o results/qwen3
+    s2d eval --rollouts graded.jsonl -o results/ckpt --export lm-eval --export hub
 
-avg@k is the mean over problems of the share of right answers among k samples (paper, Evaluation);
-± is the standard error over problems, for this one checkpoint. Answers that could not be graded
-count as wrong and are reported. `--resume` resumes an unfinished folder.
+avg@k is the mean over problems of the share of right answers among k samples (paper, Evaluation); ± is the standard error over
+problems (`se_over`), for this one checkpoint. It has two parts: between problems, which more problems lower, and decoding, which more
+samples lower too; the last line says which of them would help. pass@j for j = 1, 2, 4, ..., k is Chen et al.'s unbiased estimate.
+maj@k lets a problem's samples vote: right ones count as one answer, however they are written, wrong ones vote together if their texts
+are the same after normalising LaTeX and white space; a tie counts in part. Answers that could not be graded count as wrong and are reported.
+stats/ has the formulas.
+
+PROBLEMS are files of `s2d prepare`, or benchmarks by name (datasets/benchmarks.py), or NAME=PATH for a local copy of one. Several are
+measured with one model load: each gets a folder of its own in -o and a line on standard output.
+`--resume` resumes what is not finished.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from s2dcli import console, options, stats
+from s2dcli.datasets.benchmarks import BENCHMARKS, read_benchmark
 from s2dcli.engines.opening import check_engine
-from s2dcli.errors import DataError, UsageError
+from s2dcli.errors import DataError, UsageError, nearest
+from s2dcli.exports import formats
+from s2dcli.exports.evaluated import HUB_ID, Evaluated
 from s2dcli.files import jsonl
-from s2dcli.files.eval_folder import EvalFolder
+from s2dcli.files.atomic import disk_errors
+from s2dcli.files.eval_folder import EXPORT, GRADED, RESULTS, EvalFolder
 from s2dcli.files.ledger import warnings
 from s2dcli.files.manifest import describe, name_samplers
-from s2dcli.files.records import read_graded, read_problems, require_labels
+from s2dcli.files.records import Problem, read_problems, read_verdicts, require_labels
+from s2dcli.grade.normalise import normalise
 from s2dcli.grade.pool import MATH, Grader
 from s2dcli.grade.rewards import parse_all
 
+if TYPE_CHECKING:
+    from s2dcli.assembly.sampling import Sampler
+    from s2dcli.models.checkpoints import Checkpoint
+
 DEFAULT_K = 16  # the paper's avg@16
-# On --resume: cutting batches otherwise changes log-probs in the sixth decimal only
-MAY_CHANGE = {"device", "sample_tokens", "workers", "name", "max_in_flight", "server_timeout"}
+# On --resume: cutting batches otherwise changes log-probs in the sixth decimal only; exports can be written later
+MAY_CHANGE = {"device", "sample_tokens", "workers", "name", "max_in_flight", "server_timeout", "export"}
 # What tells samplers apart
 SAMPLER_KEYS = ("model", "revision", "checkpoint", "step", "temperature", "top_p", "top_k", "max_tokens", "template")
 # What would be ignored when the rollouts are there already
 MODEL_ONLY = {
     "k": "-k",
+    "preset": "--preset",
     "temperature": "--temperature",
     "top_p": "--top-p",
     "top_k": "--top-k",
@@ -44,13 +66,31 @@ MODEL_ONLY = {
     "seed": "--seed",
     "engine": "--engine",
 }
+ANSWERS_KEPT = 2**16  # answers whose normal form is remembered
+
+
+@dataclass(frozen=True)
+class Target:
+    """One set of problems, or file of graded rollouts, that is measured; `out` is its folder."""
+
+    source: str
+    task: str
+    problems: list[Problem]
+    out: Path | None
 
 
 def evaluate(
     context: typer.Context,
     *,
     model: Annotated[str | None, typer.Option("--model", "-m", metavar="CKPT", help="Hub id, checkpoint folder or run folder.")] = None,
-    problems: options.Problems = "-",
+    problems: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROBLEMS",
+            help=f"Problems, JSONL; - is standard input. Or benchmarks: {', '.join(BENCHMARKS)}; NAME=PATH is a local copy.",
+            show_default=False,
+        ),
+    ] = None,
     rollouts: Annotated[
         str | None, typer.Option("--rollouts", metavar="GRADED", help="Graded rollouts instead of a model; - is standard input.")
     ] = None,
@@ -62,9 +102,14 @@ def evaluate(
         str | None,
         typer.Option("--name", help="Row of this result in s2d report.", show_default="the model's", rich_help_panel=options.OUTPUT),
     ] = None,
+    export: Annotated[
+        list[formats.Export] | None,
+        typer.Option("--export", help="Also write the results as other tools read them; repeatable.", rich_help_panel=options.OUTPUT),
+    ] = None,
     k: Annotated[
         int | None, typer.Option("-k", min=1, help="Samples per problem.", show_default="16; 1 if greedy", rich_help_panel=options.SAMPLING)
     ] = None,
+    preset: options.PresetOption = None,
     temperature: options.Temperature = 1.0,
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
@@ -77,104 +122,237 @@ def evaluate(
     seed: options.Seed = 0,
 ) -> None:
     """Measure avg@k of a model, or of graded rollouts."""
-    settings = options.flatten(locals())
+    if preset:
+        drawn, loading = options.with_preset(context, preset, options.Drawing(temperature, top_p, top_k), loading)
+        temperature, top_p, top_k = drawn.temperature, drawn.top_p, drawn.top_k
+    settings = options.flatten({name: value for name, value in locals().items() if name != "drawn"})
     check_engine(sampling)
     if (model is None) == (rollouts is None):
         raise UsageError("choose what to measure", hint="--model CKPT, or --rollouts GRADED for completions that exist already")
     if rollouts is not None:
-        if problems != jsonl.STDIN:
+        if problems:
             raise UsageError("PROBLEMS go with --model; graded rollouts bring their own")
         options.refuse_given(context, MODEL_ONLY, "goes with --model; graded rollouts are measured as they are")
     if temperature == 0 and (k or 1) > 1:
         raise UsageError(f"-k {k} at --temperature 0: greedy samples are all equal", hint="leave -k out, or sample at --temperature 1")
-    if (resume or overwrite) and out is None:
-        raise UsageError("--resume and --overwrite need a folder", hint="-o DIR names it")
-    source = rollouts or problems
-    if out:
-        EvalFolder.check(out, "eval", [source, *([model] if model else [])], overwrite=overwrite, resume=resume)
+    for given, flag in ((resume or overwrite, "--resume and --overwrite need"), (export, "--export needs")):
+        if given and out is None:
+            raise UsageError(f"{flag} a folder", hint="-o DIR names it")
+    sources = [rollouts] if rollouts is not None else problems or [jsonl.STDIN]
+    targets = _places(sources, out)
+    for target in targets:
+        if target.out:
+            path = target.source.partition("=")[2] or target.source
+            EvalFolder.check(target.out, "eval", [path, *([model] if model else [])], overwrite=overwrite, resume=resume)
+    if model:
+        targets = [replace(target, problems=_read(target.source)) for target in targets]
+        _check_problems(targets, grading, export or [])
 
     from s2dcli.models.checkpoints import resolve
 
-    problems = read_problems(problems) if model else []
-    if any(reward.built_in for reward in parse_all(grading.reward or [MATH])):
-        require_labels(problems, "measure on labelled problems, or use a reward that needs no answer: --reward python:MODULE:FUNCTION")
     checkpoint = resolve(model) if model else None
-    parents, streamed = [("model", checkpoint)] if checkpoint else [], [problem.to_record() for problem in problems]
-    manifest = describe("eval", settings, inputs=[source, *loading.files], parents=parents, streamed=streamed)
-    summary, seen, measured, done, started = stats.Summary(), {}, set(), 0, time.monotonic()
-    with ExitStack() as stack:
-        folder = EvalFolder(out, manifest, may_change=MAY_CHANGE, overwrite=overwrite, resume=resume) if out else None
-        if folder and stack.enter_context(folder).finished:
-            console.info(f"{out} is complete already")
-            jsonl.print_result(folder.result(), console.eval_table)
-            return
-        if checkpoint:
-            console.starting()
-            from s2dcli.assembly.loading import load_scorer
-            from s2dcli.assembly.sampling import count_done, make_tasks, open_sampler, plan
-            from s2dcli.engines.base import SamplingParams
-            from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
+    k = k or (1 if temperature == 0 else DEFAULT_K)
+    evaluation = Evaluation(checkpoint, k, name, preset.value if preset else "", export or [])
+    with ExitStack() as opened:
+        for target in targets:
+            streamed = [problem.to_record() for problem in target.problems]
+            told = {**settings, "problems": target.source, "out": target.out}
+            parents = [("model", checkpoint)] if checkpoint else []
+            manifest = describe("eval", told, inputs=[target.source, *loading.files], parents=parents, streamed=streamed)
+            with ExitStack() as stack:
+                folder = EvalFolder(target.out, manifest, may_change=MAY_CHANGE, overwrite=overwrite, resume=resume) if target.out else None
+                if folder and stack.enter_context(folder).finished:
+                    console.info(f"{target.out} is complete already")
+                    results = folder.result()
+                else:
+                    if checkpoint and evaluation.sampler is None:
+                        drawing = (temperature, top_p, top_k, max_tokens)
+                        evaluation.open(opened, targets, drawing, sampling, grading, loading, seed)
+                    results = evaluation.measure(target, folder, manifest, stack)
+                if folder:
+                    evaluation.export(target, folder, results)
+            jsonl.print_result(results, console.eval_table)
 
-            k = k or (1 if temperature == 0 else DEFAULT_K)
-            grader = stack.enter_context(Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit))
-            template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
-            encoder = PromptEncoder(load_tokenizer(checkpoint.folder, loading.trust_remote_code), loading.chat_template, template_kwargs)
-            params = SamplingParams(temperature, top_p, top_k, max_tokens)
-            tasks = make_tasks(problems, encoder)
-            batches = plan(tasks, k, max_tokens, sampling.sample_tokens)
-            sampler = stack.enter_context(open_sampler(checkpoint, encoder, params, sampling, loading, seed=seed))
-            if folder:
-                done = count_done(folder.lines(), batches, k, whole_batches=sampler.engine.whole_batches)
-            if sampling.parity_rows:
-                sampler.prove(tasks, load_scorer(checkpoint, loading))
-            groups = ([row.to_record() for row in group] for group in sampler.sample_batches(batches, k, done))
-            graded = (record for group in groups for record in grader.graded(group))
-        else:
-            graded = (row.to_record() for _, row in read_graded(rollouts))
+
+def _places(sources: list[str], out: Path | None) -> list[Target]:
+    """Name each source, and give it its folder: -o itself, or with several sources one in it. Raises UsageError for equal names."""
+    tasks = [_task(source) for source in sources]
+    if repeated := {task for task in tasks if tasks.count(task) > 1}:
+        raise UsageError(f"several PROBLEMS are named {', '.join(sorted(repeated))}", hint="measure them one by one, or rename the files")
+    return [
+        Target(source, task, [], out and (out / task if len(sources) > 1 else out)) for source, task in zip(sources, tasks, strict=True)
+    ]
+
+
+def _task(source: str) -> str:
+    if jsonl.is_stream(source):
+        return "stdin"
+    name, is_copy, _ = source.partition("=")
+    return name if is_copy and name in BENCHMARKS else source if source in BENCHMARKS else Path(source).name.split(".")[0] or "problems"
+
+
+def _read(source: str) -> list[Problem]:
+    """Return the problems of a file, of standard input or of a benchmark; a file of a benchmark's name counts as the file."""
+    name, is_copy, path = source.partition("=")
+    if is_copy and name in BENCHMARKS:
+        return read_benchmark(name, path)
+    if source in BENCHMARKS and not Path(source).exists():
+        return read_benchmark(source)
+    if not jsonl.is_stream(source) and not Path(source).exists() and "/" not in source and "." not in source:
+        hint = f"benchmarks: {', '.join(BENCHMARKS)}"
+        raise DataError(f"no such file, and no benchmark of that name{nearest(source, BENCHMARKS)}", where=source, hint=hint)
+    return read_problems(source)
+
+
+def _check_problems(targets: list[Target], grading: options.GradingOptions, exports: list[formats.Export]) -> None:
+    """Raise DataError for problems without answers that the rewards need, and for a data set that an export has no place for."""
+    for target in targets:
+        if any(reward.built_in for reward in parse_all(grading.reward or [MATH])):
+            hint = "measure on labelled problems, or use a reward that needs no answer: --reward python:MODULE:FUNCTION"
+            require_labels(target.problems, hint)
+        dataset = str(target.problems[0].source.get("dataset", ""))
+        if formats.Export.hub in exports and not HUB_ID.fullmatch(dataset):
+            problem = f"--export hub: no hub id is known of the data set {dataset!r}"
+            raise DataError(problem, where=target.source, hint="NAME=PATH reads a benchmark's local copy under its hub id")
+
+
+class Evaluation:
+    """Measures one set of problems after the other; the model, once opened, stays."""
+
+    def __init__(self, checkpoint: Checkpoint | None, k: int, name: str | None, preset: str, exports: list[formats.Export]) -> None:
+        self.checkpoint, self.k, self.name, self.preset, self.exports = checkpoint, k, name, preset, exports
+        self.sampler: Sampler | None = None
+        self.canonical = lru_cache(ANSWERS_KEPT)(normalise)
+
+    def open(
+        self,
+        stack: ExitStack,
+        targets: list[Target],
+        drawing: tuple[float, float, int, int],
+        sampling: options.EngineOptions,
+        grading: options.GradingOptions,
+        loading: options.ModelOptions,
+        seed: int,
+    ) -> None:
+        """Encode all problems, load the model and start the grader. `drawing`: temperature, top-p, top-k, maximum of tokens."""
+        console.starting()
+        from s2dcli.assembly.loading import load_scorer
+        from s2dcli.assembly.sampling import make_tasks, open_sampler
+        from s2dcli.engines.base import SamplingParams
+        from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs
+
+        self.grader = stack.enter_context(Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit))
+        template_kwargs = parse_template_kwargs(loading.chat_template_kwargs)
+        tokenizer = load_tokenizer(self.checkpoint.folder, loading.trust_remote_code)
+        encoder = PromptEncoder(tokenizer, loading.chat_template, template_kwargs)
+        self.tasks = {target.task: make_tasks(target.problems, encoder) for target in targets}
+        self.sampler = stack.enter_context(
+            open_sampler(self.checkpoint, encoder, SamplingParams(*drawing), sampling, loading, seed=seed)
+        )
+        self.scorer = load_scorer(self.checkpoint, loading) if sampling.parity_rows else None
+
+    def measure(self, target: Target, folder: EvalFolder | None, manifest: dict[str, Any], stack: ExitStack) -> dict[str, Any]:
+        """Sample and grade what is not there yet, count all of it, and finish the folder. Returns the results."""
+        summary, seen, measured, started = stats.Summary(self.canonical), Seen(), set(), time.monotonic()
+        done, rows = self._samples(target, folder) if self.checkpoint else (0, _lines(target.source, writing=folder is not None))
         writer = stack.enter_context(folder.open_rollouts(done)) if folder else None
-        advance = stack.enter_context(console.progress("evaluating", len(problems) * k if checkpoint else None, "rollouts"))
+        total = len(target.problems) * self.k if self.checkpoint else None
+        advance = stack.enter_context(console.progress(f"evaluating {target.task}", total, "rollouts"))
 
         def count(record: dict[str, Any]) -> None:
-            _note_sampler(seen, record)
+            seen.note(record)
             measured.add(record["problem_sha256"])
             summary.add(record)
             advance()
 
         for line in folder.lines(done) if folder else ():
             count(line.record)
-        for record in graded:
+        for record, line in rows:
             count(record)
             if writer:
-                writer.write(record)
-                writer.flush()
-                folder.keep = bool(checkpoint)  # graded rollouts that are there already are read from the start
+                writer.write_line(line)
+                if self.checkpoint:  # graded rollouts that are there already are read from the start
+                    writer.flush()
+                    folder.keep = True
         try:
-            figures = summary.figures()
+            figures = summary.report()
         except ValueError as error:
-            raise DataError(f"cannot be evaluated: {error}", where=jsonl.input_name(source)) from None
-        results = {"name": name or seen["model"], **seen, **figures}
-        if not checkpoint:
-            name_samplers(manifest, [{"sampler": seen}])
+            raise DataError(f"cannot be evaluated: {error}", where=jsonl.input_name(target.source)) from None
+        seconds = time.monotonic() - started
+        told = {"preset": self.preset, **figures, "seconds": round(seconds, 3) if self.checkpoint else None}
+        results = {"name": self.name or seen.sampler["model"], **seen.sampler, **told}
+        if not self.checkpoint:
+            name_samplers(manifest, [{"sampler": seen.sampler}])
         if folder:
             writer.sync()
-            rows = figures["problems"] * figures["k"]
-            seconds = time.monotonic() - started
-            counts = {"problems": figures["problems"], "rollouts": rows, "tokens": round(figures["mean_tokens"] * rows), "seconds": seconds}
-            folder.finish(results, counts=counts, measured=sorted(measured))
-    for caution in (*stats.cautions(figures), *warnings(manifest, measured)):
-        console.warn(caution)
-    console.info(stats.in_words(figures))
-    jsonl.print_result(results, console.eval_table)
+            folder.write_problems(summary.rows())
+            counts = {"problems": figures["problems"], "rollouts": figures["problems"] * figures["k"], "tokens": figures["tokens"]}
+            folder.finish(results, counts={**counts, "seconds": seconds}, measured=sorted(measured))
+        for caution in (*stats.cautions(figures), *warnings(manifest, measured)):
+            console.warn(caution)
+        console.info(stats.in_words(figures))
+        if advice := stats.problems_or_samples(figures):
+            console.info(advice)
+        return results
+
+    def _samples(self, target: Target, folder: EvalFolder | None) -> tuple[int, Iterator[tuple[dict[str, Any], bytes]]]:
+        """Return how many rows are there already, and the graded rows that are still to be sampled."""
+        from s2dcli.assembly.sampling import count_done, plan
+
+        sampler, tasks = self.sampler, self.tasks[target.task]
+        batches = plan(tasks, self.k, sampler.params.max_tokens, sampler.batch_tokens)
+        done = count_done(folder.lines(), batches, self.k, whole_batches=sampler.engine.whole_batches) if folder else 0
+        if self.scorer:
+            sampler.prove(tasks, self.scorer)
+        groups = ([row.to_record() for row in group] for group in sampler.sample_batches(batches, self.k, done))
+        return done, ((record, jsonl.dumps(record)) for group in groups for record in self.grader.graded(group))
+
+    def export(self, target: Target, folder: EvalFolder, results: dict[str, Any]) -> None:
+        """Write what --export asks for, from what the folder holds."""
+        if self.exports and "se_over" not in results:
+            problem = "was measured by an earlier version of s2d, whose results have not all that an export needs"
+            raise DataError(problem, where=str(folder.out), hint="s2d eval --rollouts FOLDER/rollouts.jsonl measures them again")
+
+        def rows() -> Iterator[dict[str, Any]]:
+            return (record for _, record in jsonl.read(folder.out / GRADED, "graded rollouts"))
+
+        for kind in self.exports:
+            dataset = str(next(rows())["source"].get("dataset", ""))
+            named = next((name for name, known in BENCHMARKS.items() if known.hub_id == dataset), "")
+            task = named or (target.task if self.checkpoint else dataset.rpartition("/")[2] or target.task)
+            when = (folder.out / RESULTS).stat().st_mtime
+            with disk_errors("export", folder.out):
+                files = formats.write(kind, Evaluated(results, rows, task, when, self.canonical), folder.out / EXPORT)
+            console.info(f"{kind.value}: {', '.join(map(str, files))}")
 
 
-def _note_sampler(seen: dict[str, Any], record: dict[str, Any]) -> None:
-    """Note who sampled these completions, and how; one result must not mix models or ways of sampling."""
-    sampler, source = record["sampler"], record["source"]
-    for key in SAMPLER_KEYS:
-        value = sampler.get(key, "")
-        if seen.setdefault(key, value) != value:
-            mixed = f"rollouts of different samplers in one evaluation: {key} {seen[key]!r} and {value!r}"
-            raise DataError(mixed, hint="evaluate them one by one")
-    dataset = "/".join(str(part) for part in (source.get("dataset"), source.get("split")) if part)
-    if seen.setdefault("dataset", dataset) != dataset:
-        seen["dataset"] = "mixed"
+def _lines(path: str, *, writing: bool) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield graded rollouts, each with the line to be written of it."""
+    for where, raw, record in read_verdicts(path):
+        line = b""
+        if writing:
+            line = raw.strip() + b"\n" if raw.isascii() else jsonl.dumps(jsonl.parse_strict(raw, where))
+        yield record, line
+
+
+class Seen:
+    """Who sampled the completions, how, and of which data set; one result must not mix models or ways of sampling."""
+
+    def __init__(self) -> None:
+        self.sampler: dict[str, Any] = {}
+        self._last: tuple[Any, Any] = (None, None)
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Compare one row with those before it. Raises DataError."""
+        sampler, source = record["sampler"], record["source"]
+        if (sampler, source) == self._last:
+            return
+        self._last = (sampler, source)
+        for key in SAMPLER_KEYS:
+            value = sampler.get(key, "")
+            if self.sampler.setdefault(key, value) != value:
+                mixed = f"rollouts of different samplers in one evaluation: {key} {self.sampler[key]!r} and {value!r}"
+                raise DataError(mixed, hint="evaluate them one by one")
+        dataset = "/".join(str(part) for part in (source.get("dataset"), source.get("split")) if part)
+        if self.sampler.setdefault("dataset", dataset) != dataset:
+            self.sampler["dataset"] = "mixed"

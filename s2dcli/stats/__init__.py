@@ -23,6 +23,7 @@ from s2dcli.stats.summary import (
     problems_or_samples,
     summarize,
     verdict,
+    vote,
 )
 
 __all__ = [
@@ -53,4 +54,5 @@ __all__ = [
     "t_test",
     "variance_parts",
     "verdict",
+    "vote",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +103,8 @@ class Summary:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take one graded rollout into account."""
-        problem, reward, tokens = record["problem_id"], record["reward"], len(record["completion_ids"])
+        problem, reward, ids = record["problem_id"], record["reward"], record["completion_ids"]
+        tokens = ids if isinstance(ids, int) else len(ids)  # records.read_verdicts counts them
         right = self._scores.add(problem, record)
         tally = self._tallies.get(problem)
         if tally is None:
@@ -246,6 +248,11 @@ def majority_score(right: int, votes: Mapping[str, int]) -> float:
     if right == 0 or right < most:
         return 0.0
     return 1 / (1 + sum(count == right for count in votes.values()))
+
+
+def vote(right: int, wrong: Iterable[str], canonical: Callable[[str], str] = str.strip) -> float:
+    """Return the `majority_score` of a problem with so many right samples and these wrong answers."""
+    return majority_score(right, Counter(map(canonical, wrong)))
 
 
 def summarize(graded: Iterable[Mapping[str, Any]]) -> Figures:
