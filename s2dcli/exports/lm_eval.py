@@ -74,7 +74,11 @@ def _results(evaluated: Evaluated, task: str, task_hash: str) -> dict[str, Any]:
         "n-samples": {task: {"original": found["problems"], "effective": found["problems"]}},
         "config": {
             "model": "s2d",
-            "model_args": {"pretrained": found["model"], "revision": found["revision"], "engine": evaluated.first["sampler"].get("engine", "")},
+            "model_args": {
+                "pretrained": found["model"],
+                "revision": found["revision"],
+                "engine": evaluated.first["sampler"].get("engine", ""),
+            },
             "model_revision": found["revision"],
             "model_sha": found["checkpoint"],
             "gen_kwargs": _generation(found),

@@ -66,6 +66,27 @@ class EvalFolder(OutputFolder):
         self.keep = self.old is not None
 
     @property
+    def finished(self) -> bool:
+        return self.old is not None and self.old["complete"]
+
+    def result(self) -> dict[str, Any]:
+        return read_json(self.folder / RESULTS)
+
+    def lines(self, count: int | None = None) -> Iterator[CompleteLine]:
+        """Yield the complete lines of the graded rollouts, `count` of them at most."""
+        return complete_lines(self.folder / GRADED, count)
+
+    @contextmanager
+    def open_rollouts(self, done: int = 0) -> Iterator[jsonl.Writer]:
+        """Open the graded rollouts, to continue after `done` of them."""
+        path = self.folder / GRADED
+        with disk_errors("write", path):
+            if path.exists():
+                truncate_after(path, done)
+        with jsonl.open_output(path, append=True) as writer:
+            yield writer
+            writer.sync()
+
     def write_problems(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write what was counted of each problem."""
         path = self.folder / PROBLEMS

@@ -326,8 +326,9 @@ def read_verdicts(path: str | Path) -> Iterator[VerdictLine]:
                 record[name] = len(take_numbers(record, name, where))
         for name in _VERDICT_TEXTS:
             take(record, name, str, where)
-        if record["completion_ids"] != record["completion_logprobs"]:
-            raise DataError(f"{record['completion_ids']} completion_ids but {record['completion_logprobs']} completion_logprobs", where=where)
+        ids, logprobs = record["completion_ids"], record["completion_logprobs"]
+        if ids != logprobs:
+            raise DataError(f"{ids} completion_ids but {logprobs} completion_logprobs", where=where)
         sampler = take(record, "sampler", dict, where)
         if type(sampler.get("max_tokens")) is not int:
             take({f"sampler.{name}": value for name, value in sampler.items()}, "sampler.max_tokens", int, where)

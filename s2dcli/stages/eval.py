@@ -8,9 +8,9 @@
 avg@k is the mean over problems of the share of right answers among k samples (paper, Evaluation); ± is the standard error over
 problems (`se_over`), for this one checkpoint. It has two parts: between problems, which more problems lower, and decoding, which more
 samples lower too; the last line says which of them would help. pass@j for j = 1, 2, 4, ..., k is Chen et al.'s unbiased estimate.
-maj@k lets a problem's samples vote: right ones count as one answer, however they are written, wrong ones vote together if their texts
-are the same after normalising LaTeX and white space; a tie counts in part. Answers that could not be graded count as wrong and are reported.
-stats/ has the formulas.
+maj@k lets a problem's samples vote: right ones count as one answer, however they are written, wrong ones vote together if their
+texts are the same after normalising LaTeX and white space; a tie counts in part. Answers that could not be graded count as wrong
+and are reported. stats/ has the formulas.
 
 PROBLEMS are files of `s2d prepare`, or benchmarks by name (datasets/benchmarks.py), or NAME=PATH for a local copy of one. Several are
 measured with one model load: each gets a folder of its own in -o and a line on standard output.
@@ -246,9 +246,7 @@ class Evaluation:
         tokenizer = load_tokenizer(self.checkpoint.folder, loading.trust_remote_code)
         encoder = PromptEncoder(tokenizer, loading.chat_template, template_kwargs)
         self.tasks = {target.task: make_tasks(target.problems, encoder) for target in targets}
-        self.sampler = stack.enter_context(
-            open_sampler(self.checkpoint, encoder, SamplingParams(*drawing), sampling, loading, seed=seed)
-        )
+        self.sampler = stack.enter_context(open_sampler(self.checkpoint, encoder, SamplingParams(*drawing), sampling, loading, seed=seed))
         self.scorer = load_scorer(self.checkpoint, loading) if sampling.parity_rows else None
 
     def measure(self, target: Target, folder: EvalFolder | None, manifest: dict[str, Any], stack: ExitStack) -> dict[str, Any]:

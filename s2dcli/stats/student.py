@@ -45,5 +45,3 @@ def t_quantile(p: float, degrees: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if t_test(middle, degrees) > p else (low, middle)
     return high
-
-
