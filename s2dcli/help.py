@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 from s2dcli.errors import UsageError
 
 GENERAL = "General"
+BEHIND = f"{__name__}.behind"  # key of a context's `meta`: the arguments that come after `--`
 # Panels in the order of use; others stand before the last four, in the order in which a command declares them.
 PANELS = ("Arguments", "Options", "Model", "Sampling", "Objective", "Grading", "Training")
 LAST_PANELS = ("Output", "Memory", "Engine", GENERAL)
@@ -31,8 +32,8 @@ WHOLE_PAGE = 24  # options up to which `--help` shows all of them
 # Parameters that `--help` shows where a command has more options than that, beside those that are required.
 COMMON = """
     model teacher student problems rollouts out num_samples k temperature max_tokens max_prompt_tokens engine shard loss kl_coef
-    estimator hard_labels only_correct reward steps epochs problems_per_step mini_batch_size lr tokens_per_batch lora_rank dtype
-    device chat_template save_every eval_problems eval_every dry_run overwrite resume seed quiet verbose help_all help
+    estimator hard_labels only_correct reward preset export steps epochs problems_per_step mini_batch_size lr tokens_per_batch
+    lora_rank dtype device chat_template save_every eval_problems eval_every dry_run overwrite resume seed quiet verbose help_all help
 """
 LARGEST = 2**53  # integers beyond it are not the same number for every reader of JSON
 WIDEST = 120  # columns
@@ -81,6 +82,8 @@ class Command(TyperCommand):
     """A command with our help page, whose numbers are finite."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        # Arguments behind `--`: of two groups the second (s2d compare A1 A2 -- B1 B2); the parser drops the mark
+        ctx.meta[BEHIND] = args[args.index("--") + 1 :] if "--" in args else []
         rest = super().parse_args(ctx, args)
         for option in self.params:
             value = ctx.params.get(option.name)

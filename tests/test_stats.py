@@ -79,14 +79,19 @@ def test_a_paired_difference_equals_the_formula_in_float64():
     # Two-sided tail of Student's t with 39 degrees of freedom, by integrating the density.
     grid = np.linspace(abs(found["t"]), 400, 4_000_001)
     scale = math.exp(math.lgamma(20) - math.lgamma(19.5)) / math.sqrt(39 * math.pi)
-    assert found["p"] == pytest.approx(2 * np.trapezoid(scale * (1 + grid**2 / 39) ** -20, grid), rel=1e-6)
-    assert (found["low"], found["high"]) == pytest.approx(found["difference"] + error * 2.022690920036762 * np.array([-1, 1]), rel=1e-9)
+    assert found["p_t"] == pytest.approx(2 * np.trapezoid(scale * (1 + grid**2 / 39) ** -20, grid), rel=1e-6)
+    assert found["ci95"] == pytest.approx(found["difference"] + error * 2.022690920036762 * np.array([-1, 1]), rel=1e-9)
 
 
-def test_a_paired_difference_without_spread_has_no_p():
+def test_a_paired_difference_without_spread_has_no_interval():
     same = {"a": [1.0, 0.0], "b": [0.0, 0.0]}
-    none = {"se": 0.0, "t": None, "p": None, "low": None, "high": None}
-    assert stats.paired_difference(same, same) == {"problems": 2, "a": 0.25, "b": 0.25, "difference": 0.0, **none}
+    none = dict.fromkeys(["t", "p_t", "ci95", "detectable", "more_problems", "more_samples"])
+    counts = {"wins": 0, "losses": 0, "ties": 2, "p": 1.0, "p_method": "exact", "resolved": False}
+    assert stats.paired_difference(same, same) == {
+        **{"problems": 2, "k": [2, 2], "a": 0.25, "b": 0.25, "difference": 0.0, "se": 0.0},
+        **none,
+        **counts,
+    }
     with pytest.raises(ValueError, match="no problem is in both"):
         stats.paired_difference(same, {"c": [1.0]})
 
@@ -98,13 +103,14 @@ def test_differences_that_are_equal_up_to_rounding_have_no_spread():
     assert len({stats.mean(second[name]) - stats.mean(first[name]) for name in first}) > 1
     found = stats.paired_difference(first, second)
     assert found["difference"] == pytest.approx(0.2)
-    assert (found["se"], found["t"], found["p"], found["low"], found["high"]) == (0.0, None, None, None, None)
+    assert (found["se"], found["t"], found["p_t"], found["ci95"], found["detectable"]) == (0.0, None, None, None, None)
+    assert found["p"] == 2 / 2**5  # all five problems alike: two of 32 patterns of signs are as far from zero
 
 
-def test_unequal_sample_counts_are_never_compared():
+def test_unequal_sample_counts_within_a_set_are_never_compared():
     four = {"a": [1.0, 0.0, 0.0, 1.0], "b": [0.0, 0.0, 0.0, 1.0]}
-    with pytest.raises(ValueError, match="problem 'a' has 3 samples in B, but problem 'a' has 4 in A"):
-        stats.paired_difference(four, {name: scores[:3] for name, scores in four.items()})
+    found = stats.paired_difference(four, {name: scores[:3] for name, scores in four.items()})
+    assert (found["k"], found["b"]) == ([4, 3], pytest.approx(1 / 6))
     with pytest.raises(ValueError, match="problem 'b' has 2 samples in A"):
         stats.paired_difference({**four, "b": [1.0, 0.0]}, four)
 
@@ -148,7 +154,7 @@ def test_false_positives_of_small_comparisons_are_as_rare_as_p_says(problems):
     for _ in range(1000):
         # Means of 400 fair coins: as good as normal, no difference between the two sides.
         a, b = draw.binomial(400, 0.5, (2, problems)) / 400
-        p = stats.paired_difference({str(i): [x] for i, x in enumerate(a)}, {str(i): [x] for i, x in enumerate(b)})["p"]
+        p = stats.paired_difference({str(i): [x] for i, x in enumerate(a)}, {str(i): [x] for i, x in enumerate(b)})["p_t"]
         found += p is not None and p < 0.05
     assert 30 <= found <= 70  # 50 expected, standard deviation 7; the normal distribution gives 170 and 85
 

@@ -90,15 +90,17 @@ def variance_parts(right: Sequence[int], k: int) -> Parts:
 def score_interval(average: float, error: float, num_problems: int) -> list[float] | None:
     """Return the 95 % confidence interval of a mean of scores between 0 and 1; None for a single problem.
 
-    Wilson's score interval for as many independent 0-or-1 problems as would have this standard error,
-    average (1 - average) / error^2, with Student's t for the normal quantile. Where scores are skewed, few problems solved
-    or nearly all, average +- t error holds the true value in 90 to 93 % of evaluations of 30 problems, this in 93 to 96 %.
-    Where all problems have one score the number of problems stands for it.
+    Wilson's score interval with Student's t for the normal quantile, and as many independent 0-or-1 problems as would have this
+    standard error: n / d, where d = n error^2 / (average (1 - average)) says how much less than such problems these vary. One
+    imaginary problem with d = 1 is averaged in, for few problems estimate d from few that were solved. In simulations of
+    30 problems of many shapes (tests/stats/test_intervals.py) it holds the true value in 94 to 97 % of evaluations, average +- t error
+    in 90 to 95 %.
     """
     if num_problems < 2:
         return None
     variance = average * (1 - average)
-    effective = variance / error**2 if error > 0 and variance > 0 else num_problems
+    design = num_problems * error**2 / variance if variance > 0 else 1.0
+    effective = num_problems * (num_problems + 1) / (num_problems * design + 1)
     t = t_quantile(SIGNIFICANT, num_problems - 1)
     shrink = 1 + t * t / effective
     centre = (average + t * t / (2 * effective)) / shrink

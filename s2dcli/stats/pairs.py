@@ -18,6 +18,7 @@ Scores = Mapping[str, Sequence[float]]  # problem -> the score of each sample
 ROUNDING = 1e-12
 ENUMERATED = 12  # problems up to which all sign patterns of differences that are no multiples of 1/k are tried
 EXACT_BYTES = 4e9  # of whole-number arithmetic that an exact p may take: some seconds
+MANY = 1_000_000  # degrees of freedom at which Student's t is a normal distribution
 DRAWS = 100_000  # sign patterns of a Monte Carlo p, whose standard error is then 0.0007 at p = 0.05
 MONTE_CARLO_SEED = 0
 
@@ -145,10 +146,11 @@ def _more_problems(difference: float, error: float, problems: int) -> int | None
     """Return how many further problems like these would make the difference seen detectable; None if it is zero."""
     if abs(difference) < ROUNDING:
         return None
-    deviation, needed = error * math.sqrt(problems), problems
+    deviation = error * math.sqrt(problems)
+    # With as many problems as make Student's t a normal one fewer would do: no more are needed than a few beyond that
+    needed = max(problems, math.floor((_reach(MANY) * deviation / difference) ** 2))
     while detectable(deviation / math.sqrt(needed), needed - 1) > abs(difference):
-        # Upwards from a count that t's heavier tails make too small
-        needed = max(needed + 1, math.ceil((_reach(needed - 1) * deviation / difference) ** 2))
+        needed += 1
     return needed - problems
 
 

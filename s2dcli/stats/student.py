@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 SIGNIFICANT = 0.05  # p below which a difference is more than chance; intervals are those of 1 - this
 POWER = 0.8  # chance that a real difference of the size called detectable is found
@@ -36,6 +37,7 @@ def t_test(t: float, degrees: float) -> float:
     return _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
 
 
+@lru_cache(maxsize=4096)
 def t_quantile(p: float, degrees: float) -> float:
     """Return the t whose two-sided p is `p`, by bisection."""
     low, high = 0.0, 1.0

@@ -3,7 +3,8 @@
     python tests/bench/bench_eval.py                         # 62,500 problems, 16 samples of 64 tokens each: 2.4 GB in /tmp
     python tests/bench/bench_eval.py --problems 1000 --file rows.jsonl
 
-The rows have the shape of `s2d rollout | s2d verify`: text, token ids, log-probs, sampler, verdict. Their chances of being right differ by problem.
+The rows have the shape of `s2d rollout | s2d verify`: text, token ids, log-probs, sampler, verdict. How often a problem is solved
+differs from problem to problem.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TOKENS = 64
 TEXTS = 256  # different completions, drawn from
+WORDS = ("let", "so", "thus", "hence", "then", "sum", "root", "line", "angle", "prime")
 BOUND_SECONDS, BOUND_BYTES = 60, 500e6
 
 
@@ -31,7 +33,7 @@ def write_rows(path: Path, problems: int, k: int) -> None:
     for number in range(TEXTS):
         ids = [draw.randrange(150_000) for _ in range(TOKENS)]
         logprobs = [round(-draw.expovariate(2), 6) for _ in ids]
-        text = " ".join(draw.choice("let so thus hence then sum root line angle prime".split()) for _ in range(40)) + f" \\boxed{{{number % 20}}}"
+        text = " ".join(draw.choice(WORDS) for _ in range(40)) + f" \\boxed{{{number % 20}}}"
         fields = {
             "completion": [{"role": "assistant", "content": text}],
             "answer": "7",

@@ -91,10 +91,13 @@ def test_labels_are_compared_and_not_rewards(s2d, pair, tmp_path):
 
 def test_unequal_samples_are_refused(s2d, pair, tmp_path):
     rows = read_jsonl(pair[1] / "rollouts.jsonl")
-    for name, kept in (("three", [row for row in rows if row["sample_index"] < 3]), ("half", rows[:-2])):
-        result = s2d("compare", pair[0], write_jsonl(tmp_path / f"{name}.jsonl", kept))
-        assert (result.code, result.out) == (1, b"")
-        assert f"has {kept[-1]['sample_index'] + 1} samples in B, but problem" in result.err
+    result = s2d("compare", pair[0], write_jsonl(tmp_path / "half.jsonl", rows[:-2]))
+    assert (result.code, result.out) == (1, b"")
+    assert "has 2 samples in B, but problem" in result.err
+    three = write_jsonl(tmp_path / "three.jsonl", [row for row in rows if row["sample_index"] < 3])
+    compared = s2d("compare", pair[0], three, "--json")
+    assert compared.result["k"] == [4, 3]
+    assert f"{three} has 3: the quantity is the same, its noise is not" in compared.err
 
 
 def test_other_sampling_is_warned_of(s2d, pair, tmp_path):
@@ -165,14 +168,17 @@ def test_a_terminal_gets_words(s2d, pair, tmp_path):
     shown = on_terminal(["compare", *pair])
     assert f"A                 {100 * found['a']:6.1f} %       {pair[0]}\n" in shown
     assert f"difference B - A  {100 * found['difference']:+6.1f} points  over the 8 problems of both\n" in shown
-    assert f"95 % interval     {100 * found['low']:+6.1f} to {100 * found['high']:+.1f} points\n" in shown
-    assert shown.endswith("\n\nThese problems cannot tell A and B apart: the interval includes zero.\n")
+    low, high = found["ci95"]
+    assert f"95 % interval     {100 * low:+6.1f} to {100 * high:+.1f} points\n" in shown
+    assert f"problems             {found['wins']} better, {found['losses']} worse, {found['ties']} equal in B\n" in shown
+    assert "\n\nNot resolved: these problems cannot tell A and B apart, the interval includes zero.\n" in shown
+    assert f"with {found['more_problems']} more problems like these" in shown
     always = changed(pair[1], tmp_path / "always.jsonl", label=True)
     rows = [{**row, "label": number == 0} for number, row in enumerate(read_jsonl(pair[0] / "rollouts.jsonl"))]
     never = write_jsonl(tmp_path / "never.jsonl", rows)
     better = on_terminal(["compare", always, never])
     chance = 100 * s2d("compare", always, never, "--json").result["p"]
-    assert chance < 0.01
+    assert chance == pytest.approx(100 * 2 / 2**8)  # all eight problems favour A: two patterns of signs of 256
     assert better.endswith(f"A is better: between equals a difference this large would come by chance in {chance:.2g} % of comparisons.\n")
     same = on_terminal(["compare", pair[0], pair[0]])
     assert same.endswith("The same score on every problem: there is no spread to judge chance by.\n")
