@@ -163,7 +163,7 @@ def read_raw(path: str | Path, expects: str) -> Iterator[tuple[str, bytes]]:
         for number, raw in enumerate(stream, 1):
             if number == 1:
                 _refuse_foreign(raw, name, expects)
-            if raw.strip():
+            if not raw.isspace():
                 yield f"{name}:{number}", raw
 
 

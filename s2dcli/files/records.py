@@ -302,7 +302,10 @@ def read_graded(path: str | Path) -> Iterator[tuple[str, Graded]]:
 
 # A list of numbers in a line of JSON; in a text its quotation marks would be escaped
 _NUMBERS = re.compile(rb'"(prompt_ids|completion_ids|completion_logprobs)": ?\[([-+0-9.eE, ]*)\]')
-_VERDICT_TEXTS = ("problem_id", "problem_sha256", "group_id", "finish_reason", "answer")
+_NUMBER_LISTS = {"prompt_ids": take_ids, "completion_ids": take_ids, "completion_logprobs": take_logprobs}
+_REQUIRED = dict.fromkeys(("problem_id", "problem_sha256", "group_id", "finish_reason", "answer"), str)
+_REQUIRED |= {"sample_index": int, "sampler": dict, "source": dict}
+_OPTIONAL = {"label": (bool, type(None)), "extracted": str, "verifier": str, "verify_error": str}
 
 
 class VerdictLine(NamedTuple):
@@ -313,38 +316,38 @@ class VerdictLine(NamedTuple):
     record: dict[str, Any]
 
 
-def read_verdicts(path: str | Path) -> Iterator[VerdictLine]:
-    """Yield the lines of a file of graded rollouts, without parsing the token ids and log-probs that are most of it.
-
-    What is counted of a row is checked, and that (group_id, sample_index) is unique. Raises DataError.
-    """
-    seen = Seen()
-    for where, raw in jsonl.read_raw(path, "rollouts"):
-        record = jsonl.parse_line(_NUMBERS.sub(_counted, raw), where)
-        for name, take_numbers in _NUMBER_LISTS.items():
-            if type(record.get(name)) is not int:  # missing, or a list that has more than numbers in it or is written in another way
-                record[name] = len(take_numbers(record, name, where))
-        for name in _VERDICT_TEXTS:
-            take(record, name, str, where)
-        ids, logprobs = record["completion_ids"], record["completion_logprobs"]
-        if ids != logprobs:
-            raise DataError(f"{ids} completion_ids but {logprobs} completion_logprobs", where=where)
-        sampler = take(record, "sampler", dict, where)
-        if type(sampler.get("max_tokens")) is not int:
-            take({f"sampler.{name}": value for name, value in sampler.items()}, "sampler.max_tokens", int, where)
-        take(record, "source", dict, where)
-        take_reward(record, where)
-        for name, kind in _VERDICT_KINDS.items():
-            if name in record:
-                take(record, name, kind, where)
-        seen.add(record["group_id"], take(record, "sample_index", int, where), where)
-        yield VerdictLine(where, raw, record)
-
-
-_NUMBER_LISTS = {"prompt_ids": take_ids, "completion_ids": take_ids, "completion_logprobs": take_logprobs}
-_VERDICT_KINDS = {"label": (bool, type(None)), "extracted": str, "verifier": str, "verify_error": str}
+def read_counted(path: str | Path) -> Iterator[VerdictLine]:
+    """Yield the lines of a file of graded rollouts, without parsing the token ids and log-probs that are most of it."""
+    for where, raw in jsonl.read_raw(path, "graded rollouts"):
+        yield VerdictLine(where, raw, jsonl.parse_line(_NUMBERS.sub(_counted, raw), where))
 
 
 def _counted(match: re.Match[bytes]) -> bytes:
     numbers = match[2].strip()
     return b'"%b": %d' % (match[1], numbers.count(b",") + 1 if numbers else 0)
+
+
+def read_verdicts(path: str | Path) -> Iterator[VerdictLine]:
+    """Yield `read_counted` with what is counted of a row checked, and that (group_id, sample_index) is unique. Raises DataError."""
+    seen = Seen()
+    for line in read_counted(path):
+        where, _, record = line
+        for name, take_numbers in _NUMBER_LISTS.items():
+            if type(record.get(name)) is not int:  # missing, or a list that has more than numbers in it or is written in another way
+                record[name] = len(take_numbers(record, name, where))
+        for name, kind in _REQUIRED.items():
+            if type(record.get(name)) is not kind:
+                take(record, name, kind, where)
+        if type(record.get("reward")) is not float or not -FLOAT32_MAX < record["reward"] < FLOAT32_MAX:
+            take_reward(record, where)
+        for name, kind in _OPTIONAL.items():
+            if name in record and not isinstance(record[name], kind):
+                take(record, name, kind, where)
+        ids, logprobs = record["completion_ids"], record["completion_logprobs"]
+        if ids != logprobs:
+            raise DataError(f"{ids} completion_ids but {logprobs} completion_logprobs", where=where)
+        sampler = record["sampler"]
+        if type(sampler.get("max_tokens")) is not int:
+            take({f"sampler.{name}": value for name, value in sampler.items()}, "sampler.max_tokens", int, where)
+        seen.add(record["group_id"], record["sample_index"], where)
+        yield line

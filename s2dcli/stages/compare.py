@@ -39,7 +39,7 @@ from s2dcli.files import jsonl
 from s2dcli.files.eval_folder import graded_path
 from s2dcli.files.ledger import distinct_labels, manifest_of
 from s2dcli.files.manifest import NEVER_COMPARED, flag
-from s2dcli.files.records import take, take_reward
+from s2dcli.files.records import read_counted, take, take_reward
 from s2dcli.help import BEHIND
 
 DECODING = ("temperature", "top_p", "top_k", "max_tokens")  # of `sampler`; both sides should have it in common
@@ -169,7 +169,7 @@ def _read(path: str) -> Result:
     file = graded_path(path)
     scores = stats.Scores()
     decoding: dict[str, set[float | str]] = {}
-    for where, record in jsonl.read(file, "graded rollouts"):
+    for where, _, record in read_counted(file):
         take_reward(record, where)
         take({"label": None, **record}, "label", (bool, type(None)), where)
         scores.add(take(record, "problem_sha256", str, where), record)

@@ -63,8 +63,8 @@ def write_rows(path: Path, problems: int, k: int) -> None:
                 )
 
 
-def measure(*arguments: str) -> tuple[float, float, str]:
-    """Return seconds, peak resident bytes and the standard output of a command."""
+def measure(*arguments: str) -> tuple[float, float, float, str]:
+    """Return seconds on the clock and of CPU time, peak resident bytes and the standard output of a command."""
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, "-m", "s2dcli", *arguments], stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
         out = process.stdout.read()
@@ -72,7 +72,7 @@ def measure(*arguments: str) -> tuple[float, float, str]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{arguments[0]} failed")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024, out
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, out
 
 
 def main() -> None:
@@ -90,8 +90,9 @@ def main() -> None:
         print(f"{arguments.problems * arguments.k:,} rows, {path.stat().st_size / 1e9:.2f} GB")
         commands = [("eval", "--rollouts", str(path)), *([("compare", "--json", str(path), str(path))] if arguments.compare else [])]
         for command in commands:
-            seconds, peak, out = measure(*command)
-            print(f"s2d {command[0]}: {seconds:.1f} s (bound {BOUND_SECONDS}), peak {peak / 1e6:.0f} MB (bound {BOUND_BYTES / 1e6:.0f})")
+            seconds, cpu, peak, out = measure(*command)
+            took = f"{seconds:.1f} s (bound {BOUND_SECONDS}), {cpu:.1f} s of CPU time"
+            print(f"s2d {command[0]}: {took}, peak {peak / 1e6:.0f} MB (bound {BOUND_BYTES / 1e6:.0f})")
             print(out[:400])
 
 
