@@ -268,20 +268,38 @@ def run_table(result: dict) -> list[tuple[str, str]]:
 
 
 def eval_table(result: dict) -> list[tuple[str, str]]:
-    """An evaluation's results."""
-    k = result["k"]
-    right = []
+    """An evaluation's results; those of earlier versions have fewer."""
+    k, right = result["k"], []
     if result["avg_at_k"] is not None:  # else the rewards have no notion of right
-        right = [(f"avg@{k}", f"{result['avg_at_k']:.1%} ± {result['se']:.1%}"), (f"pass@{k}", f"{result['pass_at_k']:.1%}")]
+        low, high = result.get("ci95") or (None, None)
+        interval = "" if low is None else f", 95 % interval {low:.1%} to {high:.1%}"
+        right.append((f"avg@{k}", f"{result['avg_at_k']:.1%} ± {result['se']:.1%} over problems{interval}"))
+        chances = result.get("pass") or {str(k): {"value": result["pass_at_k"], "se": None}}
+        right += [(f"pass@{j}", _with_error(**chance)) for j, chance in chances.items() if j != "1"]
+        if result.get("maj_at_k") is not None and k > 1:
+            right.append((f"maj@{k}", _with_error(result["maj_at_k"], result["maj_at_k_se"])))
+    whole = result.get("untruncated") or {"avg_at_k": None}
+    known = whole["avg_at_k"] is not None and result["truncated"]
+    without = f"; without them avg@k {_with_error(whole['avg_at_k'], whole['se'])}" if known else ""
     return [
         ("name", result["name"]),
         ("data set", result["dataset"] or "-"),
         ("problems", f"{result['problems']:,}"),
         *right,
-        ("truncated", f"{result['truncated']:.1%}"),
-        ("tokens/rollout", f"{result['mean_tokens']:,.0f}"),
+        ("truncated", f"{result['truncated']:.1%}{without}"),
+        ("no answer", f"{result.get('no_answer_rate', 0.0):.1%}"),
         ("not graded", f"{result['ungraded']:,}"),
+        ("tokens/rollout", f"{result['mean_tokens']:,.0f}{_lengths(result)}"),
     ]
+
+
+def _with_error(value: float, se: float | None) -> str:
+    return f"{value:.1%}" if se is None else f"{value:.1%} ± {se:.1%}"
+
+
+def _lengths(result: dict) -> str:
+    length = result.get("length")
+    return f"; median {length['0.5']:,}, 95 % at most {length['0.95']:,}" if length else ""
 
 
 def plan_table(plan: dict) -> list[tuple[str, str]]:

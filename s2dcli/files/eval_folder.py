@@ -99,3 +99,4 @@ class EvalFolder(OutputFolder):
             write_json(self.folder / RESULTS, results)
             self.write_manifest(complete=True, **more)
             self.replace()
+        self.keep = True

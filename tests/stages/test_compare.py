@@ -22,9 +22,9 @@ def pair(s2d, toy, few, tmp_path_factory):
     return root / "student", root / "teacher"
 
 
-def scores(folder):
+def scores(path):
     found = {}
-    for row in read_jsonl(folder / "rollouts.jsonl"):
+    for row in read_jsonl(path / "rollouts.jsonl" if path.is_dir() else path):
         found.setdefault(row["problem_sha256"], []).append(float(row["label"] is True))
     return found
 
@@ -183,3 +183,55 @@ def test_a_terminal_gets_words(s2d, pair, tmp_path):
     same = on_terminal(["compare", pair[0], pair[0]])
     assert same.endswith("The same score on every problem: there is no spread to judge chance by.\n")
     assert s2d("compare", *pair).out.startswith(b"|")
+
+
+def test_more_than_two_are_compared_pair_by_pair_with_holms_correction(s2d, pair, tmp_path):
+    third = changed(pair[1], tmp_path / "third.jsonl", label=True)
+    result = s2d("compare", *pair, third, "--json").result
+    pairs = result["comparisons"]
+    assert [(one["name_a"], one["name_b"]) for one in pairs] == [
+        (str(a), str(b)) for a, b in ((pair[0], pair[1]), (pair[0], third), (pair[1], third))
+    ]
+    assert [one["p_holm"] for one in pairs] == stats.holm([one["p"] for one in pairs])
+    alone = s2d("compare", pair[0], third, "--json").result
+    assert {**alone, "p_holm": 0, "resolved": 0} == {**{k: v for k, v in pairs[1].items() if "name" not in k}, "p_holm": 0, "resolved": 0}
+    assert all(one["p_holm"] < 0.05 for one in pairs if one["resolved"])
+    table = s2d("compare", *pair, third).out.decode()
+    assert table.count("\n|") == 4
+    assert "p (Holm)" in table
+
+
+def test_the_object_of_a_comparison_has_what_scripts_need(s2d, pair):
+    found = s2d("compare", *pair, "--json").result
+    assert {"difference", "se", "ci95", "p", "wins", "losses", "ties", "detectable"} <= found.keys()
+    assert found["wins"] + found["losses"] + found["ties"] == found["problems"]
+    low, high = found["ci95"]
+    assert low <= found["difference"] <= high
+    assert "not resolved" in s2d("compare", *pair).out.decode()
+
+
+def test_seeds_of_two_routes_are_crossed_with_problems(s2d, pair, tmp_path):
+    rows = read_jsonl(pair[1] / "rollouts.jsonl")
+    seeds = []
+    for seed in range(3):  # another seed of the second route: every seventh sample the other way round
+        flipped = [{**row, "label": row["label"] != (number % 7 == seed)} for number, row in enumerate(rows)]
+        seeds.append(write_jsonl(tmp_path / f"b{seed}.jsonl", flipped))
+    first = [pair[0], write_jsonl(tmp_path / "a1.jsonl", read_jsonl(pair[0] / "rollouts.jsonl")[::-1])]
+    result = s2d("compare", "--json", *first, "--", *seeds).result
+    assert result == stats.route_difference(*([scores(path) for path in side] for side in (first, seeds)))
+    assert result["seeds"] == [2, 3]
+    shown = on_terminal(["compare", *first, "--", *seeds])
+    assert f"of the problems, {100 * result['se_seeds']:.1f} of the training seeds)" in shown
+    single = s2d("compare", first[0], "--", *seeds)
+    assert (single.code, "one training seed says nothing about others" in single.err) == (1, True)
+    plain = s2d("compare", "--json", "--", *pair)
+    assert plain.result == s2d("compare", *pair, "--json").result
+    assert s2d("compare", pair[0]).code == 2
+    assert s2d("compare", "--settings", *pair, pair[0]).code == 2
+
+
+def test_another_verifier_is_warned_of(s2d, pair, tmp_path):
+    other = changed(pair[1], tmp_path / "other.jsonl", verifier="mine/1")
+    (warning,) = s2d("compare", pair[0], other, "--json").err.splitlines()
+    assert warning.startswith(f"warning: {pair[0]} and {other} were graded in different ways")
+    assert warning.endswith(" and mine/1")

@@ -263,3 +263,97 @@ def test_problems_without_an_answer_cannot_be_measured(s2d, toy, few, rolled, tm
     assert (read.code, read.out) == (1, b"")
     assert message in read.err
     assert "--reward python:MODULE:FUNCTION" in read.err
+
+
+@pytest.fixture(scope="module")
+def copies(toy, tmp_path_factory):
+    """Two benchmarks' local copies, made of toy problems."""
+    folder = tmp_path_factory.mktemp("copies")
+    rows = read_jsonl(toy / "problems" / "validation.jsonl")
+    for name, field, part in (("aime24", "problem", rows[:4]), ("gsm8k", "question", rows[4:7])):
+        write_jsonl(folder / f"{name}.jsonl", [{field: row["prompt"][0]["content"], "answer": row["answer"]} for row in part])
+    return folder
+
+
+# The toy's tokenizer has no letters for the prompt of s2d prepare: only its digits and operators are kept
+TWO = ["-k", 2, "--max-tokens", 8, "--reward", "exact"]
+
+
+def test_several_are_measured_with_one_model_load(s2d, toy, few, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", read_jsonl(toy / "problems" / "validation.jsonl")[8:12])
+    out = tmp_path / "both"
+    both = s2d("eval", "-m", toy / "student", few, other, *TWO, "-o", out)
+    assert both.code == 0, both.err
+    first, second = both.rows
+    assert both.err.count("loading ") == 1
+    assert [one["problems"] for one in both.rows] == [8, 4]
+    alone = s2d("eval", "-m", toy / "student", other, *TWO, "-o", tmp_path / "alone")
+    assert {**alone.result, **TIMES} == {**second, **TIMES}
+    assert (out / "other" / "rollouts.jsonl").read_bytes() == (tmp_path / "alone" / "rollouts.jsonl").read_bytes()
+    assert json.loads((out / "problems" / "results.json").read_text()) == first
+    assert json.loads((out / "other" / "s2d.json").read_text())["inputs"][0]["path"] == str(other)
+    scores = read_jsonl(out / "other" / "problems.jsonl")
+    assert sum(row["score"] for row in scores) / 4 == second["avg_at_k"]
+    refused = s2d("eval", "-m", toy / "student", few, few, *TWO)
+    assert (refused.code, "several PROBLEMS are named problems" in refused.err) == (2, True)
+    # What is finished stays, what is not is done
+    (out / "other" / "s2d.json").write_text(json.dumps({**json.loads((out / "other" / "s2d.json").read_text()), "complete": False}))
+    resumed = s2d("eval", "-m", toy / "student", few, other, *TWO, "-o", out, "--resume")
+    assert f"{out / 'problems'} is complete already" in resumed.err
+    assert [{**row, **TIMES} for row in resumed.rows] == [{**row, **TIMES} for row in both.rows]
+
+
+def test_benchmarks_by_name_and_local_copies(s2d, toy, copies, tmp_path):
+    unknown = s2d("eval", "-m", toy / "student", "amie24", *TWO)
+    assert (unknown.code, "no benchmark of that name (did you mean 'aime24'?)" in unknown.err) == (1, True)
+    offline = s2d("eval", "-m", toy / "student", "aime24", *TWO, "-o", tmp_path / "hub")
+    assert (offline.code, "HuggingFaceH4/aime_2024: no such file or folder here, and as a hub data set" in offline.err) == (1, True)
+    assert not (tmp_path / "hub").exists()
+    missing = s2d("eval", "-m", toy / "student", f"aime24={copies / 'nothing.jsonl'}", *TWO)
+    assert (missing.code, "nothing.jsonl" in missing.err) == (1, True)
+
+
+def test_presets_are_recorded_and_options_beside_them_win(s2d, toy, few, tmp_path):
+    plain = s2d("eval", "-m", toy / "student", few, *TWO, "--preset", "qwen3-plain", "-o", tmp_path / "plain").result
+    assert [plain[name] for name in ("preset", "temperature", "top_p", "top_k")] == ["qwen3-plain", 0.7, 0.8, 20]
+    assert plain["template"].endswith('{"enable_thinking": false}')
+    options = json.loads((tmp_path / "plain" / "s2d.json").read_text())["options"]
+    assert (options["preset"], options["temperature"], options["chat_template_kwargs"]) == (
+        "qwen3-plain",
+        0.7,
+        '{"enable_thinking": false}',
+    )
+    changed = ["--preset", "qwen3-thinking", "--temperature", 1.0, "--chat-template-kwargs", '{"enable_thinking": false}']
+    thinking = s2d("eval", "-m", toy / "student", few, *TWO, *changed).result
+    assert [thinking[name] for name in ("preset", "temperature", "top_p", "top_k")] == ["qwen3-thinking", 1.0, 0.95, 20]
+    assert thinking["template"].endswith('{"enable_thinking": false}')
+    refused = s2d("eval", "--rollouts", tmp_path / "plain" / "rollouts.jsonl", "--preset", "qwen3-plain")
+    assert (refused.code, "--preset goes with --model" in refused.err) == (2, True)
+
+
+def test_rows_are_counted_without_their_numbers_but_checked(s2d, measured, tmp_path):
+    rows = read_jsonl(measured[0] / "rollouts.jsonl")
+    for change, message in (
+        ({"completion_ids": "12"}, "field 'completion_ids' is text"),
+        ({"completion_ids": [1, -2]}, "field 'completion_ids' must be a list of token ids"),
+        ({"completion_logprobs": [None]}, "field 'completion_logprobs[0]' is null"),
+        ({"completion_ids": []}, "0 completion_ids but"),
+        ({"sample_index": True}, "field 'sample_index' is boolean"),
+        ({"extracted": None}, "field 'extracted' is null"),
+        ({"sampler": {"max_tokens": "8"}}, "field 'sampler.max_tokens' is text"),
+        ({"reward": float("inf")}, "field 'reward'"),
+    ):
+        bad = s2d("eval", "--rollouts", write_jsonl(tmp_path / "bad.jsonl", [{**rows[0], **change}]))
+        assert (bad.code, bad.out) == (1, b"")
+        assert bad.err.startswith(f"error: {tmp_path / 'bad.jsonl'}:1: ")
+        assert message in bad.err
+    odd = [
+        {**row, "completion": [{"role": "assistant", "content": '"completion_ids": [1, 2] é'}], "mine": [1, {"a": None}]} for row in rows
+    ]
+    (tmp_path / "odd.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n" for row in odd)
+    )
+    found = s2d("eval", "--rollouts", tmp_path / "odd.jsonl", "-o", tmp_path / "odd").result
+    assert (found["avg_at_k"], found["mean_tokens"]) == (measured[1]["avg_at_k"], measured[1]["mean_tokens"])
+    assert read_jsonl(tmp_path / "odd" / "rollouts.jsonl") == odd  # written as they are
+    assert (tmp_path / "odd" / "rollouts.jsonl").read_bytes().isascii()
