@@ -94,7 +94,7 @@ def test_inputs_survive_overwriting_and_options_of_the_other_mode_are_refused(s2
 
 
 def test_missing_files_folders_and_bad_rewards(s2d, toy, few, tmp_path):
-    assert "cannot read rollouts: No such file" in s2d("eval", "--rollouts", tmp_path / "none.jsonl").err
+    assert "cannot read graded rollouts: No such file" in s2d("eval", "--rollouts", tmp_path / "none.jsonl").err
     assert "is a folder" in s2d("eval", "--rollouts", tmp_path).err
     result = s2d("eval", "-m", toy / "student", few, "-k", 1, "--max-tokens", 4, "--reward", "python:nowhere:f")
     assert result.code == 2
@@ -265,17 +265,6 @@ def test_problems_without_an_answer_cannot_be_measured(s2d, toy, few, rolled, tm
     assert "--reward python:MODULE:FUNCTION" in read.err
 
 
-@pytest.fixture(scope="module")
-def copies(toy, tmp_path_factory):
-    """Two benchmarks' local copies, made of toy problems."""
-    folder = tmp_path_factory.mktemp("copies")
-    rows = read_jsonl(toy / "problems" / "validation.jsonl")
-    for name, field, part in (("aime24", "problem", rows[:4]), ("gsm8k", "question", rows[4:7])):
-        write_jsonl(folder / f"{name}.jsonl", [{field: row["prompt"][0]["content"], "answer": row["answer"]} for row in part])
-    return folder
-
-
-# The toy's tokenizer has no letters for the prompt of s2d prepare: only its digits and operators are kept
 TWO = ["-k", 2, "--max-tokens", 8, "--reward", "exact"]
 
 
@@ -303,13 +292,13 @@ def test_several_are_measured_with_one_model_load(s2d, toy, few, tmp_path):
     assert [{**row, **TIMES} for row in resumed.rows] == [{**row, **TIMES} for row in both.rows]
 
 
-def test_benchmarks_by_name_and_local_copies(s2d, toy, copies, tmp_path):
+def test_benchmarks_that_are_not_there_are_said_before_the_model_is_loaded(s2d, toy, tmp_path):
     unknown = s2d("eval", "-m", toy / "student", "amie24", *TWO)
     assert (unknown.code, "no benchmark of that name (did you mean 'aime24'?)" in unknown.err) == (1, True)
     offline = s2d("eval", "-m", toy / "student", "aime24", *TWO, "-o", tmp_path / "hub")
     assert (offline.code, "HuggingFaceH4/aime_2024: no such file or folder here, and as a hub data set" in offline.err) == (1, True)
     assert not (tmp_path / "hub").exists()
-    missing = s2d("eval", "-m", toy / "student", f"aime24={copies / 'nothing.jsonl'}", *TWO)
+    missing = s2d("eval", "-m", toy / "student", f"aime24={tmp_path / 'nothing.jsonl'}", *TWO)
     assert (missing.code, "nothing.jsonl" in missing.err) == (1, True)
 
 
@@ -335,7 +324,7 @@ def test_rows_are_counted_without_their_numbers_but_checked(s2d, measured, tmp_p
     rows = read_jsonl(measured[0] / "rollouts.jsonl")
     for change, message in (
         ({"completion_ids": "12"}, "field 'completion_ids' is text"),
-        ({"completion_ids": [1, -2]}, "field 'completion_ids' must be a list of token ids"),
+        ({"completion_ids": [1, "2"]}, "field 'completion_ids' must be a list of token ids"),
         ({"completion_logprobs": [None]}, "field 'completion_logprobs[0]' is null"),
         ({"completion_ids": []}, "0 completion_ids but"),
         ({"sample_index": True}, "field 'sample_index' is boolean"),
