@@ -1,7 +1,7 @@
 """`s2d compare`: evaluations, paired by problem; or two runs, setting by setting.
 
     s2d compare runs/eval-direct runs/eval-bridge
-    s2d compare runs/direct-1 runs/direct-2 runs/direct-3 -- runs/bridge-1 runs/bridge-2 runs/bridge-3
+    s2d compare direct-seed1 direct-seed2 -- bridge-seed1 bridge-seed2
     s2d compare --settings runs/direct runs/bridge
 
 Without --settings, A and B are output folders of `s2d eval` or files of graded rollouts. The difference B - A of avg@k is taken
