@@ -74,6 +74,7 @@ def fkl_warmup(
     from s2dcli.engines.base import SamplingParams
     from s2dcli.train.objectives import CrossEntropy, Distillation
     from s2dcli.train.rows import set_weights
+    from s2dcli.train.teachers import LiveTeacher
     from s2dcli.train.vocab import forward_kl
 
     checkpoints = {"student": student, **({"teacher": teacher} if teacher else {})}
@@ -99,7 +100,8 @@ def fkl_warmup(
     with opened as run:
         name, objective = "cross_entropy", CrossEntropy()
         if teacher:
-            name, objective = "kl", Distillation(teacher=opened.load_teacher("teacher"), divergence=forward_kl, temperature=temperature)
+            live = LiveTeacher(policy=opened.load_teacher("teacher"), temperature=temperature)
+            name, objective = "kl", Distillation(teacher=live, divergence=forward_kl, temperature=temperature)
         run.labels |= labels
         for step in run:
             rows = [stored.rows[index] for index in order.batch(step.number)]

@@ -75,6 +75,7 @@ def opd(
     from s2dcli.models.policy import on_device
     from s2dcli.train.objectives import Distillation, SampledDistillation
     from s2dcli.train.rows import set_weights
+    from s2dcli.train.teachers import LiveTeacher, ScoredRows
     from s2dcli.train.vocab import reverse_kl
 
     setup = TrainingSetup(
@@ -100,10 +101,11 @@ def opd(
     with opened as run:
         frozen = opened.load_teacher("teacher")
         if estimator is Estimator.sampled:
-            objective = SampledDistillation(temperature=sampling.temperature)
+            objective = SampledDistillation(teacher=ScoredRows(), temperature=sampling.temperature)
         else:
             k = top_k if estimator is Estimator.top_k else None
-            objective = Distillation(teacher=frozen, divergence=reverse_kl, temperature=sampling.temperature, top_k=k)
+            live = LiveTeacher(policy=frozen, temperature=sampling.temperature, top_k=k)
+            objective = Distillation(teacher=live, divergence=reverse_kl, temperature=sampling.temperature)
         for step in run:
             groups = opened.sample(step, tasks_of_step(tasks, order.batch(step.number), step.number), sampling.num_samples)
             rows = [row for group in groups for row in group]
