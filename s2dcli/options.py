@@ -22,6 +22,7 @@ from s2dcli.errors import UsageError
 
 SAMPLING = "Sampling"
 GRADING = "Grading"
+SCORING = "Scoring"
 TRAINING = "Training"
 MEMORY = "Memory"
 OUTPUT = "Output"
@@ -106,6 +107,21 @@ class KlEstimator(StrEnum):
     k3 = "k3"
 
 
+class Keep(StrEnum):
+    """What a teacher cache holds of each distribution; see files/teacher_cache.py."""
+
+    top_k = "top-k"
+    sampled = "sampled"
+    hidden = "hidden"
+
+
+class ValueType(StrEnum):
+    """Type of the numbers in a teacher cache."""
+
+    float16 = "float16"
+    float32 = "float32"
+
+
 class Truncated(StrEnum):
     """Treatment of completions that hit the length limit."""
 
@@ -151,6 +167,7 @@ def _panel(name: str) -> Callable[..., Any]:
 
 _model, _sampling, _engine, _grading = map(_panel, (MODEL, SAMPLING, ENGINE, GRADING))
 in_training, _memory, _output = map(_panel, (TRAINING, MEMORY, OUTPUT))
+in_scoring, in_output = _panel(SCORING), _output
 
 # Inputs
 Problems = Annotated[str, typer.Argument(metavar="PROBLEMS", help="Problems, JSONL; - is standard input.", show_default=False)]
@@ -216,18 +233,11 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """Which engine samples, and what it may use."""
+class ScoringOptions:
+    """Which engine scores, and what it may use."""
 
-    engine: Annotated[
-        str,
-        _engine(
-            "Sampling engine; auto: vLLM if installed and there is a GPU, else transformers. URL: a running vllm serve.",
-            metavar="auto|transformers|vllm|URL,...",
-        ),
-    ] = "auto"
-    sample_tokens: Annotated[int, _sampling("KV-cache positions per sampling batch (transformers engine).", min=1, metavar="TOKENS")] = (
-        SAMPLE_TOKENS
+    engine: Annotated[str, _engine("Scoring engine. URL: a running vllm serve.", "--engine", metavar="transformers|vllm|URL,...")] = (
+        "transformers"
     )
     gpu_memory_utilization: Annotated[
         float | None,
@@ -265,6 +275,22 @@ class EngineOptions:
         float | None,
         _engine("Largest mean difference of their log-probs, in nats.", min=0.0, show_default="float32: 1e-3, bfloat16: 5e-2"),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(ScoringOptions):
+    """Which engine samples, and what it may use."""
+
+    engine: Annotated[
+        str,
+        _engine(
+            "Sampling engine; auto: vLLM if installed and there is a GPU, else transformers. URL: a running vllm serve.",
+            metavar="auto|transformers|vllm|URL,...",
+        ),
+    ] = "auto"
+    sample_tokens: Annotated[int, _sampling("KV-cache positions per sampling batch (transformers engine).", min=1, metavar="TOKENS")] = (
+        SAMPLE_TOKENS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
