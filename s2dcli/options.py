@@ -107,6 +107,14 @@ class KlEstimator(StrEnum):
     k3 = "k3"
 
 
+class Estimator(StrEnum):
+    """What KL(student || teacher) is computed from; see train/teachers.py."""
+
+    full = "full"
+    top_k = "top-k"
+    sampled = "sampled"
+
+
 class Keep(StrEnum):
     """What a teacher cache holds of each distribution; see files/teacher_cache.py."""
 

@@ -19,6 +19,7 @@ from typing import Any
 from s2dcli import console, stats
 from s2dcli.assembly.loading import load_frozen, load_reference, load_trained
 from s2dcli.assembly.order import Order
+from s2dcli.assembly.pairs import open_cache, require_same_pair
 from s2dcli.assembly.plan import device_bytes, memory_plan
 from s2dcli.assembly.rollouts import StoredRollouts
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
@@ -30,14 +31,15 @@ from s2dcli.files.records import Problem, Rollout, require_labels
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.grade.answer import FAILURES
 from s2dcli.grade.pool import MATH, Errors, Grader, check_reward
-from s2dcli.models.checkpoints import Checkpoint, LoadedModel, model_config, require_same_eos, resolve
+from s2dcli.models.checkpoints import Checkpoint, LoadedModel, model_config, resolve
 from s2dcli.models.policy import Policy
-from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
+from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with
 from s2dcli.models.selftest import max_length, require_rows_fit
 from s2dcli.options import (
     HOW_STARTED,
     MAY_CHANGE_ON_RESUME,
     EngineOptions,
+    Estimator,
     GradingOptions,
     ModelOptions,
     RunOptions,
@@ -47,6 +49,7 @@ from s2dcli.options import (
 )
 from s2dcli.train.loop import Step, TrainingRun
 from s2dcli.train.rows import Group, RowMaker, TrainingRow
+from s2dcli.train.teachers import CachedTeacher
 
 
 class TrainingSetup:
@@ -68,20 +71,21 @@ class TrainingSetup:
         loading: ModelOptions,
         running: RunOptions,
         offload: bool = False,
+        cache: str | None = None,
     ) -> None:
         """`options` are all of the command's, as they are recorded; `checkpoints` maps roles to names, the trained one first.
 
-        Raises ModelError or UsageError.
+        `cache`: the folder of a teacher cache that stands for a teacher. Raises DataError, ModelError or UsageError.
         """
         self.stage, self.options, self.out, self.params, self.offload = stage, options, out, params, offload
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
         self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in checkpoints.items()}
         self.parent, *others = self.parents.values()
-        self.inputs = [*inputs, *([running.eval_problems] if running.eval_problems else []), *loading.files]
+        self.inputs = [*inputs, *([cache] if cache else []), *([running.eval_problems] if running.eval_problems else []), *loading.files]
         self.tokenizer = load_tokenizer(self.parent.folder, loading.trust_remote_code)
         for other in others:
-            require_same_tokenizer(load_tokenizer(other.folder, loading.trust_remote_code), self.tokenizer)
-            require_same_eos(other, self.parent, self.tokenizer, loading.trust_remote_code)
+            require_same_pair(other, self.parent, self.tokenizer, loading)
+        self.cache = open_cache(Path(cache), self.parent, self.tokenizer, loading.trust_remote_code) if cache else None
         labelled = require_labels(list(eval_problems), "--eval-problems must be labelled")
         self.eval_tasks = make_tasks(labelled, self.encoder) if labelled else []
 
@@ -109,6 +113,8 @@ class TrainingSetup:
         samples = bool(problems or self.eval_tasks)
         if stored:
             require_made_with(self.tokenizer, stored.rows, stored.samples)
+            if self.cache:
+                self.cache.find(stored.rows)
             for parent in self.parents.values():
                 require_rows_fit(model_config(parent, self.loading.trust_remote_code), stored.rows, self.inputs[0])
         prompts = [len(task.prompt_ids) for task in (*tasks, *self.eval_tasks)]
@@ -204,6 +210,10 @@ class Training:
         """Load a frozen model that the setup knows by its role. Raises ModelError or UsageError."""
         setup = self.setup
         return load_frozen(setup.parents[role], self.loaded, setup.loading, setup.training, offload=setup.offload)
+
+    def cached_teacher(self, rows: Sequence[TrainingRow], estimator: Estimator, top_k: int | None, temperature: float) -> CachedTeacher:
+        """Return the setup's cache as a teacher of `rows`; `top_k` None is all ids that it holds."""
+        return CachedTeacher(self.setup.cache, rows, self.run.device, estimator, top_k, temperature)
 
     def load_reference(self) -> Policy:
         """Return the policy as it was when loaded, frozen. Raises ModelError or UsageError."""

@@ -33,12 +33,12 @@ import numpy as np
 
 from s2dcli.errors import DataError
 from s2dcli.files.atomic import disk_errors, sync, temporary
-from s2dcli.files.manifest import MANIFEST, file_sha256, read_json, require_complete, write_json
+from s2dcli.files.manifest import HASHES, MANIFEST, file_sha256, read_json, require_complete, write_json
 from s2dcli.files.output import resumable
 from s2dcli.files.output_folder import OutputFolder
 from s2dcli.options import Keep, ValueType
 
-META, HEAD, TOKENS = "meta.json", "head.safetensors", "tokens.json"
+META, HEAD, TOKENS = HASHES, "head.safetensors", "tokens.json"
 SCHEMA = "s2d.teacher-cache/1"
 SHARD_BYTES = 2 * 10**9  # of one shard at most, unless a single row is larger
 FIGURES = "s2d"  # key of a shard's own figures in its safetensors metadata; one key only, as their order is not kept

@@ -308,11 +308,18 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, trust_re
 
 def require_same_eos(teacher: Checkpoint, student: Checkpoint, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
     """Raise ModelError unless the same ids end a completion of both: a student would learn to write on where it should stop."""
-    theirs, ours = (set(eos_ids(tokenizer, checkpoint, trust_remote_code)) for checkpoint in (teacher, student))
-    if theirs != ours:
+    theirs, ours = (eos_ids(tokenizer, checkpoint, trust_remote_code) for checkpoint in (teacher, student))
+    require_same_ends(theirs, teacher.name, ours, student.name, tokenizer)
+
+
+def require_same_ends(
+    theirs: Collection[int], teacher: str, ours: Collection[int], student: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ModelError unless two sets of EOS are equal; `teacher` and `student` name whose they are."""
+    if set(theirs) != set(ours):
         name = lambda ids: ", ".join(f"{index} ({tokenizer.convert_ids_to_tokens(index)})" for index in sorted(ids))  # noqa: E731
         raise ModelError(
-            f"teacher and student end a completion with different tokens: {name(theirs)} in {teacher.name}, {name(ours)} in {student.name}",
+            f"teacher and student end a completion with different tokens: {name(theirs)} in {teacher}, {name(ours)} in {student}",
             hint="set eos_token_id in one's generation_config.json to the other's",
         )
 

@@ -1,16 +1,19 @@
 """Forward-KL warm-up of a student on stored teacher rollouts; also plain SFT on them.
 
     s2d fkl-warmup --student CKPT --teacher runs/teacher --rollouts teacher.jsonl -o runs/warmup
+    s2d fkl-warmup --student CKPT --cache work/cache --rollouts teacher.jsonl -o runs/warmup
     s2d fkl-warmup --student CKPT --rollouts graded.jsonl --hard-labels --only-correct -o runs/sft
 
 At every token t of the teacher's completions, in state s_t, the loss is (paper, Eq. 5 and stage 2a)
 
     L = sum_t w_t KL(teacher(. | s_t) || student(. | s_t)),   KL(q || p) = sum_v q_v (log q_v - log p_v)
 
-exact over the vocabulary; its gradient with respect to the student's logits is w_t (p - q) / T. With --hard-labels it
-is the cross-entropy - sum_t w_t log student(y_t | s_t) of the sampled tokens (teacher-sample SFT); --only-correct
-keeps the rows that were graded right (rejection sampling), which spends the labels of all graded rows. w_t is
-1 / (all tokens of the batch) unless --aggregate says otherwise. Stored token ids are trained on, never text.
+exact over the vocabulary; its gradient with respect to the student's logits is w_t (p - q) / T. --cache takes the
+teacher's distributions from disk, as s2d score has kept them: exact from hidden states; from the k most likely ids, or
+with --top-k from so many of them, it is the KL over these and one bucket for all others. With --hard-labels it is the
+cross-entropy - sum_t w_t log student(y_t | s_t) of the sampled tokens (teacher-sample SFT); --only-correct keeps the
+rows that were graded right (rejection sampling), which spends the labels of all graded rows. w_t is 1 / (all tokens of
+the batch) unless --aggregate says otherwise. Stored token ids are trained on, never text.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from s2dcli.engines.opening import check_engine
 from s2dcli.errors import UsageError
 from s2dcli.files.records import read_problems
 from s2dcli.files.run_folder import RunFolder
+from s2dcli.options import Estimator, Keep
 
 
 def fkl_warmup(
@@ -33,6 +37,10 @@ def fkl_warmup(
     student: options.Student,
     rollouts: Annotated[str, typer.Option("--rollouts", metavar="FILE", help="Teacher's rollouts, JSONL; - is standard input.")],
     teacher: Annotated[str | None, typer.Option("--teacher", metavar="CKPT", help="Frozen teacher to match.")] = None,
+    cache: Annotated[str | None, typer.Option("--cache", metavar="DIR", help="Teacher cache made by s2d score.")] = None,
+    top_k: Annotated[
+        int | None, options.in_training("Ids of the teacher in the KL, with a bucket for the rest.", min=1, show_default="all there are")
+    ] = None,
     hard_labels: Annotated[bool, typer.Option("--hard-labels", help="Train on the sampled tokens (SFT) without a teacher.")] = False,
     only_correct: Annotated[bool, typer.Option("--only-correct", help="Keep only rollouts graded right.")] = False,
     out: options.RunDir = Path("runs/fkl-warmup"),
@@ -53,14 +61,17 @@ def fkl_warmup(
     given = options.flatten(locals())
     check_engine(engine, training=True)
     RunFolder.check(
-        out, "fkl-warmup", [student, *([teacher] if teacher else []), rollouts], overwrite=running.overwrite, resume=running.resume
+        out, "fkl-warmup", [student, *filter(None, [teacher, cache]), rollouts], overwrite=running.overwrite, resume=running.resume
     )
     if not running.eval_problems:
         options.refuse_given(context, {"engine": "--engine", "max_tokens": "--max-tokens"}, "samples evaluations only; add --eval-problems")
-    if (teacher is None) != hard_labels:
-        raise UsageError("choose a target", hint="--teacher CKPT for its distributions, or --hard-labels for the sampled tokens")
-    if hard_labels and temperature != 1.0:
-        raise UsageError("--temperature applies to a teacher's distributions; --hard-labels has none")
+    if [teacher is None, cache is None, not hard_labels].count(False) != 1:
+        raise UsageError(
+            "choose one target", hint="--teacher CKPT or --cache DIR for its distributions, or --hard-labels for the sampled tokens"
+        )
+    if hard_labels:
+        names = {"temperature": "--temperature", "top_k": "--top-k"}
+        options.refuse_given(context, names, "applies to a teacher's distributions; --hard-labels has none")
 
     from s2dcli.assembly.rollouts import read_targets, store
 
@@ -90,6 +101,7 @@ def fkl_warmup(
         training=training,
         loading=loading,
         running=running,
+        cache=cache,
     )
     order = Order(len(stored.rows), mini_batch_size, seed=running.seed, steps=steps, epochs=epochs)
     opened = setup.start(order, 1, ("update",), frozen=list(checkpoints)[1:], stored=stored)
@@ -98,10 +110,16 @@ def fkl_warmup(
 
     longest = max(1, *(len(row.completion_ids) for row in stored.rows))
     with opened as run:
-        name, objective = "cross_entropy", CrossEntropy()
-        if teacher:
-            live = LiveTeacher(policy=opened.load_teacher("teacher"), temperature=temperature)
-            name, objective = "kl", Distillation(teacher=live, divergence=forward_kl, temperature=temperature)
+        name, objective = "kl", CrossEntropy()
+        if hard_labels:
+            name = "cross_entropy"
+        elif cache:
+            estimator = Estimator.full if top_k is None and setup.cache.meta.keep is Keep.hidden else Estimator.top_k
+            from_disk = opened.cached_teacher(stored.rows, estimator, top_k, temperature)
+            objective = Distillation(teacher=from_disk, divergence=forward_kl, temperature=temperature)
+        else:
+            live = LiveTeacher(policy=opened.load_teacher("teacher"), temperature=temperature, top_k=top_k)
+            objective = Distillation(teacher=live, divergence=forward_kl, temperature=temperature)
         run.labels |= labels
         for step in run:
             rows = [stored.rows[index] for index in order.batch(step.number)]

@@ -17,7 +17,6 @@ all rollouts of a step are one update unless --mini-batch-size says otherwise (p
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -27,14 +26,7 @@ from s2dcli import console, options
 from s2dcli.engines.opening import check_engine
 from s2dcli.files.records import read_problems
 from s2dcli.files.run_folder import RunFolder
-
-
-class Estimator(StrEnum):
-    """What KL(student || teacher) is computed from."""
-
-    full = "full"
-    top_k = "top-k"
-    sampled = "sampled"
+from s2dcli.options import Estimator
 
 
 def opd(

@@ -59,6 +59,8 @@ def score(
     settings = options.flatten(locals())
     if keep is not options.Keep.top_k:
         options.refuse_given(context, {"top_k": "--top-k"}, "requires --keep top-k")
+    prompts = {"chat_template": "--chat-template", "chat_template_kwargs": "--chat-template-kwargs"}
+    options.refuse_given(context, prompts, "builds prompts; stored token ids are scored as they are")
     check_engine(scoring)
     from s2dcli.files.teacher_cache import SHARD_BYTES, CacheFolder, bytes_per_token, portions
 
