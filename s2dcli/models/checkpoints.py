@@ -317,7 +317,7 @@ def require_same_ends(
 ) -> None:
     """Raise ModelError unless two sets of EOS are equal; `teacher` and `student` name whose they are."""
     if set(theirs) != set(ours):
-        name = lambda ids: ", ".join(f"{index} ({tokenizer.convert_ids_to_tokens(index)})" for index in sorted(ids))  # noqa: E731
+        name = lambda ids: ", ".join(f"{index} ({str(tokenizer.convert_ids_to_tokens(index))!r})" for index in sorted(ids))  # noqa: E731
         raise ModelError(
             f"teacher and student end a completion with different tokens: {name(theirs)} in {teacher}, {name(ours)} in {student}",
             hint="set eos_token_id in one's generation_config.json to the other's",
