@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from s2dcli import console
 from s2dcli.errors import ModelError
+from s2dcli.files.manifest import MANIFEST, read_manifest
 from s2dcli.files.teacher_cache import TeacherCache
 from s2dcli.models.checkpoints import Checkpoint, eos_ids, model_config, require_same_ends, require_same_eos
 from s2dcli.models.prompts import load_tokenizer, require_same_tokens, vocabulary_size
@@ -62,3 +63,23 @@ def open_cache(folder: Path, student: Checkpoint, tokenizer: PreTrainedTokenizer
     teacher = f"the teacher of {folder}, {cache.meta.teacher['name']}"
     require_same_ends(cache.meta.eos_ids, teacher, eos_ids(tokenizer, student, trust_remote_code), student.name, tokenizer)
     return cache
+
+
+def warn_of_other_teacher(cache: TeacherCache, student: Checkpoint) -> None:
+    """Warn where the student was warmed up by another teacher than the cache's: OPD then pulls it elsewhere (arXiv 2604.13010)."""
+    path = student.folder / MANIFEST
+    if not path.is_file():
+        return
+    manifest = read_manifest(path)
+    records = {**manifest["ancestors"], "": manifest}
+    warmups = [record for record in records.values() if record["command"] == "fkl-warmup"]
+    teachers = [parent for record in warmups for parent in record["parents"] if parent["role"] == "teacher"]
+    for record in (records.get(item["record"]) for warmup in warmups for item in warmup["inputs"] if item["record"]):
+        if record and record["command"] == "score":
+            teachers += [parent for parent in record["parents"] if parent["role"] == "model"]
+    known = {parent["weights_sha256"]: parent["name"] for parent in teachers}
+    if known and cache.meta.teacher["weights_sha256"] not in known:
+        console.warn(
+            f"{student.name} was warmed up by {', '.join(known.values())}, and {cache.folder} holds {cache.meta.teacher['name']}: "
+            "distillation from a second teacher undoes what the first has taught"
+        )

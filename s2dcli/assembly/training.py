@@ -19,11 +19,13 @@ from typing import Any
 from s2dcli import console, stats
 from s2dcli.assembly.loading import load_frozen, load_reference, load_trained
 from s2dcli.assembly.order import Order
-from s2dcli.assembly.pairs import open_cache, require_same_pair
+from s2dcli.assembly.pairs import open_cache, require_same_pair, warn_of_other_teacher
 from s2dcli.assembly.plan import device_bytes, memory_plan
 from s2dcli.assembly.rollouts import StoredRollouts
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
+from s2dcli.assembly.served import ServedTeacher
 from s2dcli.engines.base import SamplingParams
+from s2dcli.engines.opening import open_served_teacher
 from s2dcli.errors import GradingError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
@@ -72,12 +74,14 @@ class TrainingSetup:
         running: RunOptions,
         offload: bool = False,
         cache: str | None = None,
+        served: str | None = None,
     ) -> None:
         """`options` are all of the command's, as they are recorded; `checkpoints` maps roles to names, the trained one first.
 
-        `cache`: the folder of a teacher cache that stands for a teacher. Raises DataError, ModelError or UsageError.
+        `cache`: the folder of a teacher cache that stands for a teacher; `served`: URLs of one. Raises DataError, ModelError or UsageError.
         """
         self.stage, self.options, self.out, self.params, self.offload = stage, options, out, params, offload
+        self.served = served
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
         self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in checkpoints.items()}
         self.parent, *others = self.parents.values()
@@ -86,6 +90,8 @@ class TrainingSetup:
         for other in others:
             require_same_pair(other, self.parent, self.tokenizer, loading)
         self.cache = open_cache(Path(cache), self.parent, self.tokenizer, loading.trust_remote_code) if cache else None
+        if self.cache and stage == "opd":
+            warn_of_other_teacher(self.cache, self.parent)
         labelled = require_labels(list(eval_problems), "--eval-problems must be labelled")
         self.eval_tasks = make_tasks(labelled, self.encoder) if labelled else []
 
@@ -214,6 +220,13 @@ class Training:
     def cached_teacher(self, rows: Sequence[TrainingRow], estimator: Estimator, top_k: int | None, temperature: float) -> CachedTeacher:
         """Return the setup's cache as a teacher of `rows`; `top_k` None is all ids that it holds."""
         return CachedTeacher(self.setup.cache, rows, self.run.device, estimator, top_k, temperature)
+
+    def served_teacher(self, estimator: Estimator, top_k: int) -> ServedTeacher:
+        """Return the setup's servers as a teacher. Raises EngineError or ModelError."""
+        setup = self.setup
+        engine = open_served_teacher(setup.served, setup.parent, setup.tokenizer, setup.engine, setup.loading)
+        k = None if estimator is Estimator.sampled else min(top_k, self.loaded.vocabulary)
+        return ServedTeacher(engine, setup.tokenizer, k, self.folder.folder)
 
     def load_reference(self) -> Policy:
         """Return the policy as it was when loaded, frozen. Raises ModelError or UsageError."""

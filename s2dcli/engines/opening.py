@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -14,11 +15,13 @@ from s2dcli.errors import UsageError, nearest
 from s2dcli.files.manifest import without_credentials
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, eos_ids, load, model_config, pick_device, pick_dtype
 from s2dcli.models.prompts import unused_ids, vocabulary_size
-from s2dcli.options import EngineOptions, ModelOptions, ScoringOptions
+from s2dcli.options import EngineOptions, Estimator, ModelOptions, ScoringOptions
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from s2dcli.engines.server import ServerEngine
 
 AUTO, TRANSFORMERS, VLLM, SERVER = "auto", "transformers", "vllm", "server"
 # Options that belong to some engines only
@@ -33,12 +36,14 @@ KINDS_OF = {
 }
 
 
-def check_engine(sampling: ScoringOptions, *, training: bool = False) -> None:
+def check_engine(sampling: ScoringOptions, *, training: bool = False, teacher: str | None = None) -> None:
     """Check `--engine` and the options that only some engines have. Imports nothing heavy: to be called before anything else.
 
-    `training`: the engine is to follow the weights of a model in training. Raises UsageError.
+    `training`: the engine is to follow the weights of a model in training; `teacher`: its teacher, which may be servers
+    too. Raises UsageError.
     """
-    _refuse_ignored(sampling, _kinds(sampling.engine))
+    served = {SERVER} if is_served(teacher) and server_urls(teacher, "--teacher") else set()
+    _refuse_ignored(sampling, _kinds(sampling.engine) | served)
     if training and sampling.parity_rows == 0:
         raise UsageError("--parity-rows 0: a trainer does not sample from weights without proof", hint="1 or more")
 
@@ -75,6 +80,29 @@ def open_engine(
     return engine, gate
 
 
+def open_served_teacher(
+    urls: str, student: Checkpoint, tokenizer: PreTrainedTokenizerBase, sampling: ScoringOptions, loading: ModelOptions
+) -> ServerEngine:
+    """Open servers of a teacher that has the student's tokenizer and EOS. Raises EngineError or UsageError."""
+    return _server(student, tokenizer, replace(sampling, engine=urls), loading, named=False)
+
+
+def check_served_teacher(estimator: Estimator, temperature: float) -> None:
+    """Raise UsageError for targets that no server gives."""
+    if estimator is Estimator.full:
+        raise UsageError(
+            "the teacher's whole distribution is needed; a server gives the most likely ids only",
+            hint="opd: --estimator top-k or sampled, fkl-warmup: --top-k; or s2d score --keep hidden, and learn from the cache",
+        )
+    if temperature != 1.0:
+        raise UsageError(f"--temperature {temperature:g}: a server scores at temperature 1", hint="a teacher in memory, or a cache")
+
+
+def is_served(name: str | None) -> bool:
+    """Whether `--teacher` names servers, not a checkpoint."""
+    return name is not None and name.startswith(("http://", "https://"))
+
+
 def _kinds(name: str) -> set[str]:
     """Return the kinds of engine that `--engine` may mean: `auto` leaves a choice. Raises UsageError."""
     vllm_installed = importlib.util.find_spec("vllm") is not None
@@ -106,8 +134,11 @@ def _refuse_ignored(sampling: ScoringOptions, kinds: set[str]) -> None:
             raise UsageError(f"the {' or '.join(sorted(kinds))} engine has no --{option.replace('_', '-')}", hint="leave it out")
 
 
-def server_urls(text: str) -> list[str]:
-    """Return the URLs of `--engine URL,...`. Raises UsageError, which shows no password, for the first that is malformed."""
+def server_urls(text: str, option: str = "--engine") -> list[str]:
+    """Return the URLs of `--engine URL,...` or `--teacher URL,...`.
+
+    Raises UsageError, which shows no password, for the first that is malformed.
+    """
     shown = without_credentials(text)
     shown = repr(shown) if "@" not in shown else "the URL"  # what is left of a password that was not escaped
     for number, url in enumerate(urls := text.split(","), 1):
@@ -115,7 +146,7 @@ def server_urls(text: str) -> list[str]:
         if wrong:
             which = f" {number}" if len(urls) > 1 else ""
             raise UsageError(
-                f"--engine {shown}: URL{which} {wrong}", hint="--engine http://HOST:PORT or http://HOST1:PORT,http://HOST2:PORT"
+                f"{option} {shown}: URL{which} {wrong}", hint=f"{option} http://HOST:PORT or http://HOST1:PORT,http://HOST2:PORT"
             )
     return urls
 
@@ -184,13 +215,16 @@ def _vllm(
     )
 
 
-def _server(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, sampling: ScoringOptions, loading: ModelOptions) -> HostedEngine:
+def _server(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, sampling: ScoringOptions, loading: ModelOptions, *, named: bool = True
+) -> ServerEngine:
+    """Open servers of a checkpoint; unless `named`, of another model that has its tokenizer."""
     from s2dcli.engines.server import IN_FLIGHT, TIMEOUT_SECONDS, ServerEngine
 
     config = model_config(checkpoint, loading.trust_remote_code)
     return ServerEngine(
         server_urls(sampling.engine),
-        names=[checkpoint.name, str(checkpoint.folder), str(checkpoint.folder.resolve())],
+        names=[checkpoint.name, str(checkpoint.folder), str(checkpoint.folder.resolve())] if named else [],
         eos_ids=eos_ids(tokenizer, checkpoint, loading.trust_remote_code),
         vocabulary=vocabulary_size(tokenizer),
         unused=unused_ids(tokenizer),

@@ -88,7 +88,8 @@ class ServerEngine:
     ) -> None:
         """Ask the servers what they serve.
 
-        `names`: what the model may be called there. Ids that no token has, which are those from `vocabulary`
+        `names`: what the model may be called there; none if whatever is served is right.
+        Ids that no token has, which are those from `vocabulary`
         up to `model_vocabulary` and the `unused` ones below, are never sampled. `timeout`: seconds without an
         answer after which a call fails. Raises EngineError, or UsageError for an API key that cannot be sent.
         """
@@ -117,7 +118,7 @@ class ServerEngine:
             server.model, length = str(chosen["id"]), int(chosen["max_model_len"])
         except (ValueError, LookupError, TypeError):
             raise EngineError("does not answer /v1/models as vLLM does", where=server.url) from None
-        if not fitting:
+        if names and not fitting:
             console.warn(f"{server.url} serves {server.model!r}, which is taken to be {names[0]!r}")
         return length
 
@@ -362,6 +363,16 @@ class ServerEngine:
             raise EngineError("gave numbers that are no log-probs", where=server.url, hint="start it with another --logprobs-mode")
         require_known(ids_TK, self.vocabulary, self.unused, server.url)
         return Scores(sampled_T, ids_TK, logprobs_TK)
+
+    def detokenize(self, ids: Sequence[int]) -> list[tuple[str, str | None]]:
+        """Return each server's URL with the text that ids have there; None where it was started without a tokenizer. Raises EngineError."""
+        found = []
+        for server in self.servers:
+            body = {"model": server.model, "tokens": list(ids)}
+            response = self._call(server, "POST", "/detokenize", body=body, accept=(NOT_FOUND, *range(400, 600)))
+            text = _parsed(server, response).get("prompt") if response.is_success else None
+            found.append((server.url, text))
+        return found
 
     def _require_processed(self, prompt_ids: list[int]) -> None:
         """Raise EngineError unless every server returns log-probs of the distribution that it draws from.

@@ -32,6 +32,7 @@ METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
 PROBLEMS = "problems.jsonl"
 ROLLOUTS = "rollouts"
+TEACHER = "teacher.json"
 
 
 class RunFolder(OutputFolder):
@@ -43,6 +44,7 @@ class RunFolder(OutputFolder):
 
     FILES = (
         *(PROBLEMS, METRICS, EVALS, LATEST, f"{ROLLOUTS}/step-*.jsonl", f"step-*/{MANIFEST}"),
+        TEACHER,  # what a teacher on servers first said
         ".weights/*",  # for a hosted engine to load
     )
 

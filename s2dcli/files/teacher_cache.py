@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -304,6 +305,15 @@ class TeacherCache:
                 hint="it is a cache of other rollouts; s2d score makes one of these",
             )
         return found
+
+    def read_ahead(self, place: tuple[Shard, int], length: int) -> None:
+        """Ask the system for a row's numbers before they are read; where it cannot, reading waits for the disk."""
+        shard, start = place
+        with suppress(OSError, AttributeError), open(shard.path, "rb") as file:
+            for name in layout(self.meta.keep, self.meta.k, self.meta.width, self.meta.dtype):
+                kind, shape, offset = shard.tensors[name]
+                size = int(np.prod(shape[1:])) * kind.itemsize
+                os.posix_fadvise(file.fileno(), offset + start * size, length * size, os.POSIX_FADV_WILLNEED)
 
     def read(self, place: tuple[Shard, int], length: int, names: Iterable[str]) -> Columns:
         """Read columns of the `length` tokens of a row. Raises DataError."""

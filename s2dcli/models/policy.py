@@ -82,8 +82,9 @@ def freeze(policy: Policy) -> Policy:
 
 
 @contextmanager
-def on_device(policy: Policy, device: torch.device, *, offload: bool) -> Iterator[None]:
-    """Keep a frozen policy on the device within the block; with `offload` it stays on the CPU otherwise."""
+def on_device(policy: Policy | None, device: torch.device, *, offload: bool) -> Iterator[None]:
+    """Keep a frozen policy, if there is one, on the device within the block; with `offload` it stays on the CPU otherwise."""
+    offload = offload and policy is not None
     if offload:
         policy.to(device)
     try:

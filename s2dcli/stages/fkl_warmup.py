@@ -24,7 +24,7 @@ from typing import Annotated
 import typer
 
 from s2dcli import console, options
-from s2dcli.engines.opening import check_engine
+from s2dcli.engines.opening import check_engine, check_served_teacher, is_served
 from s2dcli.errors import UsageError
 from s2dcli.files.records import read_problems
 from s2dcli.files.run_folder import RunFolder
@@ -36,7 +36,7 @@ def fkl_warmup(
     *,
     student: options.Student,
     rollouts: Annotated[str, typer.Option("--rollouts", metavar="FILE", help="Teacher's rollouts, JSONL; - is standard input.")],
-    teacher: Annotated[str | None, typer.Option("--teacher", metavar="CKPT", help="Frozen teacher to match.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", metavar="CKPT|URL,...", help="Frozen teacher to match.")] = None,
     cache: Annotated[str | None, typer.Option("--cache", metavar="DIR", help="Teacher cache made by s2d score.")] = None,
     top_k: Annotated[
         int | None, options.in_training("Ids of the teacher in the KL, with a bucket for the rest.", min=1, show_default="all there are")
@@ -59,15 +59,17 @@ def fkl_warmup(
 ) -> None:
     """Warm up a student on stored teacher rollouts by forward KL, or train it on their tokens (SFT)."""
     given = options.flatten(locals())
-    check_engine(engine, training=True)
-    RunFolder.check(
-        out, "fkl-warmup", [student, *filter(None, [teacher, cache]), rollouts], overwrite=running.overwrite, resume=running.resume
-    )
+    served = is_served(teacher)
+    check_engine(engine, training=True, teacher=teacher)
+    sources = [student, *([] if served else [teacher]), cache, rollouts]
+    RunFolder.check(out, "fkl-warmup", [*filter(None, sources)], overwrite=running.overwrite, resume=running.resume)
+    if served:
+        check_served_teacher(Estimator.full if top_k is None else Estimator.top_k, temperature)
     if not running.eval_problems:
         options.refuse_given(context, {"engine": "--engine", "max_tokens": "--max-tokens"}, "samples evaluations only; add --eval-problems")
     if [teacher is None, cache is None, not hard_labels].count(False) != 1:
         raise UsageError(
-            "choose one target", hint="--teacher CKPT or --cache DIR for its distributions, or --hard-labels for the sampled tokens"
+            "choose a target", hint="--teacher CKPT or --cache DIR for its distributions, or --hard-labels for the sampled tokens"
         )
     if hard_labels:
         names = {"temperature": "--temperature", "top_k": "--top-k"}
@@ -88,7 +90,7 @@ def fkl_warmup(
     from s2dcli.train.teachers import LiveTeacher
     from s2dcli.train.vocab import forward_kl
 
-    checkpoints = {"student": student, **({"teacher": teacher} if teacher else {})}
+    checkpoints = {"student": student, **({} if teacher is None or served else {"teacher": teacher})}
     setup = TrainingSetup(
         "fkl-warmup",
         given,
@@ -102,6 +104,7 @@ def fkl_warmup(
         loading=loading,
         running=running,
         cache=cache,
+        served=teacher if served else None,
     )
     order = Order(len(stored.rows), mini_batch_size, seed=running.seed, steps=steps, epochs=epochs)
     opened = setup.start(order, 1, ("update",), frozen=list(checkpoints)[1:], stored=stored)
@@ -110,19 +113,22 @@ def fkl_warmup(
 
     longest = max(1, *(len(row.completion_ids) for row in stored.rows))
     with opened as run:
-        name, objective = "kl", CrossEntropy()
+        name, source = "kl", None
         if hard_labels:
             name = "cross_entropy"
+        elif served:
+            source = opened.served_teacher(Estimator.top_k, top_k)
         elif cache:
             estimator = Estimator.full if top_k is None and setup.cache.meta.keep is Keep.hidden else Estimator.top_k
-            from_disk = opened.cached_teacher(stored.rows, estimator, top_k, temperature)
-            objective = Distillation(teacher=from_disk, divergence=forward_kl, temperature=temperature)
+            source = opened.cached_teacher(stored.rows, estimator, top_k, temperature)
         else:
-            live = LiveTeacher(policy=opened.load_teacher("teacher"), temperature=temperature, top_k=top_k)
-            objective = Distillation(teacher=live, divergence=forward_kl, temperature=temperature)
+            source = LiveTeacher(policy=opened.load_teacher("teacher"), temperature=temperature, top_k=top_k)
+        objective = Distillation(teacher=source, divergence=forward_kl, temperature=temperature) if source else CrossEntropy()
         run.labels |= labels
         for step in run:
             rows = [stored.rows[index] for index in order.batch(step.number)]
+            if source:
+                source.begin(rows)
             set_weights(rows, aggregate, longest)
             run.update(step, rows, objective)
             step.log(**{name: step.per_token(name)}, entropy=step.per_token("entropy"))

@@ -66,6 +66,9 @@ class Teacher(Protocol):
     @property
     def others(self) -> Sequence[Policy]: ...
 
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        """Make ready for rows whose micro-batches come next: a teacher that works elsewhere starts now. Does not wait."""
+
     def targets(self, batch: MicroBatch) -> Targets:
         """Return the targets of a micro-batch's completion tokens, always in the same form."""
 
@@ -81,6 +84,9 @@ class LiveTeacher:
     @property
     def others(self) -> list[Policy]:
         return [self.policy]
+
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        """Nothing to start: it works where the student does."""
 
     @torch.no_grad()
     def targets(self, batch: MicroBatch) -> ExactTargets | TopKTargets:
@@ -114,6 +120,11 @@ class CachedTeacher:
         self._places = cache.find(rows)
         self._head = _cached_head(cache, device) if cache.meta.keep is Keep.hidden else None
         self._dtype = getattr(torch, cache.meta.compute_dtype)
+
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        """Have the system read ahead what is on disk of these rows."""
+        for row in rows:
+            self.cache.read_ahead(self._places[row], len(row.completion_ids))
 
     @torch.no_grad()
     def targets(self, batch: MicroBatch) -> Targets:
@@ -167,6 +178,9 @@ class ScoredRows:
     """A teacher that has scored the sampled tokens before the update: the rows' `teacher_logprobs`."""
 
     others = ()
+
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        """Nothing to start: the rows are scored."""
 
     def targets(self, batch: MicroBatch) -> SampledTargets:
         return SampledTargets(batch.per_token([row.teacher_logprobs for row in batch.rows]))

@@ -258,7 +258,67 @@ def test_a_target_is_chosen_once(s2d, toy, rollouts, cache, tmp_path):
     for more in (["--hard-labels"], ["--teacher", toy / "teacher"]):
         result = warm(s2d, toy, rollouts, cache, tmp_path / "run", *more)
         assert result.code == 2
-        assert "choose one target" in result.err
+        assert "choose a target" in result.err
     result = warm(s2d, toy, rollouts, cache, tmp_path / "run", "--top-k", 8)
     assert result.code == 2
     assert "--top-k 8: the cache holds 5 ids a token" in result.err
+
+
+@pytest.fixture(scope="module")
+def sampled(s2d, toy, few, tmp_path_factory):
+    """16 rollouts of the student, and a cache of the teacher's hidden states on them."""
+    path = tmp_path_factory.mktemp("sampled") / "student.jsonl"
+    assert s2d("rollout", "-m", toy / "student", few, "-n", 2, "--max-tokens", 16, "-o", path).code == 0
+    cache = path.parent / "cache"
+    assert score(s2d, toy, path, cache, "--keep", "hidden", "--cache-dtype", "float32").code == 0
+    return path, cache
+
+
+def distil(s2d, toy, rollouts, out, *more):
+    how = ["--problems-per-step", 4, "--lr", "1e-3", "--steps", 2]
+    return s2d("opd", "--student", toy / "student", "--rollouts", rollouts, "-o", out, *how, *more)
+
+
+@pytest.mark.parametrize("estimator", [["full"], ["top-k", "--top-k", 5], ["sampled"]])
+def test_opd_from_disk_is_that_with_the_teacher_in_memory(s2d, toy, sampled, tmp_path, estimator):
+    rollouts, cache = sampled
+    how = ["--mini-batch-size", 4, "--estimator", *estimator]
+    runs = {"cached": ["--cache", cache], "live": ["--teacher", toy / "teacher"]}
+    for name, source in runs.items():
+        result = distil(s2d, toy, rollouts, tmp_path / name, *source, *how)
+        assert result.code == 0, result.err
+    for found, expected in zip(*(read_jsonl(tmp_path / name / "metrics.jsonl") for name in runs), strict=True):
+        assert found["updates"] == 2
+        assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4, abs=1e-6)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_a_cache_of_another_teacher_than_that_of_the_warmup_is_told_of(s2d, toy, few, rollouts, sampled, tmp_path):
+    on_disk, cache = sampled
+    models = ["--student", toy / "student", "--teacher", toy / "student"]
+    assert s2d("fkl-warmup", *models, "--rollouts", rollouts, "-o", tmp_path / "warm", "--steps", 1).code == 0
+    result = s2d("opd", "--student", tmp_path / "warm", "--rollouts", on_disk, "--cache", cache, "-o", tmp_path / "run", "--steps", 1)
+    assert result.code == 0, result.err
+    assert f"warm was warmed up by {toy / 'student'}, and {cache} holds {toy / 'teacher'}" in result.err
+
+
+def test_what_opd_cannot_learn_from_is_refused(s2d, toy, few, cache, sampled, tmp_path):
+    rollouts, hidden = sampled
+    teacher = ["--teacher", toy / "teacher"]
+    for more, code, message in (
+        ([], 2, "choose one teacher"),
+        (["--cache", hidden, *teacher], 2, "choose one teacher"),
+        (["--cache", hidden, few], 2, "both PROBLEMS and --rollouts"),
+        (["--cache", hidden, "-n", 2], 2, "-n applies to sampling"),
+        (["--cache", hidden, "--offload"], 2, "--offload moves a teacher in memory"),
+        (["--cache", cache], 1, "holds no scores of"),
+        (["--teacher", "http://127.0.0.1:9"], 2, "the teacher's whole distribution is needed"),
+        (["--teacher", "http://127.0.0.1", "--estimator", "top-k"], 2, "--teacher 'http://127.0.0.1': URL names no port"),
+        (["--teacher", "http://127.0.0.1:9", "--estimator", "top-k", "--temperature", 0.5], 2, "a server scores at temperature 1"),
+    ):
+        result = distil(s2d, toy, rollouts, tmp_path / "run", *more)
+        assert (result.code, result.err.count("\n")) == (code, 1), result.err
+        assert message in result.err
+    result = s2d("opd", "--student", toy / "student", few, "--cache", hidden, "-o", tmp_path / "run")
+    assert "--cache has scores of stored rollouts" in result.err
+    assert not (tmp_path / "run").exists()
