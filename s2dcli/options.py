@@ -115,6 +115,14 @@ class Estimator(StrEnum):
     sampled = "sampled"
 
 
+class Phases(StrEnum):
+    """Whether sampling, scoring and learning take turns on the device; auto: where teacher and student do not both fit."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class Keep(StrEnum):
     """What a teacher cache holds of each distribution; see files/teacher_cache.py."""
 
@@ -210,6 +218,10 @@ MaxPromptTokens = Annotated[int | None, _sampling("Drop problems with longer pro
 
 # Training
 Steps = Annotated[int | None, in_training("Training steps; default: from --epochs.", "--steps", min=1)]
+PhasesOption = Annotated[
+    Phases,
+    _memory("Sample, score and learn in turns, one large model at a time; auto: if the models do not fit together.", "--phases"),
+]
 Offload = Annotated[bool, _memory("Offload the frozen model to the CPU while idle (GPU only).", "--offload")]
 AggregateOption = Annotated[
     Aggregate, in_training("Denominator of a token's loss: all tokens, its sequence's tokens, or --max-tokens.", "--aggregate")
@@ -416,6 +428,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "attention",
         "device",
         "offload",
+        "phases",
         "gpu_memory_utilization",
         "max_model_len",
         "max_in_flight",

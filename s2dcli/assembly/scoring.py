@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +16,7 @@ from s2dcli.assembly.loading import load_scorer
 from s2dcli.engines.base import HostedEngine
 from s2dcli.engines.opening import SERVER, TRANSFORMERS, VLLM, engine_kind, open_engine
 from s2dcli.errors import ModelError, UsageError
-from s2dcli.files.teacher_cache import HEAD, CacheFolder, Columns, Meta, bytes_per_token, layout
+from s2dcli.files.teacher_cache import HEAD, SHARD_BYTES, CacheFolder, Columns, Meta, bytes_per_token, layout, portions
 from s2dcli.models.batching import MicroBatch
 from s2dcli.models.checkpoints import Checkpoint, eos_ids, load, model_config, pick_device, pick_dtype
 from s2dcli.models.forward import Head
@@ -77,7 +77,7 @@ def open_scorer(
     Raises EngineError, ModelError or UsageError.
     """
     if engine_kind(scoring, loading.device) == TRANSFORMERS:
-        yield LiveScorer(checkpoint, tokenizer, loading, tokens_per_batch)
+        yield LiveScorer(checkpoint, tokenizer, loading.of_load(), tokens_per_batch)
         return
     engine, gate = open_engine(checkpoint, tokenizer, scoring, loading, top_k=max(1, form.k))
     try:
@@ -110,8 +110,18 @@ class LiveScorer:
 
     name = TRANSFORMERS
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, loading: ModelOptions, tokens_per_batch: int) -> None:
-        loaded = load(checkpoint, **loading.of_load(), tokenizer=tokenizer)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: PreTrainedTokenizerBase,
+        how: Mapping[str, Any],
+        tokens_per_batch: int,
+        *,
+        announce: bool = True,
+    ) -> None:
+        """`how` is what models/checkpoints.load takes of the options."""
+        loaded = load(checkpoint, **how, tokenizer=tokenizer, announce=announce)
+        self.dtype = loaded.compute_dtype
         self.policy = freeze(Policy(loaded.model, loaded.vocabulary))
         self.layout = {"tokens_per_batch": tokens_per_batch, "pad_id": loaded.pad_id}
 
@@ -201,6 +211,28 @@ def score_portion(scorer: Scorer, rows: Sequence[TrainingRow], form: CacheForm, 
         rounding += float(found["rounding"].sum(dtype=np.float64))
         worst = max(worst, float(found["rounding"].max()))
     return columns, {"rows": len(rows), "tokens": total, "mass_sum": mass, "rounding_sum": rounding, "rounding_max": worst}
+
+
+def fill_cache(
+    folder: CacheFolder,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+    loading: ModelOptions,
+    form: CacheForm,
+    width: int,
+    rows: Sequence[TrainingRow],
+    shard_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Meta:
+    """Write the shards of a cache that are not there yet; returns what its meta.json is to say. `advance` is told of tokens."""
+    lengths = [len(row.completion_ids) for row in rows]
+    most = min(shard_tokens, SHARD_BYTES // bytes_per_token(form.keep, form.k, width, form.dtype))
+    for number, part in enumerate(portions(lengths, most)):
+        if not folder.shard(number).is_file():
+            folder.write_shard(number, rows[part], *score_portion(scorer, rows[part], form, width))
+        advance(sum(lengths[part]))
+    return describe(folder, checkpoint, tokenizer, scorer, loading, form, width)
 
 
 def _mass(keep: Keep, columns: Columns) -> np.ndarray:

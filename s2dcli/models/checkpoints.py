@@ -226,7 +226,7 @@ def load(
     model = model.to(place).eval()
     mask_unused(model, unused_ids(tokenizer))
     self_test(model, vocabulary, checkpoint.name, compute)
-    _return_freed_memory()
+    return_freed_memory()
     return LoadedModel(
         checkpoint=checkpoint,
         tokenizer=tokenizer,
@@ -262,8 +262,12 @@ def _require_all_weights(report: Mapping[str, Collection], model: PreTrainedMode
             )
 
 
-def _return_freed_memory() -> None:
-    """Hand what reading the files left free back to the system, where the C library keeps it: a large tokenizer leaves 60 MB."""
+def return_freed_memory() -> None:
+    """Hand back what a GPU's allocator keeps, and what the C library does, where it keeps any: a large tokenizer leaves 60 MB."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)

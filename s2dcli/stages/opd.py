@@ -56,6 +56,7 @@ def opd(
     engine: options.EngineOptions,
     loading: options.ModelOptions,
     offload: options.Offload = False,
+    phases: options.PhasesOption = options.Phases.auto,
     running: options.SampledRunOptions,
 ) -> None:
     """Distil a frozen teacher into a student on the student's own samples."""
@@ -110,18 +111,20 @@ def opd(
     on_disk = stored.groups() if stored else []
     order = Order(len(tasks) or len(on_disk), batches.problems_per_step, seed=running.seed, steps=batches.steps, epochs=batches.epochs)
     per_item = len(on_disk[0]) if stored else sampling.num_samples
-    phases = ("sample", "score", "update")
-    opened = setup.start(order, per_item, phases, frozen=["teacher"] * live, problems=items, tasks=tasks, stored=stored)
+    what = {"frozen": ["teacher"] * live, "problems": items, "tasks": tasks, "stored": stored, "turns": phases}
+    opened = setup.start(order, per_item, ("sample", "score", "update"), **what)
     if opened is None:
         return
 
     longest = max(len(row.completion_ids) for row in stored.rows) if stored else sampling.max_tokens
     with opened as run:
-        frozen = opened.load_teacher("teacher") if live else None
+        frozen = opened.load_teacher("teacher") if live and not opened.phased else None
         if served:
             source = opened.served_teacher(estimator, top_k)
         elif cache:
             source = opened.cached_teacher(stored.rows, estimator, top_k, sampling.temperature)
+        elif opened.phased:
+            source = opened.phased_teacher(estimator, top_k, sampling.temperature)
         elif estimator is Estimator.sampled:
             source = ScoredRows()
         else:
@@ -136,7 +139,8 @@ def opd(
             else:
                 groups = opened.sample(step, tasks_of_step(tasks, order.batch(step.number), step.number), sampling.num_samples)
             rows = [row for group in groups for row in group]
-            source.begin(rows)
+            with step.phase("score"):
+                source.begin(rows)
             with on_device(frozen, run.device, offload=offload):
                 if frozen and estimator is Estimator.sampled:
                     with step.phase("score"):
@@ -162,7 +166,7 @@ def _refuse_contradictions(context: typer.Context, given: dict[str, Any], *, ser
         if not given["eval_problems"]:
             names |= {"engine": "--engine", "max_tokens": "--max-tokens"}
         options.refuse_given(context, names, "applies to sampling, and --rollouts samples nothing")
-    if given["offload"] and (served or given["cache"]):
-        raise UsageError("--offload moves a teacher in memory, and there is none", hint="leave it out")
+    if served or given["cache"]:
+        options.refuse_given(context, {"offload": "--offload", "phases": "--phases"}, "applies to a teacher in memory, and there is none")
     if served:
         check_served_teacher(given["estimator"], given["temperature"])

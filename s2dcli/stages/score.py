@@ -62,14 +62,13 @@ def score(
     prompts = {"chat_template": "--chat-template", "chat_template_kwargs": "--chat-template-kwargs"}
     options.refuse_given(context, prompts, "builds prompts; stored token ids are scored as they are")
     check_engine(scoring)
-    from s2dcli.files.teacher_cache import SHARD_BYTES, CacheFolder, bytes_per_token, portions
+    from s2dcli.files.teacher_cache import CacheFolder
 
     CacheFolder.check(out, "score", [model, rollouts], overwrite=overwrite, resume=resume)
 
     console.starting()
     from s2dcli.assembly.rollouts import store
-    from s2dcli.assembly.scoring import CacheForm, check_form, hidden_width, measure_mass, open_scorer, score_portion, sizes
-    from s2dcli.assembly.scoring import describe as describe_cache
+    from s2dcli.assembly.scoring import CacheForm, check_form, fill_cache, hidden_width, measure_mass, open_scorer, sizes
     from s2dcli.files import jsonl
     from s2dcli.files.manifest import describe
     from s2dcli.models.checkpoints import model_config, resolve
@@ -98,16 +97,10 @@ def score(
     manifest = describe("score", settings, inputs=[rollouts, *loading.files], parents=[("model", checkpoint)])
     if jsonl.is_stream(rollouts):
         manifest["inputs"][0]["sha256"] = stored.sha256
-    most = min(shard_tokens, SHARD_BYTES // bytes_per_token(keep, kept, width, cache_dtype))
-    plan = [stored.rows[part] for part in portions(lengths, most)]
     with CacheFolder(out, manifest, may_change=MAY_CHANGE, overwrite=overwrite, resume=resume) as folder:
         if not folder.finished:
             with open_scorer(*opening) as scorer, console.progress("scoring", sum(lengths), "tokens") as advance:
-                for number, rows in enumerate(plan):
-                    if not folder.shard(number).is_file():
-                        folder.write_shard(number, rows, *score_portion(scorer, rows, form, width))
-                    advance(sum(len(row.completion_ids) for row in rows))
-                meta = describe_cache(folder, checkpoint, tokenizer, scorer, loading, form, width)
+                meta = fill_cache(folder, checkpoint, tokenizer, scorer, loading, form, width, stored.rows, shard_tokens, advance)
             counts = {"rollouts": len(lengths), "tokens": sum(lengths), "seconds": time.monotonic() - started}
             folder.finish(meta, counts)
         jsonl.print_result(folder.result())

@@ -310,7 +310,7 @@ def test_what_opd_cannot_learn_from_is_refused(s2d, toy, few, cache, sampled, tm
         (["--cache", hidden, *teacher], 2, "choose one teacher"),
         (["--cache", hidden, few], 2, "both PROBLEMS and --rollouts"),
         (["--cache", hidden, "-n", 2], 2, "-n applies to sampling"),
-        (["--cache", hidden, "--offload"], 2, "--offload moves a teacher in memory"),
+        (["--cache", hidden, "--offload"], 2, "--offload applies to a teacher in memory"),
         (["--cache", cache], 1, "are others than those that were scored"),
         (["--teacher", "http://127.0.0.1:9"], 2, "the teacher's whole distribution is needed"),
         (["--teacher", "http://127.0.0.1", "--estimator", "top-k"], 2, "--teacher 'http://127.0.0.1': URL names no port"),
