@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import start, wait
-from faults import COLD_KILLS, WARM_KILLS, contents, differing, kill_and_resume
+from faults import COLD_KILLS, LONG, WARM_KILLS, contents, differing, kill_and_resume
 
 STEPS = 5
 TRAINERS = ["grpo", "opd", "fkl-warmup"]
@@ -142,7 +142,8 @@ def finish(s2d, args: list[str], cwd: Path) -> None:
 
 @pytest.mark.parametrize("name", [*TRAINERS, "opd in phases"])
 def test_kills_at_random_moments_lose_nothing(command, tmp_path, record_property, name):
-    outcome = kill_and_resume(command[name], tmp_path, kills=WARM_KILLS, seed=WARM_KILLS)
+    kills = WARM_KILLS if name in TRAINERS else LONG or 3
+    outcome = kill_and_resume(command[name], tmp_path, kills=kills, seed=WARM_KILLS)
     record_property("faults", (f"{name} (warm)", outcome.kills, outcome.runs, len(outcome.mismatches)))
     assert outcome.mismatches == []
 
