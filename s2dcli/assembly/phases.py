@@ -38,11 +38,11 @@ class PhasedTeacher:
     others = ()
 
     def __init__(
-        self, setup: TrainingSetup, run: TrainingRun, checkpoint: Checkpoint, estimator: Estimator, top_k: int, temperature: float
+        self, setup: TrainingSetup, run: TrainingRun, checkpoint: Checkpoint, estimator: Estimator, top_k: int | None, temperature: float
     ) -> None:
         self.setup, self.run, self.checkpoint = setup, run, checkpoint
         self.estimator, self.temperature = estimator, temperature
-        self.top_k = min(top_k, run.policy.vocabulary) if estimator is Estimator.top_k else None
+        self.top_k = top_k and min(top_k, run.policy.vocabulary)
         self._cached: CachedTeacher
 
     def begin(self, rows: Sequence[TrainingRow]) -> None:

@@ -53,7 +53,7 @@ from s2dcli.options import (
 )
 from s2dcli.train.loop import Step, TrainingRun
 from s2dcli.train.rows import Group, RowMaker, TrainingRow
-from s2dcli.train.teachers import CachedTeacher
+from s2dcli.train.teachers import CachedTeacher, LiveTeacher, Teacher
 
 # Of a device's memory that the plan may fill: Python, torch and CUDA come on top of it.
 FIT_SHARE = 0.9
@@ -240,25 +240,23 @@ class Training:
         if error[0] is None:
             jsonl.print_result(self.folder.result(), console.run_table)
 
-    def load_teacher(self, role: str) -> Policy:
-        """Load a frozen model that the setup knows by its role. Raises ModelError or UsageError."""
+    def teacher(self, estimator: Estimator, top_k: int | None, temperature: float, rows: Sequence[TrainingRow] = ()) -> Teacher:
+        """Open the setup's teacher: its servers, its cache of `rows`, or the model of that role.
+
+        `top_k` counts for Estimator.top_k only; None is all ids that a cache holds. Raises an S2DError for what cannot be had.
+        """
         setup = self.setup
-        return load_frozen(setup.parents[role], self.loaded, setup.loading, setup.training, offload=setup.offload)
-
-    def cached_teacher(self, rows: Sequence[TrainingRow], estimator: Estimator, top_k: int | None, temperature: float) -> CachedTeacher:
-        """Return the setup's cache as a teacher of `rows`; `top_k` None is all ids that it holds."""
-        return CachedTeacher(self.setup.cache, rows, self.run.device, estimator, top_k, temperature)
-
-    def served_teacher(self, estimator: Estimator, top_k: int) -> ServedTeacher:
-        """Return the setup's servers as a teacher. Raises EngineError or ModelError."""
-        setup = self.setup
-        engine = open_served_teacher(setup.served, setup.parent, setup.tokenizer, setup.engine, setup.loading)
-        k = None if estimator is Estimator.sampled else min(top_k, self.loaded.vocabulary)
-        return ServedTeacher(engine, setup.tokenizer, k, self.folder.folder)
-
-    def phased_teacher(self, estimator: Estimator, top_k: int, temperature: float) -> PhasedTeacher:
-        """Return the teacher as one that is loaded while it scores only."""
-        return PhasedTeacher(self.setup, self.run, self.setup.parents["teacher"], estimator, top_k, temperature)
+        k = top_k if estimator is Estimator.top_k else None
+        if setup.served:
+            engine = open_served_teacher(setup.served, setup.parent, setup.tokenizer, setup.engine, setup.loading)
+            return ServedTeacher(engine, setup.tokenizer, k and min(k, self.loaded.vocabulary), self.folder.folder)
+        if setup.cache:
+            return CachedTeacher(setup.cache, rows, self.run.device, estimator, k, temperature)
+        checkpoint = setup.parents["teacher"]
+        if self.phased:
+            return PhasedTeacher(setup, self.run, checkpoint, estimator, k, temperature)
+        policy = load_frozen(checkpoint, self.loaded, setup.loading, setup.training, offload=setup.offload)
+        return LiveTeacher(policy=policy, temperature=temperature, top_k=k, sampled=estimator is Estimator.sampled)
 
     def load_reference(self) -> Policy:
         """Return the policy as it was when loaded, frozen. Raises ModelError or UsageError."""

@@ -82,15 +82,14 @@ def freeze(policy: Policy) -> Policy:
 
 
 @contextmanager
-def on_device(policy: Policy | None, device: torch.device, *, offload: bool) -> Iterator[None]:
-    """Keep a frozen policy, if there is one, on the device within the block; with `offload` it stays on the CPU otherwise."""
-    offload = offload and policy is not None
-    if offload:
+def on_device(*policies: Policy, device: torch.device, offload: bool) -> Iterator[None]:
+    """Keep frozen policies on the device within the block; with `offload` they stay on the CPU otherwise."""
+    for policy in policies if offload else ():
         policy.to(device)
     try:
         yield
     finally:
-        if offload:
+        for policy in policies if offload else ():
             policy.to("cpu")
 
 

@@ -87,7 +87,6 @@ def fkl_warmup(
     from s2dcli.engines.base import SamplingParams
     from s2dcli.train.objectives import CrossEntropy, Distillation
     from s2dcli.train.rows import set_weights
-    from s2dcli.train.teachers import LiveTeacher
     from s2dcli.train.vocab import forward_kl
 
     checkpoints = {"student": student, **({} if teacher is None or served else {"teacher": teacher})}
@@ -113,16 +112,10 @@ def fkl_warmup(
 
     longest = max(1, *(len(row.completion_ids) for row in stored.rows))
     with opened as run:
-        name, source = "kl", None
-        if hard_labels:
-            name = "cross_entropy"
-        elif served:
-            source = opened.served_teacher(Estimator.top_k, top_k)
-        elif cache:
-            estimator = Estimator.full if top_k is None and setup.cache.meta.keep is Keep.hidden else Estimator.top_k
-            source = opened.cached_teacher(stored.rows, estimator, top_k, temperature)
-        else:
-            source = LiveTeacher(policy=opened.load_teacher("teacher"), temperature=temperature, top_k=top_k)
+        name = "cross_entropy" if hard_labels else "kl"
+        whole = top_k is None and not (cache and setup.cache.meta.keep is Keep.top_k)
+        estimator = Estimator.full if whole else Estimator.top_k
+        source = None if hard_labels else opened.teacher(estimator, top_k, temperature, stored.rows)
         objective = Distillation(teacher=source, divergence=forward_kl, temperature=temperature) if source else CrossEntropy()
         run.labels |= labels
         for step in run:

@@ -87,7 +87,6 @@ def opd(
     from s2dcli.models.policy import on_device
     from s2dcli.train.objectives import Distillation, SampledDistillation
     from s2dcli.train.rows import set_weights
-    from s2dcli.train.teachers import LiveTeacher, ScoredRows
     from s2dcli.train.vocab import reverse_kl
 
     live = teacher is not None and not served
@@ -111,24 +110,15 @@ def opd(
     on_disk = stored.groups() if stored else []
     order = Order(len(tasks) or len(on_disk), batches.problems_per_step, seed=running.seed, steps=batches.steps, epochs=batches.epochs)
     per_item = len(on_disk[0]) if stored else sampling.num_samples
-    what = {"frozen": ["teacher"] * live, "problems": items, "tasks": tasks, "stored": stored, "turns": phases}
-    opened = setup.start(order, per_item, ("sample", "score", "update"), **what)
+    timed = ("sample", "score", "update")
+    frozen = ["teacher"] * live
+    opened = setup.start(order, per_item, timed, frozen=frozen, problems=items, tasks=tasks, stored=stored, turns=phases)
     if opened is None:
         return
 
     longest = max(len(row.completion_ids) for row in stored.rows) if stored else sampling.max_tokens
     with opened as run:
-        frozen = opened.load_teacher("teacher") if live and not opened.phased else None
-        if served:
-            source = opened.served_teacher(estimator, top_k)
-        elif cache:
-            source = opened.cached_teacher(stored.rows, estimator, top_k, sampling.temperature)
-        elif opened.phased:
-            source = opened.phased_teacher(estimator, top_k, sampling.temperature)
-        elif estimator is Estimator.sampled:
-            source = ScoredRows()
-        else:
-            source = LiveTeacher(policy=frozen, temperature=sampling.temperature, top_k=top_k if estimator is Estimator.top_k else None)
+        source = opened.teacher(estimator, top_k, sampling.temperature, stored.rows if stored else ())
         if estimator is Estimator.sampled:
             objective = SampledDistillation(teacher=source, temperature=sampling.temperature)
         else:
@@ -141,11 +131,7 @@ def opd(
             rows = [row for group in groups for row in group]
             with step.phase("score"):
                 source.begin(rows)
-            with on_device(frozen, run.device, offload=offload):
-                if frozen and estimator is Estimator.sampled:
-                    with step.phase("score"):
-                        for row, logprobs in run.score(rows, sampling.temperature, frozen):
-                            row.teacher_logprobs = logprobs
+            with on_device(*source.others, device=run.device, offload=offload):
                 for mini_batch in split(rows, batches.mini_batch_size):
                     set_weights(mini_batch, aggregate, longest)
                     run.update(step, mini_batch, objective)

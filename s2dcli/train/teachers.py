@@ -75,11 +75,13 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LiveTeacher:
-    """A frozen model in memory, at a temperature: exact, or with `top_k` its most likely ids, all that there are at most."""
+    """A frozen model in memory, at a temperature: exact, or with `top_k` its most likely ids, all that there are at most,
+    or with `sampled` the log-probs of the completion tokens."""
 
     policy: Policy
     temperature: float = 1.0
     top_k: int | None = None
+    sampled: bool = False
 
     @property
     def others(self) -> list[Policy]:
@@ -89,8 +91,10 @@ class LiveTeacher:
         """Nothing to start: it works where the student does."""
 
     @torch.no_grad()
-    def targets(self, batch: MicroBatch) -> ExactTargets | TopKTargets:
+    def targets(self, batch: MicroBatch) -> Targets:
         hidden_NE, head = self.policy.states(batch), self.policy.head()
+        if self.sampled:
+            return SampledTargets(token_logprobs(hidden_NE, head, batch.targets_N, self.temperature))
         if self.top_k is None:
             return ExactTargets(hidden_NE, head, self.temperature)
         return TopKTargets(*top_k_logprobs(hidden_NE, head, min(self.top_k, self.policy.vocabulary), self.temperature))
@@ -116,7 +120,8 @@ class CachedTeacher:
     ) -> None:
         """Raises DataError for rows that are not in the cache, UsageError for what it does not hold."""
         require_holds(cache.meta, estimator, top_k, temperature)
-        self.cache, self.device, self.estimator, self.top_k, self.temperature = cache, device, estimator, top_k, temperature
+        self.cache, self.device, self.estimator, self.temperature = cache, device, estimator, temperature
+        self.top_k = top_k if estimator is Estimator.top_k else None
         self._places = cache.find(rows)
         self._head = _cached_head(cache, device) if cache.meta.keep is Keep.hidden else None
         self._dtype = getattr(torch, cache.meta.compute_dtype)
@@ -154,7 +159,10 @@ def require_holds(meta: Meta, estimator: Estimator, top_k: int | None, temperatu
     hidden = meta.keep is Keep.hidden
     if estimator is Estimator.full and not hidden and meta.k != meta.vocabulary:
         held = f"the {meta.k} most likely ids" if meta.k else "the sampled tokens' log-probs"
-        raise UsageError(f"the whole distribution is needed, the cache holds {held}", hint="s2d score --keep hidden, or --estimator top-k")
+        raise UsageError(
+            f"the whole distribution is needed, the cache holds {held}",
+            hint="s2d score --keep hidden" + (", or opd --estimator top-k" if meta.k else ""),
+        )
     if estimator is Estimator.top_k and meta.keep is Keep.sampled:
         raise UsageError("distributions are needed, the cache holds the sampled tokens' log-probs", hint="s2d score --keep top-k or hidden")
     if estimator is Estimator.top_k and not hidden and top_k is not None and min(top_k, meta.vocabulary) > meta.k:
