@@ -15,7 +15,7 @@ import typer
 
 from s2dcli import __version__, console, help, options
 from s2dcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, S2DError
-from s2dcli.stages import compare, fkl_warmup, grpo, lineage, opd, prepare, report, rollout, verify
+from s2dcli.stages import compare, fkl_warmup, grpo, lineage, opd, prepare, report, rollout, score, verify
 from s2dcli.stages import eval as eval_stage
 
 app = typer.Typer(
@@ -123,7 +123,13 @@ STAGES = {
     "opd": opd.opd,
     "eval": eval_stage.evaluate,
 }
-HELPERS = {"prepare": prepare.prepare, "report": report.report, "compare": compare.compare, "lineage": lineage.lineage}
+HELPERS = {
+    "prepare": prepare.prepare,
+    "score": score.score,
+    "report": report.report,
+    "compare": compare.compare,
+    "lineage": lineage.lineage,
+}
 
 for panel, commands in (("Stages", STAGES), ("Helpers", HELPERS)):
     for name, command in commands.items():

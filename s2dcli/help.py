@@ -26,14 +26,14 @@ from s2dcli.errors import UsageError
 GENERAL = "General"
 BEHIND = f"{__name__}.behind"  # key of a context's `meta`: the arguments that come after `--`
 # Panels in the order of use; others stand before the last four, in the order in which a command declares them.
-PANELS = ("Arguments", "Options", "Model", "Sampling", "Objective", "Grading", "Training")
+PANELS = ("Arguments", "Options", "Model", "Sampling", "Scoring", "Objective", "Grading", "Training")
 LAST_PANELS = ("Output", "Memory", "Engine", GENERAL)
 WHOLE_PAGE = 24  # options up to which `--help` shows all of them
 # Parameters that `--help` shows where a command has more options than that, beside those that are required.
 COMMON = """
-    model teacher student problems rollouts out num_samples k temperature max_tokens max_prompt_tokens engine shard loss kl_coef
-    estimator hard_labels only_correct reward preset export steps epochs problems_per_step mini_batch_size lr tokens_per_batch
-    lora_rank dtype device chat_template save_every eval_problems eval_every dry_run overwrite resume seed quiet verbose help_all help
+    model teacher student problems rollouts cache out num_samples k keep top_k temperature max_tokens max_prompt_tokens engine shard
+    loss kl_coef estimator hard_labels only_correct reward preset export steps epochs problems_per_step mini_batch_size lr tokens_per_batch lora_rank
+    dtype device chat_template save_every eval_problems eval_every dry_run overwrite resume seed quiet verbose help_all help
 """
 LARGEST = 2**53  # integers beyond it are not the same number for every reader of JSON
 WIDEST = 120  # columns
@@ -61,7 +61,7 @@ _MEANT = """
 """
 _MEANT_COMMANDS = """
     rollout: generate sample infer; verify: grade check; grpo: rl ppo train; fkl-warmup: warmup; fkl-warmup --hard-labels: sft;
-    opd: distill distil gkd; eval: evaluate test benchmark; prepare: data preprocess convert; compare: diff
+    opd: distill distil gkd; score: cache logits logprobs; eval: evaluate test benchmark; prepare: data preprocess convert; compare: diff
 """
 
 

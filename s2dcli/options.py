@@ -23,6 +23,7 @@ from s2dcli.errors import UsageError
 
 SAMPLING = "Sampling"
 GRADING = "Grading"
+SCORING = "Scoring"
 TRAINING = "Training"
 MEMORY = "Memory"
 OUTPUT = "Output"
@@ -107,6 +108,37 @@ class KlEstimator(StrEnum):
     k3 = "k3"
 
 
+class Estimator(StrEnum):
+    """What KL(student || teacher) is computed from; see train/teachers.py."""
+
+    full = "full"
+    top_k = "top-k"
+    sampled = "sampled"
+
+
+class Phases(StrEnum):
+    """Whether sampling, scoring and learning take turns on the device; auto: where teacher and student do not both fit."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class Keep(StrEnum):
+    """What a teacher cache holds of each distribution; see files/teacher_cache.py."""
+
+    top_k = "top-k"
+    sampled = "sampled"
+    hidden = "hidden"
+
+
+class ValueType(StrEnum):
+    """Type of the numbers in a teacher cache."""
+
+    float16 = "float16"
+    float32 = "float32"
+
+
 class Truncated(StrEnum):
     """Treatment of completions that hit the length limit."""
 
@@ -186,6 +218,7 @@ def _panel(name: str) -> Callable[..., Any]:
 
 _model, _sampling, _engine, _grading = map(_panel, (MODEL, SAMPLING, ENGINE, GRADING))
 in_training, _memory, _output = map(_panel, (TRAINING, MEMORY, OUTPUT))
+in_scoring, in_output = _panel(SCORING), _output
 
 # Inputs
 Problems = Annotated[str, typer.Argument(metavar="PROBLEMS", help="Problems, JSONL; - is standard input.", show_default=False)]
@@ -223,6 +256,10 @@ MaxPromptTokens = Annotated[int | None, _sampling("Drop problems with longer pro
 
 # Training
 Steps = Annotated[int | None, in_training("Training steps; default: from --epochs.", "--steps", min=1)]
+PhasesOption = Annotated[
+    Phases,
+    _memory("Sample, score and learn in turns, one large model at a time; auto: if the models do not fit together.", "--phases"),
+]
 Offload = Annotated[bool, _memory("Offload the frozen model to the CPU while idle (GPU only).", "--offload")]
 AggregateOption = Annotated[
     Aggregate, in_training("Denominator of a token's loss: all tokens, its sequence's tokens, or --max-tokens.", "--aggregate")
@@ -254,18 +291,11 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """Which engine samples, and what it may use."""
+class ScoringOptions:
+    """Which engine scores, and what it may use."""
 
-    engine: Annotated[
-        str,
-        _engine(
-            "Sampling engine; auto: vLLM if installed and there is a GPU, else transformers. URL: a running vllm serve.",
-            metavar="auto|transformers|vllm|URL,...",
-        ),
-    ] = "auto"
-    sample_tokens: Annotated[int, _sampling("KV-cache positions per sampling batch (transformers engine).", min=1, metavar="TOKENS")] = (
-        SAMPLE_TOKENS
+    engine: Annotated[str, _engine("Scoring engine. URL: a running vllm serve.", "--engine", metavar="transformers|vllm|URL,...")] = (
+        "transformers"
     )
     gpu_memory_utilization: Annotated[
         float | None,
@@ -303,6 +333,22 @@ class EngineOptions:
         float | None,
         _engine("Largest mean difference of their log-probs, in nats.", min=0.0, show_default="float32: 1e-3, bfloat16: 5e-2"),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(ScoringOptions):
+    """Which engine samples, and what it may use."""
+
+    engine: Annotated[
+        str,
+        _engine(
+            "Sampling engine; auto: vLLM if installed and there is a GPU, else transformers. URL: a running vllm serve.",
+            metavar="auto|transformers|vllm|URL,...",
+        ),
+    ] = "auto"
+    sample_tokens: Annotated[int, _sampling("KV-cache positions per sampling batch (transformers engine).", min=1, metavar="TOKENS")] = (
+        SAMPLE_TOKENS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,6 +466,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "attention",
         "device",
         "offload",
+        "phases",
         "gpu_memory_utilization",
         "max_model_len",
         "max_in_flight",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from s2dcli import console
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
-from s2dcli.files.records import Graded, Rollout, read_graded, read_rollouts
+from s2dcli.files.records import Graded, Rollout, Row, read_graded, read_rollouts
 from s2dcli.train.rows import Group, RowMaker, TrainingRow, renamed
 
 GOLD_ENGINE = "gold"  # `sampler.engine` of worked solutions written by `s2d prepare --solutions`
@@ -71,11 +71,20 @@ def store(path: str, rollouts: Iterable[Rollout], *, keep_records: bool = False)
 
 def read_on_policy(path: str, temperature: float) -> Iterator[Graded]:
     """Yield graded rollouts whose log-probs are those they were sampled with, at `temperature`. Raises DataError for others."""
+    return _on_policy(path, read_graded(path), temperature)
+
+
+def on_policy(path: str, temperature: float | None) -> Iterator[Rollout]:
+    """Yield rollouts, graded or not, as `read_on_policy` does; with None however they were sampled."""
+    return _on_policy(path, read_rollouts(path), temperature)
+
+
+def _on_policy(path: str, rollouts: Iterable[tuple[str, Row]], temperature: float | None) -> Iterator[Row]:
     empty = True
-    for where, row in read_graded(path):
+    for where, row in rollouts:
         empty = False
         drawn = (row.sampler.get("temperature"), row.sampler.get("top_p"), row.sampler.get("top_k"))
-        if drawn != (temperature, 1.0, 0):
+        if temperature is not None and drawn != (temperature, 1.0, 0):
             raise DataError(
                 "sampled at temperature {}, top-p {}, top-k {}: the log-probs do not belong to the policy at --temperature {}".format(
                     *drawn, temperature

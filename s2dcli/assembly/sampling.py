@@ -129,7 +129,7 @@ def open_sampler(
     `training` is that checkpoint's model when it is trained here: the transformers engine samples from
     it and so follows it, others have to be told (`Sampler.follow`). Raises EngineError, ModelError or UsageError.
     """
-    engine, gate = open_engine(checkpoint, encoder, sampling, loading, training=training)
+    engine, gate = open_engine(checkpoint, encoder.tokenizer, sampling, loading, training=training)
     identity = {
         "model": checkpoint.name,
         "revision": checkpoint.revision,

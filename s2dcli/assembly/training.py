@@ -19,27 +19,33 @@ from typing import Any
 from s2dcli import console, stats
 from s2dcli.assembly.loading import load_frozen, load_reference, load_trained
 from s2dcli.assembly.order import Order
+from s2dcli.assembly.pairs import open_cache, require_same_pair, warn_of_other_teacher
+from s2dcli.assembly.phases import PhasedTeacher
 from s2dcli.assembly.plan import device_bytes, memory_plan
 from s2dcli.assembly.rollouts import StoredRollouts
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
+from s2dcli.assembly.served import ServedTeacher
 from s2dcli.engines.base import SamplingParams
+from s2dcli.engines.opening import open_served_teacher
 from s2dcli.errors import GradingError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
-from s2dcli.files.records import Problem, Rollout, require_labels
-from s2dcli.files.run_folder import RunFolder
+from s2dcli.files.records import Problem, Rollout, read_rollouts, require_labels
+from s2dcli.files.run_folder import PHASE_ROLLOUTS, RunFolder
 from s2dcli.grade.answer import FAILURES
 from s2dcli.grade.pool import MATH, Errors, Grader, check_reward
-from s2dcli.models.checkpoints import Checkpoint, LoadedModel, model_config, require_same_eos, resolve
+from s2dcli.models.checkpoints import Checkpoint, LoadedModel, model_config, resolve
 from s2dcli.models.policy import Policy
-from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with, require_same_tokenizer
+from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with
 from s2dcli.models.selftest import max_length, require_rows_fit
 from s2dcli.options import (
     HOW_STARTED,
     MAY_CHANGE_ON_RESUME,
     EngineOptions,
+    Estimator,
     GradingOptions,
     ModelOptions,
+    Phases,
     RunOptions,
     SampledRunOptions,
     Schedule,
@@ -47,6 +53,10 @@ from s2dcli.options import (
 )
 from s2dcli.train.loop import Step, TrainingRun
 from s2dcli.train.rows import Group, RowMaker, TrainingRow
+from s2dcli.train.teachers import CachedTeacher, LiveTeacher, Teacher
+
+# Of a device's memory that the plan may fill: Python, torch and CUDA come on top of it.
+FIT_SHARE = 0.9
 
 
 class TrainingSetup:
@@ -68,20 +78,25 @@ class TrainingSetup:
         loading: ModelOptions,
         running: RunOptions,
         offload: bool = False,
+        cache: str | None = None,
+        served: str | None = None,
     ) -> None:
         """`options` are all of the command's, as they are recorded; `checkpoints` maps roles to names, the trained one first.
 
-        Raises ModelError or UsageError.
+        `cache`: the folder of a teacher cache that stands for a teacher; `served`: URLs of one. Raises DataError, ModelError or UsageError.
         """
         self.stage, self.options, self.out, self.params, self.offload = stage, options, out, params, offload
+        self.served = served
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
         self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in checkpoints.items()}
         self.parent, *others = self.parents.values()
-        self.inputs = [*inputs, *([running.eval_problems] if running.eval_problems else []), *loading.files]
+        self.inputs = [*inputs, *([cache] if cache else []), *([running.eval_problems] if running.eval_problems else []), *loading.files]
         self.tokenizer = load_tokenizer(self.parent.folder, loading.trust_remote_code)
         for other in others:
-            require_same_tokenizer(load_tokenizer(other.folder, loading.trust_remote_code), self.tokenizer)
-            require_same_eos(other, self.parent, self.tokenizer, loading.trust_remote_code)
+            require_same_pair(other, self.parent, self.tokenizer, loading)
+        self.cache = open_cache(Path(cache), self.parent, self.tokenizer, loading.trust_remote_code) if cache else None
+        if self.cache and stage == "opd":
+            warn_of_other_teacher(self.cache, self.parent)
         labelled = require_labels(list(eval_problems), "--eval-problems must be labelled")
         self.eval_tasks = make_tasks(labelled, self.encoder) if labelled else []
 
@@ -100,25 +115,29 @@ class TrainingSetup:
         problems: Sequence[Problem] = (),
         tasks: Sequence[Task] = (),
         stored: StoredRollouts | None = None,
+        turns: Phases = Phases.off,
     ) -> Training | None:
         """Return the training, to be entered; None if there is nothing to do: a dry run, whose plan is printed, or a finished run.
 
         `phases` names the parts of a step to be timed, `frozen` the roles of models that are held beside the trained one;
-        `problems`, which the run folder keeps, with their `tasks`, or `stored` rollouts are what was read from the first input.
+        `turns`: whether these are loaded only while they score (assembly/phases.py). `problems`, which the run folder
+        keeps, with their `tasks`, or `stored` rollouts are what was read from the first input.
         """
         samples = bool(problems or self.eval_tasks)
         if stored:
             require_made_with(self.tokenizer, stored.rows, stored.samples)
+            if self.cache:
+                self.cache.find(stored.rows)
             for parent in self.parents.values():
                 require_rows_fit(model_config(parent, self.loading.trust_remote_code), stored.rows, self.inputs[0])
         prompts = [len(task.prompt_ids) for task in (*tasks, *self.eval_tasks)]
         for role, parent in self.parents.items():
             require_length(parent, role, max(prompts, default=0) + self.params.max_tokens if prompts else 0, self.loading)
+        held = [self.parents[role] for role in frozen]
+        phased = turns is Phases.on or (turns is Phases.auto and not self._fits(held, samples=samples))
         if self.running.dry_run:
             for reward in (self.grading.reward or [MATH]) if self.grading and problems else []:
                 check_reward(reward, self.grading.timeout, self.grading.memory_limit)
-            held = [self.parents[role] for role in frozen]
-            sample_tokens = self.engine.sample_tokens if samples else 0
             longest = max(len(row.completion_ids) for row in stored.rows) if stored else self.params.max_tokens
             per_step = min(order.per_step, order.total) * rollouts_per_item
             plan = {
@@ -126,7 +145,8 @@ class TrainingSetup:
                 "rollouts_per_step": per_step,
                 "rollouts": order.steps * per_step,
                 "completion_tokens_at_most": order.steps * per_step * longest,
-                **memory_plan(self.parent, held, self.loading, self.training, sample_tokens=sample_tokens),
+                **self._memory([] if phased else held, samples=samples),
+                **({"phases": phased} if held else {}),
                 "available_bytes": device_bytes(self.loading.device),
                 "out": str(self.out),
             }
@@ -150,19 +170,39 @@ class TrainingSetup:
             overwrite=self.running.overwrite,
             resume=self.running.resume,
         )
-        with ExitStack() as held:
-            held.enter_context(folder)
+        with ExitStack() as opened:
+            opened.enter_context(folder)
             if folder.finished:
                 jsonl.print_result(folder.result(), console.run_table)
                 return None
-            return Training(self, folder, phases, held.pop_all(), samples=samples)
+            return Training(self, folder, phases, opened.pop_all(), samples=samples, phased=phased)
+
+    def _memory(self, held: Sequence[Checkpoint], *, samples: bool) -> dict[str, int]:
+        """Return the memory plan of the run with the frozen models that are held beside the trained one."""
+        sample_tokens = self.engine.sample_tokens if samples else 0
+        return memory_plan(self.parent, held, self.loading, self.training, sample_tokens=sample_tokens)
+
+    def _fits(self, held: Sequence[Checkpoint], *, samples: bool) -> bool:
+        """Whether all models fit into the device's memory at once; says so where they do not."""
+        if not held:
+            return True
+        needed, there = self._memory(held, samples=samples)["total_bytes"], device_bytes(self.loading.device)
+        if needed > FIT_SHARE * there:
+            console.info(
+                f"all models at once would take {needed / 1e9:.1f} of {there / 1e9:.1f} GB: "
+                "sampling, scoring and learning take turns (--phases)"
+            )
+        return needed <= FIT_SHARE * there
 
 
 class Training:
     """An open training: the policy, and the sampler and grader where they are needed, around the run of its steps."""
 
-    def __init__(self, setup: TrainingSetup, folder: RunFolder, phases: Sequence[str], held: ExitStack, *, samples: bool) -> None:
-        self.setup, self.folder, self.phases, self.samples = setup, folder, phases, samples
+    def __init__(
+        self, setup: TrainingSetup, folder: RunFolder, phases: Sequence[str], held: ExitStack, *, samples: bool, phased: bool
+    ) -> None:
+        """`phased`: sampling, scoring and learning take turns, with files between them."""
+        self.setup, self.folder, self.phases, self.samples, self.phased = setup, folder, phases, samples, phased
         self.keep_rollouts = isinstance(setup.running, SampledRunOptions) and setup.running.keep_rollouts
         self._held = held
         self.policy: Policy
@@ -200,10 +240,23 @@ class Training:
         if error[0] is None:
             jsonl.print_result(self.folder.result(), console.run_table)
 
-    def load_teacher(self, role: str) -> Policy:
-        """Load a frozen model that the setup knows by its role. Raises ModelError or UsageError."""
+    def teacher(self, estimator: Estimator, top_k: int | None, temperature: float, rows: Sequence[TrainingRow] = ()) -> Teacher:
+        """Open the setup's teacher: its servers, its cache of `rows`, or the model of that role.
+
+        `top_k` counts for Estimator.top_k only; None is all ids that a cache holds. Raises an S2DError for what cannot be had.
+        """
         setup = self.setup
-        return load_frozen(setup.parents[role], self.loaded, setup.loading, setup.training, offload=setup.offload)
+        k = top_k if estimator is Estimator.top_k else None
+        if setup.served:
+            engine = open_served_teacher(setup.served, setup.parent, setup.tokenizer, setup.engine, setup.loading)
+            return ServedTeacher(engine, setup.tokenizer, k and min(k, self.loaded.vocabulary), self.folder.folder)
+        if setup.cache:
+            return CachedTeacher(setup.cache, rows, self.run.device, estimator, k, temperature)
+        checkpoint = setup.parents["teacher"]
+        if self.phased:
+            return PhasedTeacher(setup, self.run, checkpoint, estimator, k, temperature)
+        policy = load_frozen(checkpoint, self.loaded, setup.loading, setup.training, offload=setup.offload)
+        return LiveTeacher(policy=policy, temperature=temperature, top_k=k, sampled=estimator is Estimator.sampled)
 
     def load_reference(self) -> Policy:
         """Return the policy as it was when loaded, frozen. Raises ModelError or UsageError."""
@@ -217,7 +270,7 @@ class Training:
         """
         with step.phase("sample"):
             self._sampler.identity = self.run.identity(step)
-            groups = list(self._sampler.sample(tasks, num_samples))
+            groups = self._sample(step, tasks, num_samples)
         rollouts = [rollout for group in groups for rollout in group]
         step.sampled_tokens += sum(len(rollout.completion_ids) for rollout in rollouts)
         graded = (rollout.to_record() for rollout in rollouts)
@@ -228,6 +281,18 @@ class Training:
             self._count_errors(step, len(rollouts))
         maker = RowMaker()
         return [[self._row(maker, rollout, next(graded)) for rollout in group] for group in groups]
+
+    def _sample(self, step: Step, tasks: Sequence[Task], num_samples: int) -> list[list[Rollout]]:
+        """Sample groups; in phases, to a file of the step, from which a restart takes them."""
+        if not self.phased:
+            return list(self._sampler.sample(tasks, num_samples))
+        path = self.folder.phase(step.number) / PHASE_ROLLOUTS
+        if not path.is_file():
+            groups = list(self._sampler.sample(tasks, num_samples))
+            self.folder.write_phase(step.number, (rollout.to_record() for group in groups for rollout in group))
+            return groups
+        rollouts = [rollout for _, rollout in read_rollouts(path)]
+        return [rollouts[start : start + num_samples] for start in range(0, len(rollouts), num_samples)]
 
     def _count_errors(self, step: Step, num_rollouts: int) -> None:
         """Log the failures of rewards by kind, and warn of them. Raises GradingError if every rollout's failed."""

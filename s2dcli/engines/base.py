@@ -3,9 +3,10 @@
     generate(requests, params) -> (index of the request, sample) as samples finish, in any order
     close()
 
-An engine with weights of its own (vLLM, a server) also loads new ones, and frees its memory between uses:
+An engine with weights of its own (vLLM, a server) also loads new ones, frees its memory between uses, and scores
+tokens that it is given:
 
-    wake(); load_weights(folder); generate(...); sleep()
+    wake(); load_weights(folder); generate(...); score(rows, top_k); sleep()
 
 Engines see neither text nor problems: `assembly/sampling.py` encodes, decodes and builds the records.
 """
@@ -15,7 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from s2dcli.models.rows import Row
 
 STOP = "stop"  # the last id is an EOS
 LENGTH = "length"  # max_tokens ids without an EOS
@@ -49,6 +55,18 @@ class Sample:
     completion_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a model says of the T tokens of a completion: their own log-probs, and at each of them the K most likely ids.
+
+    Log-probs are nats, float32, of temperature 1, normalised over the whole vocabulary; those of the K descend.
+    """
+
+    sampled_T: np.ndarray
+    ids_TK: np.ndarray
+    logprobs_TK: np.ndarray
 
 
 class Engine(Protocol):
@@ -89,6 +107,12 @@ class HostedEngine(Engine, Protocol):
     max_length: int
     local: bool
     interruptions: int
+
+    def score(self, rows: Iterable[Row], top_k: int) -> Iterator[tuple[int, Scores]]:
+        """Yield (index, scores of the completion's tokens) exactly once for each row, in any order.
+
+        No state of an earlier row's prefix is used. Raises EngineError, also where fewer than `top_k` ids are given.
+        """
 
     def load_weights(self, folder: Path) -> None:
         """Replace the weights by those in a folder of safetensors, and drop every cache of the old ones.

@@ -1,8 +1,9 @@
-"""Which engine samples: checking `--engine` and its options, and opening the engine with a checkpoint's weights."""
+"""Which engine samples or scores: checking `--engine` and its options, and opening the engine with a checkpoint's weights."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -13,11 +14,14 @@ from s2dcli.engines.weights import PARITY_ROWS, ParityGate
 from s2dcli.errors import UsageError, nearest
 from s2dcli.files.manifest import without_credentials
 from s2dcli.models.checkpoints import Checkpoint, LoadedModel, eos_ids, load, model_config, pick_device, pick_dtype
-from s2dcli.models.prompts import PromptEncoder, unused_ids, vocabulary_size
-from s2dcli.options import EngineOptions, ModelOptions
+from s2dcli.models.prompts import unused_ids, vocabulary_size
+from s2dcli.options import EngineOptions, Estimator, ModelOptions, ScoringOptions
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from s2dcli.engines.server import ServerEngine
 
 AUTO, TRANSFORMERS, VLLM, SERVER = "auto", "transformers", "vllm", "server"
 # Options that belong to some engines only
@@ -32,45 +36,71 @@ KINDS_OF = {
 }
 
 
-def check_engine(sampling: EngineOptions, *, training: bool = False) -> None:
+def check_engine(sampling: ScoringOptions, *, training: bool = False, teacher: str | None = None) -> None:
     """Check `--engine` and the options that only some engines have. Imports nothing heavy: to be called before anything else.
 
-    `training`: the engine is to follow the weights of a model in training. Raises UsageError.
+    `training`: the engine is to follow the weights of a model in training; `teacher`: its teacher, which may be servers
+    too. Raises UsageError.
     """
-    _refuse_ignored(sampling, _kinds(sampling.engine))
+    served = {SERVER} if is_served(teacher) and server_urls(teacher, "--teacher") else set()
+    _refuse_ignored(sampling, _kinds(sampling.engine) | served)
     if training and sampling.parity_rows == 0:
         raise UsageError("--parity-rows 0: a trainer does not sample from weights without proof", hint="1 or more")
 
 
 def open_engine(
     checkpoint: Checkpoint,
-    encoder: PromptEncoder,
-    sampling: EngineOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: ScoringOptions,
     loading: ModelOptions,
     *,
     training: LoadedModel | None = None,
+    top_k: int = 0,
 ) -> tuple[Engine, ParityGate | None]:
     """Open the engine that `--engine` names, with a checkpoint's weights; a hosted one comes with its parity gate.
 
-    `training` is that checkpoint's model when it is trained here: the transformers engine samples from it.
-    Raises EngineError, ModelError or UsageError.
+    `training` is that checkpoint's model when it is trained here: the transformers engine samples from it. `top_k`:
+    log-probs of a token that a hosted engine is to give where it scores. Raises EngineError, ModelError or UsageError.
     """
     check_engine(sampling, training=training is not None)
-    kind = _kind(sampling, loading.device)
+    kind = engine_kind(sampling, loading.device)
     gate = None
     if kind == TRANSFORMERS:
-        loaded = training or load(checkpoint, **loading.of_load(), tokenizer=encoder.tokenizer)
+        loaded = training or load(checkpoint, **loading.of_load(), tokenizer=tokenizer)
         engine = _transformers(loaded, sampling)
     else:
         dtype = training.compute_dtype if training else pick_dtype(loading.dtype, pick_device(loading.device))
         gate = ParityGate(dtype, sampling.parity_rows or PARITY_ROWS, sampling.parity_tolerance)
         if kind == VLLM:
-            engine = _vllm(checkpoint, encoder, sampling, loading, dtype, beside_trainer=training is not None)
+            engine = _vllm(checkpoint, tokenizer, sampling, loading, dtype, beside_trainer=training is not None, top_k=top_k)
         else:
-            engine = _server(checkpoint, encoder, sampling, loading)
+            engine = _server(checkpoint, tokenizer, sampling, loading)
     if sampling.engine == AUTO:
         console.info(f"sampling with {engine.name}")
     return engine, gate
+
+
+def open_served_teacher(
+    urls: str, student: Checkpoint, tokenizer: PreTrainedTokenizerBase, sampling: ScoringOptions, loading: ModelOptions
+) -> ServerEngine:
+    """Open servers of a teacher that has the student's tokenizer and EOS. Raises EngineError or UsageError."""
+    return _server(student, tokenizer, replace(sampling, engine=urls), loading, named=False)
+
+
+def check_served_teacher(estimator: Estimator, temperature: float) -> None:
+    """Raise UsageError for targets that no server gives."""
+    if estimator is Estimator.full:
+        raise UsageError(
+            "the teacher's whole distribution is needed; a server gives the most likely ids only",
+            hint="opd: --estimator top-k or sampled, fkl-warmup: --top-k; or s2d score --keep hidden, and learn from the cache",
+        )
+    if temperature != 1.0:
+        raise UsageError(f"--temperature {temperature:g}: a server scores at temperature 1", hint="a teacher in memory, or a cache")
+
+
+def is_served(name: str | None) -> bool:
+    """Whether `--teacher` names servers, not a checkpoint."""
+    return name is not None and name.startswith(("http://", "https://"))
 
 
 def _kinds(name: str) -> set[str]:
@@ -89,7 +119,7 @@ def _kinds(name: str) -> set[str]:
     raise UsageError(f"no such engine: {name!r}{nearest(name, known)}", hint=f"--engine {', '.join(known)} or http://HOST:PORT,...")
 
 
-def _kind(sampling: EngineOptions, device: str) -> str:
+def engine_kind(sampling: ScoringOptions, device: str) -> str:
     """Return the kind of engine that samples on a device. Raises UsageError, also for an option that this kind would ignore."""
     kinds = _kinds(sampling.engine)
     if len(kinds) > 1:
@@ -98,14 +128,17 @@ def _kind(sampling: EngineOptions, device: str) -> str:
     return kinds.pop()
 
 
-def _refuse_ignored(sampling: EngineOptions, kinds: set[str]) -> None:
+def _refuse_ignored(sampling: ScoringOptions, kinds: set[str]) -> None:
     for option, owners in KINDS_OF.items():
         if getattr(sampling, option) is not None and not kinds & owners:
             raise UsageError(f"the {' or '.join(sorted(kinds))} engine has no --{option.replace('_', '-')}", hint="leave it out")
 
 
-def server_urls(text: str) -> list[str]:
-    """Return the URLs of `--engine URL,...`. Raises UsageError, which shows no password, for the first that is malformed."""
+def server_urls(text: str, option: str = "--engine") -> list[str]:
+    """Return the URLs of `--engine URL,...` or `--teacher URL,...`.
+
+    Raises UsageError, which shows no password, for the first that is malformed.
+    """
     shown = without_credentials(text)
     shown = repr(shown) if "@" not in shown else "the URL"  # what is left of a password that was not escaped
     for number, url in enumerate(urls := text.split(","), 1):
@@ -113,7 +146,7 @@ def server_urls(text: str) -> list[str]:
         if wrong:
             which = f" {number}" if len(urls) > 1 else ""
             raise UsageError(
-                f"--engine {shown}: URL{which} {wrong}", hint="--engine http://HOST:PORT or http://HOST1:PORT,http://HOST2:PORT"
+                f"{option} {shown}: URL{which} {wrong}", hint=f"{option} http://HOST:PORT or http://HOST1:PORT,http://HOST2:PORT"
             )
     return urls
 
@@ -155,12 +188,13 @@ def _transformers(loaded: LoadedModel, sampling: EngineOptions) -> Engine:
 
 def _vllm(
     checkpoint: Checkpoint,
-    encoder: PromptEncoder,
-    sampling: EngineOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: ScoringOptions,
     loading: ModelOptions,
     dtype: torch.dtype,
     *,
     beside_trainer: bool,
+    top_k: int,
 ) -> HostedEngine:
     from s2dcli.engines.vllm import VllmEngine
 
@@ -168,28 +202,32 @@ def _vllm(
         raise UsageError(f"--device {loading.device}: vLLM takes the first GPUs that it sees", hint="choose them by CUDA_VISIBLE_DEVICES")
     return VllmEngine(
         checkpoint.folder,
-        eos_ids=eos_ids(encoder.tokenizer, checkpoint, loading.trust_remote_code),
-        vocabulary=vocabulary_size(encoder.tokenizer),
-        unused=unused_ids(encoder.tokenizer),
+        eos_ids=eos_ids(tokenizer, checkpoint, loading.trust_remote_code),
+        vocabulary=vocabulary_size(tokenizer),
+        unused=unused_ids(tokenizer),
         dtype=dtype,
         gpu_memory_utilization=sampling.gpu_memory_utilization,
         tensor_parallel_size=sampling.tensor_parallel_size or 1,
         max_model_len=sampling.max_model_len,
         trust_remote_code=loading.trust_remote_code,
         beside_trainer=beside_trainer,
+        max_logprobs=top_k,
     )
 
 
-def _server(checkpoint: Checkpoint, encoder: PromptEncoder, sampling: EngineOptions, loading: ModelOptions) -> HostedEngine:
+def _server(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, sampling: ScoringOptions, loading: ModelOptions, *, named: bool = True
+) -> ServerEngine:
+    """Open servers of a checkpoint; unless `named`, of another model that has its tokenizer."""
     from s2dcli.engines.server import IN_FLIGHT, TIMEOUT_SECONDS, ServerEngine
 
     config = model_config(checkpoint, loading.trust_remote_code)
     return ServerEngine(
         server_urls(sampling.engine),
-        names=[checkpoint.name, str(checkpoint.folder), str(checkpoint.folder.resolve())],
-        eos_ids=eos_ids(encoder.tokenizer, checkpoint, loading.trust_remote_code),
-        vocabulary=vocabulary_size(encoder.tokenizer),
-        unused=unused_ids(encoder.tokenizer),
+        names=[checkpoint.name, str(checkpoint.folder), str(checkpoint.folder.resolve())] if named else [],
+        eos_ids=eos_ids(tokenizer, checkpoint, loading.trust_remote_code),
+        vocabulary=vocabulary_size(tokenizer),
+        unused=unused_ids(tokenizer),
         model_vocabulary=config.get_text_config().vocab_size,
         in_flight=sampling.max_in_flight or IN_FLIGHT,
         timeout=sampling.server_timeout or TIMEOUT_SECONDS,

@@ -1,4 +1,4 @@
-"""Sampling from running `vllm serve` processes, over their OpenAI-compatible completions endpoint.
+"""Sampling from running `vllm serve` processes, and scoring by them, over their OpenAI-compatible completions endpoint.
 
 Prompts are sent and completions received as token ids. Every sampling field is sent: a server
 would take a missing one from the model's generation_config. A request that meets a broken connection
@@ -18,22 +18,29 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
+import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import httpx2
 
 from s2dcli import console
-from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams
-from s2dcli.engines.vllm import require_supported
+from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams, Scores
+from s2dcli.engines.vllm import require_known, require_supported
 from s2dcli.errors import EngineError, UsageError
 from s2dcli.files.manifest import without_credentials
 
+if TYPE_CHECKING:
+    from s2dcli.models.rows import Row
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 API_KEY = "VLLM_API_KEY"  # environment variable from which `vllm serve` takes its key too
 IN_FLIGHT = 256  # requests at one server: what vLLM runs at once by default
 CONNECT_SECONDS = 10.0
@@ -44,6 +51,7 @@ MASKED = -100.0  # the smallest logit_bias that the protocol allows: e^-100 is 0
 PROBE_TOKENS = 5  # as many log-probs of one position as any server gives
 LARGEST_LOGPROB = 1e-4  # what is above is no log-prob: 0 and some rounding
 NOT_FOUND = 404
+LIMIT = re.compile(r"max allowed: (\d+)")  # as vLLM words its --max-logprobs
 SHOWN = 80  # characters of an answer in an error
 
 
@@ -80,7 +88,8 @@ class ServerEngine:
     ) -> None:
         """Ask the servers what they serve.
 
-        `names`: what the model may be called there. Ids that no token has, which are those from `vocabulary`
+        `names`: what the model may be called there; none if whatever is served is right.
+        Ids that no token has, which are those from `vocabulary`
         up to `model_vocabulary` and the `unused` ones below, are never sampled. `timeout`: seconds without an
         answer after which a call fails. Raises EngineError, or UsageError for an API key that cannot be sent.
         """
@@ -109,7 +118,7 @@ class ServerEngine:
             server.model, length = str(chosen["id"]), int(chosen["max_model_len"])
         except (ValueError, LookupError, TypeError):
             raise EngineError("does not answer /v1/models as vLLM does", where=server.url) from None
-        if not fitting:
+        if names and not fitting:
             console.warn(f"{server.url} serves {server.model!r}, which is taken to be {names[0]!r}")
         return length
 
@@ -139,37 +148,45 @@ class ServerEngine:
             return
         if params.temperature not in (0.0, 1.0) or params.top_p < 1.0 or params.top_k:
             self._require_processed(first.prompt_ids)
-        todo = enumerate(chain([first], requests))
+        yield from self._answers(chain([first], requests), lambda client, request: self._complete(client, request, params))
+
+    def score(self, rows: Iterable[Row], top_k: int) -> Iterator[tuple[int, Scores]]:
+        """Yield (index, scores) as answers arrive; rows are taken one by one as others are done. Raises EngineError."""
+        yield from self._answers(rows, lambda client, row: self._score(client, row, top_k))
+
+    def _answers(self, items: Iterable[Item], ask: Callable[[httpx2.AsyncClient, Item], Awaitable[Result]]) -> Iterator[tuple[int, Result]]:
+        """Yield (index, what `ask` returns of an item) as answers arrive, `capacity` items under way at most. Raises EngineError."""
+        todo = enumerate(items)
         flying: set[asyncio.Task] = set()
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
-            arrived: asyncio.Queue[tuple[int, Sample | EngineError]] = asyncio.Queue()
+            arrived: asyncio.Queue[tuple[int, Result | EngineError]] = asyncio.Queue()
             limits = httpx2.Limits(max_connections=self.capacity, max_keepalive_connections=self.capacity)
             timeout = httpx2.Timeout(max(READ_SECONDS, self.timeout), connect=CONNECT_SECONDS, pool=None)
             client = httpx2.AsyncClient(headers=self.headers, limits=limits, timeout=timeout)
 
-            async def complete(index: int, request: Request) -> None:
+            async def answer(index: int, item: Item) -> None:
                 try:
-                    result = await self._complete(client, request, params)
+                    result = await ask(client, item)
                 except EngineError as error:  # raised below: in its task nobody would see it
                     result = error
                 arrived.put_nowait((index, result))
 
             try:
                 while True:
-                    for index, request in islice(todo, self.capacity - len(flying)):
-                        task = loop.create_task(complete(index, request))
+                    for index, item in islice(todo, self.capacity - len(flying)):
+                        task = loop.create_task(answer(index, item))
                         flying.add(task)
                         task.add_done_callback(flying.discard)
                     if not flying and arrived.empty():
                         return
                     try:
-                        index, sample = loop.run_until_complete(asyncio.wait_for(arrived.get(), self.timeout))
+                        index, result = loop.run_until_complete(asyncio.wait_for(arrived.get(), self.timeout))
                     except TimeoutError:
                         raise self._no_answer([server for server in self.servers if server.busy]) from None
-                    if isinstance(sample, EngineError):
-                        raise sample
-                    yield index, sample
+                    if isinstance(result, EngineError):
+                        raise result
+                    yield index, result
             finally:
                 loop.run_until_complete(_stop(flying, client))
 
@@ -184,12 +201,40 @@ class ServerEngine:
 
     async def _complete(self, client: httpx2.AsyncClient, request: Request, params: SamplingParams) -> Sample:
         """Have one of the servers complete a request. Raises EngineError."""
+        with self._chosen() as server:
+            response = await self._post(client, server, self._body(server, request, params))
+            return self._sample(server, request, params, _parsed(server, response))
+
+    async def _score(self, client: httpx2.AsyncClient, row: Row, top_k: int) -> Scores:
+        """Have one of the servers score a row. Raises EngineError."""
+        ids = [*row.prompt_ids.tolist(), *row.completion_ids.tolist()]
+        with self._chosen() as server:
+            body = {
+                **self._body(server, Request(ids, seed=0), SamplingParams(0.0, top_p=1.0, top_k=0, max_tokens=1)),
+                "prompt_logprobs": top_k,
+                "cache_salt": secrets.token_hex(8),  # no server gives log-probs of tokens from its prefix cache
+            }
+            try:
+                response = await self._post(client, server, body)
+            except EngineError as error:
+                limit = LIMIT.search(error.message)
+                if limit is None:
+                    raise
+                raise EngineError(
+                    f"gives at most {limit[1]} log-probs a token, {top_k} are needed",
+                    where=server.url,
+                    hint=f"start it with --max-logprobs {top_k}, or --top-k {limit[1]}",
+                ) from None
+            return self._scores(server, ids, len(row.completion_ids), top_k, _parsed(server, response))
+
+    @contextmanager
+    def _chosen(self) -> Iterator[Server]:
+        """Choose the server for a request, and count it there until it is done. Whatever goes wrong is an EngineError."""
         server = min(self.servers, key=lambda server: (server.busy, server.sent))
         server.busy += 1
         server.sent += 1
         try:
-            response = await self._post(client, server, self._body(server, request, params))
-            return self._sample(server, request, params, _parsed(server, response))
+            yield server
         except EngineError:
             raise
         except Exception as error:
@@ -281,6 +326,53 @@ class ServerEngine:
             if value > LARGEST_LOGPROB:
                 raise EngineError(f"gave {value} as a log-prob", where=server.url, hint="start it with another --logprobs-mode")
         return Sample(ids, logprobs, reason)
+
+    def _scores(self, server: Server, ids: list[int], length: int, top_k: int, answer: Any) -> Scores:
+        """Return the scores of the last `length` of a row's ids. Raises EngineError unless the answer is about this row."""
+        import numpy as np
+
+        try:
+            choice = answer["choices"][0]
+            echoed, positions = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
+        except (LookupError, TypeError, AttributeError):
+            raise EngineError(f"gave an answer without a choice: {_start(answer)}", where=server.url) from None
+        if echoed is None or positions is None:
+            raise EngineError(
+                "answers without prompt token ids or log-probs", where=server.url, hint="it must be a vLLM server, 0.20 or newer"
+            )
+        if echoed != ids:
+            raise EngineError("changed the token ids, e.g. by a second BOS", where=server.url)
+        if not isinstance(positions, list) or len(positions) != len(ids):
+            raise EngineError(f"gave log-probs of other than {len(ids)} tokens: {_start(positions)}", where=server.url)
+        sampled_T, ids_TK = np.empty(length, np.float32), np.empty((length, top_k), np.int32)
+        logprobs_TK = np.empty((length, top_k), np.float32)
+        first = len(ids) - length
+        for position, (token, found) in enumerate(zip(ids[first:], positions[first:], strict=True)):
+            try:
+                pairs = {int(index): float(entry["logprob"]) for index, entry in found.items()}
+                sampled_T[position] = pairs[token]
+                if len(pairs) > top_k:
+                    del pairs[token]  # told beside the top k, as it is none of them
+                best = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))
+                ids_TK[position], logprobs_TK[position] = [index for index, _ in best], [value for _, value in best]
+            except (AttributeError, LookupError, TypeError, ValueError):
+                raise EngineError(
+                    f"gave other than {top_k} log-probs for token {first + position}: {_start(found)}", where=server.url
+                ) from None
+        if not np.isfinite(sampled_T).all() or not np.isfinite(logprobs_TK).all() or logprobs_TK.max(initial=-1) > LARGEST_LOGPROB:
+            raise EngineError("gave numbers that are no log-probs", where=server.url, hint="start it with another --logprobs-mode")
+        require_known(ids_TK, self.vocabulary, self.unused, server.url)
+        return Scores(sampled_T, ids_TK, logprobs_TK)
+
+    def detokenize(self, ids: Sequence[int]) -> list[tuple[str, str | None]]:
+        """Return each server's URL with the text that ids have there; None where it was started without a tokenizer. Raises EngineError."""
+        found = []
+        for server in self.servers:
+            body = {"model": server.model, "tokens": list(ids)}
+            response = self._call(server, "POST", "/detokenize", body=body, accept=(NOT_FOUND, *range(400, 600)))
+            text = _parsed(server, response).get("prompt") if response.is_success else None
+            found.append((server.url, text))
+        return found
 
     def _require_processed(self, prompt_ids: list[int]) -> None:
         """Raise EngineError unless every server returns log-probs of the distribution that it draws from.

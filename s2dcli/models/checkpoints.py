@@ -226,7 +226,7 @@ def load(
     model = model.to(place).eval()
     mask_unused(model, unused_ids(tokenizer))
     self_test(model, vocabulary, checkpoint.name, compute)
-    _return_freed_memory()
+    return_freed_memory()
     return LoadedModel(
         checkpoint=checkpoint,
         tokenizer=tokenizer,
@@ -262,8 +262,12 @@ def _require_all_weights(report: Mapping[str, Collection], model: PreTrainedMode
             )
 
 
-def _return_freed_memory() -> None:
-    """Hand what reading the files left free back to the system, where the C library keeps it: a large tokenizer leaves 60 MB."""
+def return_freed_memory() -> None:
+    """Hand back what a GPU's allocator keeps, and what the C library does, where it keeps any: a large tokenizer leaves 60 MB."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
@@ -308,11 +312,18 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, trust_re
 
 def require_same_eos(teacher: Checkpoint, student: Checkpoint, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
     """Raise ModelError unless the same ids end a completion of both: a student would learn to write on where it should stop."""
-    theirs, ours = (set(eos_ids(tokenizer, checkpoint, trust_remote_code)) for checkpoint in (teacher, student))
-    if theirs != ours:
-        name = lambda ids: ", ".join(f"{index} ({tokenizer.convert_ids_to_tokens(index)})" for index in sorted(ids))  # noqa: E731
+    theirs, ours = (eos_ids(tokenizer, checkpoint, trust_remote_code) for checkpoint in (teacher, student))
+    require_same_ends(theirs, teacher.name, ours, student.name, tokenizer)
+
+
+def require_same_ends(
+    theirs: Collection[int], teacher: str, ours: Collection[int], student: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ModelError unless two sets of EOS are equal; `teacher` and `student` name whose they are."""
+    if set(theirs) != set(ours):
+        name = lambda ids: ", ".join(f"{index} ({str(tokenizer.convert_ids_to_tokens(index))!r})" for index in sorted(ids))  # noqa: E731
         raise ModelError(
-            f"teacher and student end a completion with different tokens: {name(theirs)} in {teacher.name}, {name(ours)} in {student.name}",
+            f"teacher and student end a completion with different tokens: {name(theirs)} in {teacher}, {name(ours)} in {student}",
             hint="set eos_token_id in one's generation_config.json to the other's",
         )
 

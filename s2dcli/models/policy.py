@@ -82,14 +82,14 @@ def freeze(policy: Policy) -> Policy:
 
 
 @contextmanager
-def on_device(policy: Policy, device: torch.device, *, offload: bool) -> Iterator[None]:
-    """Keep a frozen policy on the device within the block; with `offload` it stays on the CPU otherwise."""
-    if offload:
+def on_device(*policies: Policy, device: torch.device, offload: bool) -> Iterator[None]:
+    """Keep frozen policies on the device within the block; with `offload` they stay on the CPU otherwise."""
+    for policy in policies if offload else ():
         policy.to(device)
     try:
         yield
     finally:
-        if offload:
+        for policy in policies if offload else ():
             policy.to("cpu")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -77,10 +77,9 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256_text(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))))
 
 
-def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Raise ModelError, naming the first id that differs, unless both map tokens to the same ids."""
-    ours = {index: token for token, index in student.get_vocab().items()}
-    theirs = {index: token for token, index in teacher.get_vocab().items()}
+def require_same_tokens(teacher: Mapping[str, int], student: Mapping[str, int]) -> None:
+    """Raise ModelError, naming the first id that differs, unless both map tokens to the same ids, special and added ones too."""
+    ours, theirs = ({index: token for token, index in tokens.items()} for tokens in (student, teacher))
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):
             raise ModelError(

@@ -36,23 +36,27 @@ def log_normaliser(logits_CV: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def top_k_logprobs(
-    hidden_ND: torch.Tensor, head: Head, k: int, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden_ND: torch.Tensor, head: Head, k: int, temperature: float = 1.0, targets_N: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """The `k` most likely ids under softmax(logits / temperature), [N, k], their log-probs, and the tail's: that of all other ids.
 
     Descending; float32, nats, normalised over the whole vocabulary. The tail's, [N], is a sum over its own ids, exact where
-    1 - sum cancels.
+    1 - sum cancels. With `targets_N` their log-probs, [N], come as a fourth, from the same logits.
     """
+    if targets_N is not None:
+        require_inside(targets_N, head)
     ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
     logprobs_NK = hidden_ND.new_empty(len(hidden_ND), k, dtype=torch.float32)
-    tails_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+    tails_N, found_N = (hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(2))
     for rows in chunks(len(hidden_ND), head.weight_VD.shape[0]):
         logits_CV = head.logits(hidden_ND[rows]) / temperature
         values_CK, ids_NK[rows] = logits_CV.topk(k, dim=-1)
         normaliser_C1 = log_normaliser(logits_CV)
         logprobs_NK[rows] = values_CK - normaliser_C1
+        if targets_N is not None:
+            found_N[rows] = (logits_CV.gather(1, targets_N[rows, None]) - normaliser_C1)[:, 0]
         tails_N[rows] = (logits_CV.scatter_(1, ids_NK[rows], -torch.inf).logsumexp(-1, keepdim=True) - normaliser_C1)[:, 0]
-    return ids_NK, logprobs_NK, tails_N
+    return (ids_NK, logprobs_NK, tails_N) if targets_N is None else (ids_NK, logprobs_NK, tails_N, found_N)
 
 
 @torch.no_grad()

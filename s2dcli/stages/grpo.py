@@ -162,7 +162,7 @@ def grpo(
             several = len(mini_batches) > 1
             with step.phase("score"):
                 if reference is not None:
-                    with on_device(reference, run.device, offload=offload):
+                    with on_device(reference, device=run.device, offload=offload):
                         for row, logprobs in run.score(rows, sampling.temperature, reference):
                             row.reference_logprobs = logprobs
                 if several or (reference is not None and objective.kl_in is KlIn.reward) or objective.correction is not Correction.none:

@@ -1,7 +1,8 @@
 """On-policy distillation: the student samples, the frozen teacher scores every token, the student learns.
 
     s2d opd --teacher runs/teacher --student runs/warmup problems.jsonl -o runs/opd
-    s2d opd --teacher runs/teacher --student CKPT problems.jsonl --estimator top-k --top-k 64
+    s2d opd --teacher http://gpu1:8000,http://gpu2:8000 --student CKPT problems.jsonl --estimator top-k --top-k 20
+    s2d opd --cache work/cache --student CKPT --rollouts student.jsonl -o runs/opd
 
 At every token t of the student's completions, in state s_t, the loss is (paper, Eq. 4 and stage 2b)
 
@@ -11,38 +12,38 @@ exact over the vocabulary; its gradient with respect to the student's logits is 
 --estimator takes the KL over the teacher's k most likely ids and one bucket for the rest, or from the sampled token
 alone. No answer is looked at, so no label is spent. Teacher and student must share one tokenizer.
 
+A teacher on servers (vllm serve) scores while the student is updated on rows that are scored already; it gives no whole
+distribution. --rollouts learns from stored rollouts of the student, and --cache from what s2d score kept of a teacher
+on them: prefixes are then those of the student that sampled.
+
 Departures from the paper's settings: w_t is 1 / (all tokens of the update) unless --aggregate says otherwise, and
 all rollouts of a step are one update unless --mini-batch-size says otherwise (paper: 64).
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from s2dcli import console, options
-from s2dcli.engines.opening import check_engine
+from s2dcli.engines.opening import check_engine, check_served_teacher, is_served
+from s2dcli.errors import UsageError
+from s2dcli.files import jsonl
 from s2dcli.files.records import read_problems
 from s2dcli.files.run_folder import RunFolder
-
-
-class Estimator(StrEnum):
-    """What KL(student || teacher) is computed from."""
-
-    full = "full"
-    top_k = "top-k"
-    sampled = "sampled"
+from s2dcli.options import Estimator
 
 
 def opd(
     context: typer.Context,
     *,
-    teacher: options.Teacher,
+    teacher: Annotated[str | None, typer.Option("--teacher", metavar="CKPT|URL,...", help="Frozen teacher.", show_default=False)] = None,
     student: options.Student,
     problems: options.Problems = "-",
+    rollouts: Annotated[str | None, typer.Option("--rollouts", metavar="FILE", help="Rollouts to learn from instead of sampling.")] = None,
+    cache: Annotated[str | None, typer.Option("--cache", metavar="DIR", help="Teacher cache of --rollouts, instead of a teacher.")] = None,
     out: options.RunDir = Path("runs/opd"),
     sampling: options.RolloutOptions,
     estimator: Annotated[
@@ -55,15 +56,26 @@ def opd(
     engine: options.EngineOptions,
     loading: options.ModelOptions,
     offload: options.Offload = False,
+    phases: options.PhasesOption = options.Phases.auto,
     running: options.SampledRunOptions,
 ) -> None:
     """Distil a frozen teacher into a student on the student's own samples."""
     given = options.flatten(locals())
     if estimator is not Estimator.top_k:
         options.refuse_given(context, {"top_k": "--top-k"}, "requires --estimator top-k")
-    check_engine(engine, training=True)
-    RunFolder.check(out, "opd", [teacher, student, problems], overwrite=running.overwrite, resume=running.resume)
-    items = read_problems(problems)
+    served = is_served(teacher)
+    _refuse_contradictions(context, given, served=served)
+    check_engine(engine, training=True, teacher=teacher)
+    sources = [student, *([] if served else [teacher]), cache, rollouts or problems]
+    RunFolder.check(out, "opd", [*filter(None, sources)], overwrite=running.overwrite, resume=running.resume)
+
+    from s2dcli.assembly.rollouts import on_policy, store
+
+    stored = None
+    if rollouts is not None:
+        sampled_at = sampling.temperature if estimator is Estimator.sampled else None  # an exact KL is one at any prefix
+        stored = store(rollouts, on_policy(rollouts, sampled_at), keep_records=running.keep_rollouts)
+    items = [] if stored else read_problems(problems)
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
 
     console.starting()
@@ -77,12 +89,13 @@ def opd(
     from s2dcli.train.rows import set_weights
     from s2dcli.train.vocab import reverse_kl
 
+    live = teacher is not None and not served
     setup = TrainingSetup(
         "opd",
         given,
         out,
-        {"student": student, "teacher": teacher},
-        inputs=[problems],
+        {"student": student, **({"teacher": teacher} if live else {})},
+        inputs=[rollouts or problems],
         eval_problems=eval_problems,
         params=SamplingParams(sampling.temperature, top_p=1.0, top_k=0, max_tokens=sampling.max_tokens),
         engine=engine,
@@ -90,30 +103,56 @@ def opd(
         loading=loading,
         running=running,
         offload=offload,
+        cache=cache,
+        served=teacher if served else None,
     )
-    tasks = make_tasks(items, setup.encoder, sampling.max_prompt_tokens)
-    order = Order(len(tasks), batches.problems_per_step, seed=running.seed, steps=batches.steps, epochs=batches.epochs)
-    opened = setup.start(order, sampling.num_samples, ("sample", "score", "update"), frozen=["teacher"], problems=items, tasks=tasks)
+    tasks = make_tasks(items, setup.encoder, sampling.max_prompt_tokens) if items else []
+    on_disk = stored.groups() if stored else []
+    order = Order(len(tasks) or len(on_disk), batches.problems_per_step, seed=running.seed, steps=batches.steps, epochs=batches.epochs)
+    per_item = len(on_disk[0]) if stored else sampling.num_samples
+    timed = ("sample", "score", "update")
+    frozen = ["teacher"] * live
+    opened = setup.start(order, per_item, timed, frozen=frozen, problems=items, tasks=tasks, stored=stored, turns=phases)
     if opened is None:
         return
 
+    longest = max(len(row.completion_ids) for row in stored.rows) if stored else sampling.max_tokens
     with opened as run:
-        frozen = opened.load_teacher("teacher")
+        source = opened.teacher(estimator, top_k, sampling.temperature, stored.rows if stored else ())
         if estimator is Estimator.sampled:
-            objective = SampledDistillation(temperature=sampling.temperature)
+            objective = SampledDistillation(teacher=source, temperature=sampling.temperature)
         else:
-            k = top_k if estimator is Estimator.top_k else None
-            objective = Distillation(teacher=frozen, divergence=reverse_kl, temperature=sampling.temperature, top_k=k)
+            objective = Distillation(teacher=source, divergence=reverse_kl, temperature=sampling.temperature)
         for step in run:
-            groups = opened.sample(step, tasks_of_step(tasks, order.batch(step.number), step.number), sampling.num_samples)
+            if stored:
+                groups = [on_disk[index] for index in order.batch(step.number)]
+            else:
+                groups = opened.sample(step, tasks_of_step(tasks, order.batch(step.number), step.number), sampling.num_samples)
             rows = [row for group in groups for row in group]
-            with on_device(frozen, run.device, offload=offload):
-                if estimator is Estimator.sampled:
-                    with step.phase("score"):
-                        for row, logprobs in run.score(rows, sampling.temperature, frozen):
-                            row.teacher_logprobs = logprobs
+            with step.phase("score"):
+                source.begin(rows)
+            with on_device(*source.others, device=run.device, offload=offload):
                 for mini_batch in split(rows, batches.mini_batch_size):
-                    set_weights(mini_batch, aggregate, sampling.max_tokens)
+                    set_weights(mini_batch, aggregate, longest)
                     run.update(step, mini_batch, objective)
             step.log(kl=step.per_token("kl"), entropy=step.per_token("entropy"))
             run.log_rollouts(step, rows)
+
+
+def _refuse_contradictions(context: typer.Context, given: dict[str, Any], *, served: bool) -> None:
+    """Raise UsageError if options exclude each other, or one would be ignored."""
+    if (given["teacher"] is None) == (given["cache"] is None):
+        raise UsageError("choose one teacher", hint="--teacher CKPT or URLs, or --cache DIR with --rollouts FILE")
+    if given["cache"] and given["rollouts"] is None:
+        raise UsageError("--cache has scores of stored rollouts", hint="name them by --rollouts FILE")
+    if given["rollouts"] is not None:
+        if given["problems"] != jsonl.STDIN:
+            raise UsageError("both PROBLEMS and --rollouts were given", hint="give one of them")
+        names = {"num_samples": "-n", "max_prompt_tokens": "--max-prompt-tokens"}
+        if not given["eval_problems"]:
+            names |= {"engine": "--engine", "max_tokens": "--max-tokens"}
+        options.refuse_given(context, names, "applies to sampling, and --rollouts samples nothing")
+    if served or given["cache"]:
+        options.refuse_given(context, {"offload": "--offload", "phases": "--phases"}, "applies to a teacher in memory, and there is none")
+    if served:
+        check_served_teacher(given["estimator"], given["temperature"])

@@ -119,6 +119,7 @@ class TrainingRun:
         self.phases = tuple(phases)
         self.evaluate: Callable[[], dict[str, Any]] | None = None  # returns figures; also called before the first step
         self.dtype = saved_dtype(loaded.checkpoint) if running.save_dtype is Dtype.auto else getattr(torch, running.save_dtype)
+        self.number = 0  # of the step under way
         self._compared: list[TrainingRow] = []  # of the last step, on which a checkpoint is compared with the live policy
         self._proved = False  # that what is saved is what is trained
         self.device = loaded.model.device
@@ -138,6 +139,7 @@ class TrainingRun:
             if not self.folder.step:
                 self._evaluate(0)
             for number in range(self.folder.step + 1, steps + 1):
+                self.number = number
                 step = Step(number, seconds=dict.fromkeys(self.phases, 0.0))
                 yield step
                 row = self._row(step)
@@ -184,6 +186,21 @@ class TrainingRun:
         step.updates += 1
         self.updates += 1
         step.grad_norms.append(grad_norm)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Leave the GPU to another model within the block: weights, masters and moments wait in main memory."""
+        moves = self.device.type == "cuda"
+        if moves:
+            self.policy.to("cpu")
+            self.optimizer.to(torch.device("cpu"))
+            torch.cuda.empty_cache()
+        try:
+            yield
+        finally:
+            if moves:
+                self.policy.to(self.device)
+                self.optimizer.to(self.device)
 
     def log_rollouts(self, step: Step, rows: Sequence[TrainingRow]) -> None:
         """Log the rollouts that a step learns from: how many, how long, and the whole of them where rows hold their records."""

@@ -3,11 +3,12 @@
 An objective reads the annotations of a micro-batch's rows (rows.TrainingRow). All of them are fixed before
 the update, so the split into micro-batches never changes the gradient.
 
-Shapes: N completion tokens of a micro-batch, C those of a chunk, D hidden width of the student, E of the teacher.
+Shapes: N completion tokens of a micro-batch, C those of a chunk, D hidden width of the student, E of the teacher, K of its ids.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,9 @@ import torch
 from s2dcli.models.batching import MicroBatch
 from s2dcli.models.forward import Head
 from s2dcli.models.policy import Policy
-from s2dcli.models.readers import top_k_logprobs
 from s2dcli.options import KlEstimator, Surrogate
 from s2dcli.train.losses import kl_estimate, policy_loss
+from s2dcli.train.teachers import ExactTargets, Teacher, TopKTargets
 from s2dcli.train.vocab import Divergence, Figures, divergence_loss, token_loss, top_k_divergence_loss
 
 Loss = tuple[torch.Tensor, Figures]
@@ -79,30 +80,30 @@ class PolicyGradient:
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """A divergence between a frozen teacher and the student at every completion token, exact over the vocabulary.
+    """A divergence between a teacher and the student at every completion token: exact over the vocabulary, or over the
+    teacher's most likely ids and one bucket for all others, as the teacher's targets are.
 
-    vocab.reverse_kl on the student's own samples is the paper's Eq. 4, vocab.forward_kl on the teacher's Eq. 5. Both
-    distributions are softmax(logits / temperature). With `top_k` it is the divergence over the teacher's most
-    likely ids and one bucket for all others.
+    vocab.reverse_kl on the student's own samples is the paper's Eq. 4, vocab.forward_kl on the teacher's Eq. 5. The
+    student's distribution is softmax(logits / temperature), the teacher's has its own temperature.
     """
 
-    teacher: Policy
+    teacher: Teacher
     divergence: Divergence
     temperature: float
-    top_k: int | None = None
 
     @property
-    def others(self) -> list[Policy]:
-        return [self.teacher]
+    def others(self) -> Sequence[Policy]:
+        return self.teacher.others
 
     def loss(self, batch: MicroBatch, hidden_ND: torch.Tensor, head: Head) -> Loss:
-        with torch.no_grad():
-            teacher_NE, teacher_head = self.teacher.states(batch), self.teacher.head()
-        weights_N = _weights(batch)
-        if self.top_k is None:
-            return divergence_loss(hidden_ND, head, teacher_NE, teacher_head, weights_N, self.divergence, temperature=self.temperature)
-        top = top_k_logprobs(teacher_NE, teacher_head, min(self.top_k, self.teacher.vocabulary), self.temperature)
-        return top_k_divergence_loss(hidden_ND, head, *top, weights_N, self.divergence, temperature=self.temperature)
+        weights_N, how = _weights(batch), {"divergence": self.divergence, "temperature": self.temperature}
+        match self.teacher.targets(batch):
+            case ExactTargets(teacher_NE, teacher_head, temperature):
+                return divergence_loss(hidden_ND, head, teacher_NE, teacher_head, weights_N, **how, teacher_temperature=temperature)
+            case TopKTargets(ids_NK, logprobs_NK, tails_N):
+                return top_k_divergence_loss(hidden_ND, head, ids_NK, logprobs_NK, tails_N, weights_N, **how)
+            case targets:
+                raise TypeError(f"a divergence is not defined for {type(targets).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +112,18 @@ class SampledDistillation:
 
     For a token y that the sampler drew with probability s(y), the loss's gradient is (p(y) / s(y)) * (log p(y) -
     log q(y)) * grad log p(y), student p and teacher q: its mean over y is the gradient of the exact KL at that
-    position. Needs the teacher's log-probs of the sampled tokens only, `teacher_logprobs`.
+    position. Needs the teacher's log-probs of the sampled tokens only.
     """
 
-    others = ()
+    teacher: Teacher  # of SampledTargets
     temperature: float
 
+    @property
+    def others(self) -> Sequence[Policy]:
+        return self.teacher.others
+
     def loss(self, batch: MicroBatch, hidden_ND: torch.Tensor, head: Head) -> Loss:
-        weights_N = _weights(batch)
-        teacher_N = batch.per_token([row.teacher_logprobs for row in batch.rows])
+        weights_N, teacher_N = _weights(batch), self.teacher.targets(batch).logprobs_N
         sampler_N = batch.per_token([row.logprobs for row in batch.rows])
 
         def per_token(logprobs_C: torch.Tensor, at: slice) -> Loss:

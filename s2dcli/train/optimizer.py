@@ -62,6 +62,13 @@ class MasterOptimizer:
         else:
             self.adamw = torch.optim.AdamW(groups, lr=training.lr, betas=betas, fused=True)
 
+    def to(self, device: torch.device) -> None:
+        """Move masters and moments between two updates, when there are no gradients."""
+        for master in self.masters.values():
+            master.data = master.data.to(device)
+            entries = self.adamw.state.get(master, {})
+            entries.update({name: value.to(device) for name, value in entries.items() if isinstance(value, torch.Tensor)})
+
     def gradient_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Return the float32 gradient of a parameter's master, zeros at first, to add to."""
         master = self.masters[parameter]

@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 from conftest import TOY, read_jsonl, start, wait
 
@@ -140,6 +141,93 @@ def test_no_server_is_one_line(s2d, toy, few):
     assert result.code == 1
     assert result.err.count("\n") == 1
     assert "no server answers" in result.err
+
+
+@pytest.fixture(scope="module")
+def stored(s2d, toy, few, tmp_path_factory):
+    """16 rollouts of the toy teacher, which is the student here: the server has the smaller model."""
+    path = tmp_path_factory.mktemp("stored") / "rollouts.jsonl"
+    assert s2d("rollout", "-m", toy / "teacher", few, *SAMPLING, "-o", path).code == 0
+    return path
+
+
+def columns(cache):
+    from safetensors.numpy import load_file
+
+    return load_file(cache / "shard-00000.safetensors")
+
+
+def test_a_cache_by_a_server_is_that_by_transformers(s2d, toy, stored, server, tmp_path):
+    """Twice in a row: what is in the prefix cache then makes no difference."""
+    how = ["--top-k", 20, "--cache-dtype", "float32"]
+    theirs = s2d("score", "-m", toy / "student", stored, "-o", tmp_path / "transformers", *how)
+    assert theirs.code == 0, theirs.err
+    expected = columns(tmp_path / "transformers")
+    for name in ("server", "again"):
+        ours = s2d("score", "-m", toy / "student", stored, "-o", tmp_path / name, *how, "--engine", server.url, "--parity-rows", 4, "-v")
+        assert ours.code == 0, ours.err
+        assert "server: log-probs differ by" in ours.err
+        found = columns(tmp_path / name)
+        for column in ("logprobs", "sampled"):
+            assert abs(found[column] - expected[column]).max() < 1e-3
+        assert abs(np.exp(found["tails"]) - np.exp(expected["tails"])).max() < 1e-5  # what the others leave of 1
+        assert (found["ids"] == expected["ids"]).mean() > 0.999  # but for ties
+        assert (found["offsets"] == expected["offsets"]).all()
+    sampled = s2d("score", "-m", toy / "student", stored, "-o", tmp_path / "sampled", "--keep", "sampled", "--engine", server.url)
+    assert sampled.code == 0, sampled.err
+
+
+def test_more_log_probs_than_a_server_gives_are_refused_with_its_limit(s2d, toy, stored, server, tmp_path):
+    result = s2d("score", "-m", toy / "student", stored, "-o", tmp_path / "cache", "--engine", server.url)
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "gives at most 20 log-probs a token, 33 are needed; start it with --max-logprobs 33, or --top-k 20" in result.err
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("estimator", [["top-k", "--top-k", 20], ["sampled"]])
+def test_opd_by_a_teacher_on_a_server_is_that_by_one_in_memory(s2d, toy, few, server, tmp_path, estimator):
+    how = ["--student", toy / "teacher", few, *SAMPLING, "--steps", 2, "--problems-per-step", 4, "--lr", 1e-3, "--estimator", *estimator]
+    for name, teacher in (("server", server.url), ("memory", toy / "student")):
+        result = s2d("opd", "--teacher", teacher, *how, "--mini-batch-size", 4, "--tokens-per-batch", 60, "-o", tmp_path / name)
+        assert result.code == 0, result.err
+    for found, expected in zip(*(read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("server", "memory")), strict=True):
+        assert found["updates"] == 2
+        assert found["kl"] == pytest.approx(expected["kl"], rel=1e-3)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+
+
+def test_warmup_by_a_teacher_on_a_server_and_a_model_that_is_exchanged(s2d, toy, stored, server, tmp_path):
+    from s2dcli.engines.server import ServerEngine
+
+    how = ["fkl-warmup", "--student", toy / "teacher", "--rollouts", stored, "--mini-batch-size", 8, "--lr", 1e-3, "--top-k", 20]
+    live = s2d(*how, "--teacher", toy / "student", "-o", tmp_path / "live").result
+    served = s2d(*how, "--teacher", server.url, "-o", tmp_path / "run")
+    assert served.result["kl"] == pytest.approx(live["kl"], rel=1e-3)
+    assert "has no tokenizer to compare" in served.err
+    more = [*how, "--teacher", server.url, "--steps", 4, "-o", tmp_path / "longer"]
+    first = s2d(*more, "--steps", 1)
+    assert first.code == 0, first.err
+    engine = ServerEngine([server.url], names=[], eos_ids=[3], vocabulary=33, model_vocabulary=33)
+    engine.load_weights(_shifted(toy / "student", tmp_path / "shifted"))
+    try:
+        result = s2d(*more, "--resume")
+        assert (result.code, "Traceback" in result.err) == (1, False)
+        assert "the teacher is another model than at the beginning of the run" in result.err
+    finally:
+        engine.load_weights(toy / "student")
+    assert s2d(*more, "--resume").code == 0
+
+
+def _shifted(folder, copy):
+    """A copy of a model with other weights."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 def test_trainers_move_the_servers_weights_with_their_own(s2d, toy, few, server, tmp_path):

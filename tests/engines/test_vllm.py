@@ -94,6 +94,35 @@ def test_log_probs_are_those_of_transformers(engine, models, temperature):
     assert largest_gap(engine, models[0][0], SamplingParams(temperature, 1.0, 0, 12)) < 1e-4
 
 
+def gaps_of_scores(engine, model, rows, k=7):
+    """How far an engine's scores of rows are from a model's: of the tokens' own log-probs, and of those of the k likeliest ids."""
+    found = dict(engine.score(rows, k))
+    assert sorted(found) == list(range(len(rows)))
+    gaps = []
+    for index, row in enumerate(rows):
+        with torch.no_grad():
+            whole = torch.tensor([row.prompt_ids.tolist() + row.completion_ids.tolist()])
+            exact = model(whole).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
+        scores = found[index]
+        own = exact.gather(1, torch.tensor(row.completion_ids.tolist())[:, None])[:, 0]
+        gaps.append((torch.from_numpy(scores.sampled_T) - own).abs().max())
+        gaps.append((torch.from_numpy(scores.logprobs_TK) - exact.topk(k, dim=-1).values).abs().max())
+        gaps.append((exact.gather(1, torch.from_numpy(scores.ids_TK).long()) - torch.from_numpy(scores.logprobs_TK)).abs().max())
+    return max(gap.item() for gap in gaps)
+
+
+def test_scores_are_those_of_transformers_whatever_prefix_is_cached(engine, fresh, models):
+    """Twice in a row, with another row of the same prefix between; and of the weights that were loaded last."""
+    rows = [Row(prompt, [5 + (index * 3) % 30 for index in range(12)]) for prompt in PROMPTS]
+    between = [Row(prompt, [6, 9, 2]) for prompt in PROMPTS]
+    for given in (rows, between, rows):
+        assert gaps_of_scores(engine, models[0][0], given) < 1e-4
+    engine.load_weights(models[1][1])
+    assert gaps_of_scores(engine, models[1][0], rows) < 1e-4
+    with pytest.raises(EngineError, match="does not score with the weights that it should"):
+        ParityGate(torch.float32).check_scores(engine, scorer(models[0][0]), rows)
+
+
 def test_greedy_takes_the_tokens_of_transformers(engine, models):
     how = SamplingParams(0.0, 1.0, 0, 12)
     other = TransformersEngine(models[0][0], eos_ids=EOS, pad_id=0, vocabulary=VOCABULARY, batch_tokens=10_000)

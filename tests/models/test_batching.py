@@ -17,6 +17,7 @@ from s2dcli.models.selftest import can_pack, can_share_prompts, self_test
 from s2dcli.options import Aggregate, KlEstimator, Surrogate
 from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient, SampledDistillation
 from s2dcli.train.rows import set_weights
+from s2dcli.train.teachers import LiveTeacher, ScoredRows
 from s2dcli.train.vocab import forward_kl, reverse_kl
 
 CPU = torch.device("cpu")
@@ -43,10 +44,10 @@ def objectives() -> dict:
         "corrected": (PolicyGradient(temperature=1.0, **clip), ["importance_weights"]),
         "gspo": (PolicyGradient(temperature=1.0, **clip), ["old_logprobs", "sequence_log_ratio"]),
         "cispo": (PolicyGradient(temperature=1.0, **clip, surrogate=Surrogate.cispo), ["old_logprobs"]),
-        "forward KL": (Distillation(teacher=teacher, divergence=forward_kl, temperature=1.0), []),
-        "reverse KL": (Distillation(teacher=teacher, divergence=reverse_kl, temperature=1.0), []),
-        "top-k KL": (Distillation(teacher=teacher, divergence=reverse_kl, temperature=1.0, top_k=5), []),
-        "sampled KL": (SampledDistillation(temperature=1.0), ["teacher_logprobs"]),
+        "forward KL": (Distillation(teacher=LiveTeacher(policy=teacher), divergence=forward_kl, temperature=1.0), []),
+        "reverse KL": (Distillation(teacher=LiveTeacher(policy=teacher), divergence=reverse_kl, temperature=1.0), []),
+        "top-k KL": (Distillation(teacher=LiveTeacher(policy=teacher, top_k=5), divergence=reverse_kl, temperature=1.0), []),
+        "sampled KL": (SampledDistillation(teacher=ScoredRows(), temperature=1.0), ["teacher_logprobs"]),
         "cross-entropy": (CrossEntropy(), []),
     }
 

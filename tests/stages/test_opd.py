@@ -144,3 +144,26 @@ def test_eval_problems_without_answers_are_refused_before_training(s2d, toy, few
     assert "8 of 8 problems have no answer to grade against" in result.err
     assert "--eval-problems must be labelled" in result.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("estimator", [["full"], ["top-k", "--top-k", 5], ["sampled"]])
+def test_phases_learn_what_models_side_by_side_do(s2d, toy, few, tmp_path, estimator):
+    models = ["--teacher", toy / "teacher", "--student", toy / "student"]
+    arguments = ["opd", *models, few, *SHORT, "--estimator", *estimator, "--save-every", 2]
+    for turns in ("on", "off"):
+        result = s2d(*arguments, "--phases", turns, "-o", tmp_path / turns, "--mini-batch-size", 8)
+        assert result.code == 0, result.err
+    for found, expected in zip(*(read_jsonl(tmp_path / turns / "metrics.jsonl") for turns in ("on", "off")), strict=True):
+        assert found["kl"] == pytest.approx(expected["kl"], rel=1e-3, abs=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+    assert not (tmp_path / "on" / "phases").exists()  # all steps are saved
+
+
+def test_phases_are_taken_where_the_models_do_not_fit(s2d, toy, few, tmp_path, monkeypatch):
+    how = ["opd", "--teacher", toy / "teacher", "--student", toy / "student", few, "--max-tokens", 16, "-o", tmp_path / "run", "--dry-run"]
+    fitting, turns = s2d(*how).result, s2d(*how, "--phases", "on").result
+    assert (fitting["phases"], turns["phases"]) == (False, True)
+    assert (fitting["frozen_bytes"], turns["frozen_bytes"]) == (4 * 109056, 0)
+    huge = s2d(*how, "--tokens-per-batch", 10**12)
+    assert huge.result["phases"] is True
+    assert "sampling, scoring and learning take turns" in huge.err

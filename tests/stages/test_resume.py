@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import start, wait
-from faults import COLD_KILLS, WARM_KILLS, contents, differing, kill_and_resume
+from faults import COLD_KILLS, LONG, WARM_KILLS, contents, differing, kill_and_resume
 
 STEPS = 5
 TRAINERS = ["grpo", "opd", "fkl-warmup"]
@@ -75,6 +75,7 @@ def command(toy, few, graded, half):
         "grpo, several updates": [*grpo, *sampling, "--reward", "exact", "--mini-batch-size", 4, "--keep-states", 2, "--loss", "dapo"],
         "grpo from disk": [*grpo, "--rollouts", graded, *few_steps, "--problems-per-step", 90, "--reward", "exact"],
         "opd": [*opd, toy / "student", *sampling, "--keep-rollouts", "--lora-rank", 4],
+        "opd in phases": [*opd, toy / "student", *sampling, "--phases", "on", "--save-every", 2],
         "opd in bfloat16": [*opd, half, *sampling, "--weights", "bfloat16", "--keep-last", 2],
         "fkl-warmup": [*warmup, "--teacher", toy / "teacher"],
         "fkl-warmup in 8 bits": [*warmup, *swapped, "--optimizer", "adamw-8bit", *measured, "--max-tokens", 16],
@@ -98,7 +99,17 @@ def undisturbed(s2d, command, tmp_path_factory):
     return run
 
 
-VARIANTS = ["grpo", "grpo, several updates", "grpo from disk", "opd", "opd in bfloat16", "fkl-warmup", "fkl-warmup in 8 bits", "sft"]
+VARIANTS = [
+    "grpo",
+    "grpo, several updates",
+    "grpo from disk",
+    "opd",
+    "opd in phases",
+    "opd in bfloat16",
+    "fkl-warmup",
+    "fkl-warmup in 8 bits",
+    "sft",
+]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -129,9 +140,10 @@ def finish(s2d, args: list[str], cwd: Path) -> None:
     assert result.code == 0, result.err
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", [*TRAINERS, "opd in phases"])
 def test_kills_at_random_moments_lose_nothing(command, tmp_path, record_property, name):
-    outcome = kill_and_resume(command[name], tmp_path, kills=WARM_KILLS, seed=WARM_KILLS)
+    kills = WARM_KILLS if name in TRAINERS else LONG or 3
+    outcome = kill_and_resume(command[name], tmp_path, kills=kills, seed=WARM_KILLS)
     record_property("faults", (f"{name} (warm)", outcome.kills, outcome.runs, len(outcome.mismatches)))
     assert outcome.mismatches == []
 

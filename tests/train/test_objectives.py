@@ -8,6 +8,7 @@ from s2dcli.models.policy import Policy, freeze
 from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
 from s2dcli.train.objectives import Distillation, SampledDistillation
+from s2dcli.train.teachers import LiveTeacher, ScoredRows
 from s2dcli.train.vocab import reverse_kl
 
 CPU = torch.device("cpu")
@@ -33,7 +34,8 @@ def test_the_mean_gradient_of_sampled_distillation_is_that_of_the_exact_kl():
         row.logprobs, row.weight = logprobs, float(torch.tensor(logprobs[0]).exp())
     assert abs(sum(row.weight for row in rows) - 1.0) < 1e-5
 
-    mean = gradient(policy, rows, SampledDistillation(temperature=TEMPERATURE))
+    mean = gradient(policy, rows, SampledDistillation(teacher=ScoredRows(), temperature=TEMPERATURE))
     rows[0].weight = 1.0
-    exact = gradient(policy, rows[:1], Distillation(teacher=teacher, divergence=reverse_kl, temperature=TEMPERATURE))
+    live = LiveTeacher(policy=teacher, temperature=TEMPERATURE)
+    exact = gradient(policy, rows[:1], Distillation(teacher=live, divergence=reverse_kl, temperature=TEMPERATURE))
     assert (mean - exact).norm() <= 1e-4 * exact.norm()

@@ -1,0 +1,194 @@
+"""Teachers: who gives a micro-batch's targets, and the forms that these have.
+
+    exact    final hidden states and the head: the whole distribution, in a few numbers a token
+    top-k    the k most likely ids, their log-probs, and the log of the mass of all others
+    sampled  the log-prob of each completion token
+
+An objective (objectives.py) asks its teacher for targets and takes the forms that its loss is defined for. All log-probs
+are nats, float32, and normalised over the whole vocabulary, never over the k.
+
+Shapes: N completion tokens of a micro-batch, E hidden width of the teacher, K ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from s2dcli.errors import UsageError
+from s2dcli.files.teacher_cache import HEAD, Meta, TeacherCache
+from s2dcli.models.batching import MicroBatch
+from s2dcli.models.forward import Head
+from s2dcli.models.policy import Policy
+from s2dcli.models.readers import token_logprobs, top_k_logprobs
+from s2dcli.options import Estimator, Keep
+from s2dcli.train.rows import TrainingRow
+
+
+@dataclass(frozen=True)
+class ExactTargets:
+    """softmax(head.logits(hidden) / temperature) at each token."""
+
+    hidden_NE: torch.Tensor
+    head: Head
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class TopKTargets:
+    """The K most likely ids at each token, in descending order of their log-probs, and the log of the mass of all other ids."""
+
+    ids_NK: torch.Tensor
+    logprobs_NK: torch.Tensor
+    tails_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SampledTargets:
+    """Log-probs of the completion tokens themselves."""
+
+    logprobs_N: torch.Tensor
+
+
+Targets = ExactTargets | TopKTargets | SampledTargets
+
+
+class Teacher(Protocol):
+    """Whoever knows the distributions to learn from; they get no gradient.
+
+    `others`: models that are given the micro-batches, which must have a layout that suits all of them.
+    """
+
+    @property
+    def others(self) -> Sequence[Policy]: ...
+
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        """Make ready for rows whose micro-batches come next: a teacher that works elsewhere starts now. Does not wait."""
+
+    def targets(self, batch: MicroBatch) -> Targets:
+        """Return the targets of a micro-batch's completion tokens, always in the same form."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveTeacher:
+    """A frozen model in memory, at a temperature: exact, or with `top_k` its most likely ids, all that there are at most,
+    or with `sampled` the log-probs of the completion tokens."""
+
+    policy: Policy
+    temperature: float = 1.0
+    top_k: int | None = None
+    sampled: bool = False
+
+    @property
+    def others(self) -> list[Policy]:
+        return [self.policy]
+
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        """Nothing to start: it works where the student does."""
+
+    @torch.no_grad()
+    def targets(self, batch: MicroBatch) -> Targets:
+        hidden_NE, head = self.policy.states(batch), self.policy.head()
+        if self.sampled:
+            return SampledTargets(token_logprobs(hidden_NE, head, batch.targets_N, self.temperature))
+        if self.top_k is None:
+            return ExactTargets(hidden_NE, head, self.temperature)
+        return TopKTargets(*top_k_logprobs(hidden_NE, head, min(self.top_k, self.policy.vocabulary), self.temperature))
+
+
+class CachedTeacher:
+    """A teacher whose distributions are on disk (files/teacher_cache.py), read for each micro-batch.
+
+    Values that are stored in fewer digits no longer add up to 1: the K ids and their tail are normalised again, by less
+    than the rounding that the cache tells of, so that a KL of them is never negative.
+    """
+
+    others = ()
+
+    def __init__(
+        self,
+        cache: TeacherCache,
+        rows: Iterable[TrainingRow],
+        device: torch.device,
+        estimator: Estimator,
+        top_k: int | None,
+        temperature: float,
+    ) -> None:
+        """Raises DataError for rows that are not in the cache, UsageError for what it does not hold."""
+        require_holds(cache.meta, estimator, top_k, temperature)
+        self.cache, self.device, self.estimator, self.temperature = cache, device, estimator, temperature
+        self.top_k = top_k if estimator is Estimator.top_k else None
+        self._places = cache.find(rows)
+        self._head = _cached_head(cache, device) if cache.meta.keep is Keep.hidden else None
+        self._dtype = getattr(torch, cache.meta.compute_dtype)
+
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        """Have the system read ahead what is on disk of these rows."""
+        for row in rows:
+            self.cache.read_ahead(self._places[row], len(row.completion_ids))
+
+    @torch.no_grad()
+    def targets(self, batch: MicroBatch) -> Targets:
+        if self.cache.meta.keep is Keep.hidden:
+            (hidden_NE,) = self._read(batch, "hidden")
+            hidden_NE = hidden_NE.to(self._dtype)
+            if self.estimator is Estimator.full:
+                return ExactTargets(hidden_NE, self._head, self.temperature)
+            if self.estimator is Estimator.sampled:
+                return SampledTargets(token_logprobs(hidden_NE, self._head, batch.targets_N, self.temperature))
+            return TopKTargets(*top_k_logprobs(hidden_NE, self._head, self.top_k or self.cache.meta.vocabulary, self.temperature))
+        if self.estimator is Estimator.sampled:
+            return SampledTargets(*(values.float() for values in self._read(batch, "sampled")))
+        ids_NK, logprobs_NK, tails_N = self._read(batch, "ids", "logprobs", "tails")
+        outcomes_NJ = torch.cat([logprobs_NK.float(), tails_N[:, None]], dim=1)  # J = K + 1
+        outcomes_NJ -= outcomes_NJ.logsumexp(-1, keepdim=True)
+        k = min(self.top_k or ids_NK.shape[1], ids_NK.shape[1])
+        return TopKTargets(ids_NK[:, :k].long(), outcomes_NJ[:, :k], outcomes_NJ[:, k:].logsumexp(-1))
+
+    def _read(self, batch: MicroBatch, *names: str) -> list[torch.Tensor]:
+        rows = [self.cache.read(self._places[row], len(row.completion_ids), names) for row in batch.rows]
+        return [torch.from_numpy(np.concatenate([row[name] for row in rows])).to(self.device) for name in names]
+
+
+def require_holds(meta: Meta, estimator: Estimator, top_k: int | None, temperature: float) -> None:
+    """Raise UsageError unless a cache holds targets for an estimator, at a temperature; `top_k` None is as many ids as there are."""
+    hidden = meta.keep is Keep.hidden
+    if estimator is Estimator.full and not hidden and meta.k != meta.vocabulary:
+        held = f"the {meta.k} most likely ids" if meta.k else "the sampled tokens' log-probs"
+        raise UsageError(
+            f"the whole distribution is needed, the cache holds {held}",
+            hint="s2d score --keep hidden" + (", or opd --estimator top-k" if meta.k else ""),
+        )
+    if estimator is Estimator.top_k and meta.keep is Keep.sampled:
+        raise UsageError("distributions are needed, the cache holds the sampled tokens' log-probs", hint="s2d score --keep top-k or hidden")
+    if estimator is Estimator.top_k and not hidden and top_k is not None and min(top_k, meta.vocabulary) > meta.k:
+        raise UsageError(f"--top-k {top_k}: the cache holds {meta.k} ids a token", hint=f"--top-k {meta.k}, or score with --top-k {top_k}")
+    if not hidden and temperature != meta.temperature:
+        raise UsageError(
+            f"the cache holds probabilities at temperature {meta.temperature:g}, {temperature:g} is needed",
+            hint=f"s2d score --temperature {temperature:g}, or --keep hidden",
+        )
+
+
+def _cached_head(cache: TeacherCache, device: torch.device) -> Head:
+    from safetensors.torch import load_file
+
+    tensors, told = load_file(cache.folder / HEAD, device=str(device)), cache.meta.head
+    unused = torch.tensor(told["unused"], device=device) if told["unused"] else None
+    return Head(tensors["weight"], tensors.get("bias"), told["scale"], told["soft_cap"], unused_U=unused)
+
+
+class ScoredRows:
+    """A teacher that has scored the sampled tokens before the update: the rows' `teacher_logprobs`."""
+
+    others = ()
+
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        """Nothing to start: the rows are scored."""
+
+    def targets(self, batch: MicroBatch) -> SampledTargets:
+        return SampledTargets(batch.per_token([row.teacher_logprobs for row in batch.rows]))

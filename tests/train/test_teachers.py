@@ -1,0 +1,147 @@
+"""Targets from a cache against those of the live teacher: loss and gradient of every encoding."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import VOCABULARY, ragged_rows, tiny
+
+from s2dcli.assembly.scoring import CacheForm, LiveScorer, score_portion
+from s2dcli.errors import UsageError
+from s2dcli.files.teacher_cache import HEAD, CacheFolder, Meta, TeacherCache
+from s2dcli.models.batching import micro_batches
+from s2dcli.models.policy import Policy, freeze
+from s2dcli.options import Estimator, Keep, ValueType
+from s2dcli.train.objectives import Distillation, SampledDistillation
+from s2dcli.train.teachers import CachedTeacher, LiveTeacher, ScoredRows
+from s2dcli.train.vocab import forward_kl, reverse_kl
+
+CPU = torch.device("cpu")
+WIDTH = 32
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return freeze(Policy(tiny("llama", seed=7), VOCABULARY))
+
+
+@pytest.fixture(scope="module")
+def student():
+    return Policy(tiny("qwen3"), VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rows = ragged_rows(8)
+    for index, row in enumerate(rows):
+        row.sample_index, row.logprobs = index, np.full(len(row.completion_ids), -1.0, np.float32)
+    return rows
+
+
+def cached(out: Path, teacher: Policy, rows, form: CacheForm) -> TeacherCache:
+    """Score rows into a cache of two shards; what a manifest tells is left out."""
+    manifest = {"command": "score", "inputs": [], "parents": []}
+    scorer = LiveScorer.__new__(LiveScorer)
+    scorer.policy, scorer.layout = teacher, {"tokens_per_batch": 40, "pad_id": 0}
+    width = WIDTH if form.keep is Keep.hidden else 0
+    with CacheFolder(out, manifest) as folder:
+        for number, part in enumerate((rows[:3], rows[3:])):
+            folder.write_shard(number, part, *score_portion(scorer, part, form, width))
+        if form.keep is Keep.hidden:
+            folder.write_tensors(out / HEAD, {"weight": teacher.head().weight_VD.contiguous()})
+        told = {"scale": 1.0, "soft_cap": None, "unused": []}
+        numbers = {"rows": len(rows), "tokens": 0, "mass": 1.0, "rounding": {}, "temperature": form.temperature, "eos_ids": [2]}
+        shape = {"keep": form.keep, "k": form.k, "width": width, "dtype": form.dtype, "vocabulary": VOCABULARY}
+        folder.finish(Meta(teacher={}, tokenizer_sha256="", compute_dtype="float32", head=told, **shape, **numbers), {})
+        (out / "s2d.json").unlink()
+    return TeacherCache(out)
+
+
+def learn(student, rows, objective, budget=60):
+    """The loss of all rows, and its gradient."""
+    student.zero_grad()
+    total = 0.0
+    for batch in micro_batches(rows, budget, 0, CPU, share_prompts=False):
+        loss, _ = student(batch, objective)
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([parameter.grad.flatten() for parameter in student.parameters()]).clone()
+
+
+def close(found, expected, tolerance):
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    assert (found[1] - expected[1]).norm() <= tolerance * expected[1].norm()
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(ValueType.float32, 2e-5), (ValueType.float16, 5e-3)])
+@pytest.mark.parametrize(("keep", "k"), [(Keep.hidden, 0), (Keep.top_k, VOCABULARY), (Keep.top_k, 5)])
+def test_loss_and_gradient_from_a_cache_are_those_of_the_live_teacher(
+    tmp_path, teacher, student, rows, keep, k, dtype, tolerance, temperature, divergence
+):
+    cache = cached(tmp_path / "cache", teacher, rows, CacheForm(keep, k, dtype, temperature))
+    exact = k in (0, VOCABULARY)
+    from_disk = CachedTeacher(cache, rows, CPU, Estimator.full if exact else Estimator.top_k, None if exact else k, temperature)
+    live = LiveTeacher(policy=teacher, temperature=temperature, top_k=None if exact else k)
+    found, expected = (
+        learn(student, rows, Distillation(teacher=source, divergence=divergence, temperature=temperature)) for source in (from_disk, live)
+    )
+    close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize(("keep", "k"), [(Keep.hidden, 0), (Keep.top_k, 9)])
+def test_fewer_ids_than_a_cache_holds_leave_the_rest_to_the_tail(tmp_path, teacher, student, rows, keep, k):
+    cache = cached(tmp_path / "cache", teacher, rows, CacheForm(keep, k, ValueType.float32))
+    sources = CachedTeacher(cache, rows, CPU, Estimator.top_k, 4, 1.0), LiveTeacher(policy=teacher, top_k=4)
+    found, expected = (learn(student, rows, Distillation(teacher=source, divergence=forward_kl, temperature=1.0)) for source in sources)
+    close(found, expected, 2e-5)
+
+
+@pytest.mark.parametrize(("keep", "k"), [(Keep.hidden, 0), (Keep.top_k, 3), (Keep.sampled, 0)])
+def test_every_encoding_has_the_sampled_tokens(tmp_path, teacher, student, rows, keep, k):
+    from s2dcli.models.scoring import score
+
+    cache = cached(tmp_path / "cache", teacher, rows, CacheForm(keep, k, ValueType.float32))
+    for row, logprobs in score(teacher, rows, tokens_per_batch=100, pad_id=0):
+        row.teacher_logprobs = logprobs
+    sources = CachedTeacher(cache, rows, CPU, Estimator.sampled, None, 1.0), ScoredRows()
+    found, expected = (learn(student, rows, SampledDistillation(teacher=source, temperature=1.0)) for source in sources)
+    close(found, expected, 2e-5)
+
+
+def test_a_few_rows_in_another_order_are_found_too(tmp_path, teacher, student, rows):
+    cache = cached(tmp_path / "cache", teacher, rows, CacheForm(Keep.top_k, 5, ValueType.float32))
+    some = [rows[6], rows[1], rows[4]]
+    sources = CachedTeacher(cache, some, CPU, Estimator.top_k, None, 1.0), LiveTeacher(policy=teacher, top_k=5)
+    found, expected = (learn(student, some, Distillation(teacher=source, divergence=forward_kl, temperature=1.0)) for source in sources)
+    close(found, expected, 2e-5)
+
+
+def test_rounded_distributions_never_have_a_negative_kl(tmp_path, teacher, rows):
+    """A student that is the teacher, against the teacher in 11 bits."""
+    cache = cached(tmp_path / "cache", teacher, rows, CacheForm(Keep.top_k, 5, ValueType.float16))
+    from_disk = CachedTeacher(cache, rows, CPU, Estimator.top_k, None, 1.0)
+    objective = Distillation(teacher=from_disk, divergence=forward_kl, temperature=1.0)
+    twin = Policy(tiny("llama", seed=7), VOCABULARY)
+    for batch in micro_batches(rows, 60, 0, CPU, share_prompts=False):
+        _, figures = twin(batch, objective)
+        assert (figures["kl"] >= -1e-6).all()
+        assert (figures["kl"] < 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "wanted", "message"),
+    [
+        ((Keep.top_k, 5), (Estimator.full, None, 1.0), "the whole distribution is needed, the cache holds the 5 most likely ids"),
+        ((Keep.sampled, 0), (Estimator.full, None, 1.0), "the cache holds the sampled tokens' log-probs"),
+        ((Keep.sampled, 0), (Estimator.top_k, None, 1.0), "the cache holds the sampled tokens' log-probs; s2d score --keep top-k"),
+        ((Keep.top_k, 5), (Estimator.top_k, 8, 1.0), "--top-k 8: the cache holds 5 ids a token; --top-k 5"),
+        ((Keep.top_k, 5), (Estimator.top_k, None, 0.5), "at temperature 1, 0.5 is needed"),
+    ],
+)
+def test_what_a_cache_does_not_hold_is_refused(tmp_path, teacher, rows, form, wanted, message):
+    cache = cached(tmp_path / "cache", teacher, rows, CacheForm(*form, ValueType.float32))
+    with pytest.raises(UsageError, match=message):
+        CachedTeacher(cache, rows, CPU, *wanted)
