@@ -7,11 +7,11 @@
 source "$S2D_SLURM/common.sh"
 
 if [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     # $SLURM_NODEID differs by host, so each expands it for itself.
     # shellcheck disable=SC2016
     run srun bash -c 'rank=$SLURM_NODEID; args=(); for arg; do args+=("${arg/@RANK@/$rank}"); done; exec "${args[@]}"' _ \
-        "${launch[@]}" --machine_rank @RANK@ --main_process_ip "$first" --main_process_port "$port" -m s2dcli "$@" --resume
+        "${launch[@]}" --machine_rank @RANK@ --main_process_ip "${hosts%%$'\n'*}" --main_process_port "$port" -m s2dcli "$@" --resume
 else
     run "${launch[@]}" -m s2dcli "$@" --resume
 fi

@@ -59,7 +59,8 @@ def cluster(tmp_path, toy, few):
     (tmp_path / "environment.sh").write_text(f"""
         source '{SLURM}/environment.sh'
         teacher={toy}/teacher student={toy}/student labelled={few} test_problems={few} out={tmp_path}/out
-        shards=2 rollout=(-n 2 --max-tokens 8 --sample-tokens 200) eval=(-k 2 --max-tokens 8)
+        shards=2 rollout=(-n 2 --max-tokens 8 --sample-tokens 200) eval=(-k 2 --max-tokens 8 --workers 1)
+        verify=(--workers 1) grpo=(--workers 1)
         trainer=(--max-tokens 8 -n 2 --problems-per-step 4 --steps 1) warmup=(--steps 1)
     """)
     return {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path), "S2D_ENVIRONMENT": str(tmp_path / "environment.sh")}
