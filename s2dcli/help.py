@@ -32,8 +32,9 @@ WHOLE_PAGE = 24  # options up to which `--help` shows all of them
 # Parameters that `--help` shows where a command has more options than that, beside those that are required.
 COMMON = """
     model teacher student problems rollouts cache out num_samples k keep top_k temperature max_tokens max_prompt_tokens engine shard
-    loss kl_coef estimator hard_labels only_correct reward preset export steps epochs problems_per_step mini_batch_size lr tokens_per_batch lora_rank
-    dtype device chat_template save_every eval_problems eval_every dry_run overwrite resume seed quiet verbose help_all help
+    loss kl_coef estimator hard_labels only_correct reward preset export steps epochs problems_per_step mini_batch_size lr
+    tokens_per_batch lora_rank dtype device chat_template save_every eval_problems eval_every dry_run overwrite resume seed quiet
+    verbose help_all help
 """
 LARGEST = 2**53  # integers beyond it are not the same number for every reader of JSON
 WIDEST = 120  # columns
