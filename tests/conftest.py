@@ -12,6 +12,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -64,8 +65,10 @@ def _warm_up() -> None:
     load(resolve(str(TOY / "student")))
 
 
-def start(args: list[str], stdin: int, stdout: int, stderr: int, cwd: Path | None = None) -> int:
-    """Fork a child that runs `s2d ARGS` on the given descriptors. Returns its pid."""
+def start(
+    args: list[str], stdin: int, stdout: int, stderr: int, cwd: Path | None = None, environment: dict[str, str] | None = None
+) -> int:
+    """Fork a child that runs `s2d ARGS` on the given descriptors, with `environment` beside its own. Returns its pid."""
     _warm_up()
     pid = os.fork()
     if pid:
@@ -87,6 +90,7 @@ def start(args: list[str], stdin: int, stdout: int, stderr: int, cwd: Path | Non
         torch.set_num_threads(1)  # makes the thread pool anew before threads of a library race to do so
         from s2dcli.cli import main
 
+        os.environ.update(environment or {})
         sys.argv = ["s2d", *args]
         try:
             main()
@@ -129,6 +133,45 @@ def s2d() -> Callable[..., Result]:
             return Result(code, out.read(), err.read().decode())
 
     return run
+
+
+def environments_of(number: int, *, sharded: bool = False, **more: str) -> list[dict[str, str]]:
+    """Return what accelerate or torchrun tells each of several processes, whose own imports are done here."""
+    import accelerate  # noqa: F401
+    from torch.distributed import fsdp  # noqa: F401
+
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), **more}
+    if sharded:
+        common = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **common}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
+class Launched:
+    """Processes that work on one command, as `accelerate launch` or torchrun starts them."""
+
+    def __init__(self, number: int, args: list[object], *, sharded: bool = False, stdin: bytes = b"", **environment: str) -> None:
+        self._files = [[tempfile.TemporaryFile() for _ in range(3)] for _ in range(number)]  # noqa: SIM115 - closed with this
+        self._files[0][0].write(stdin)
+        self._files[0][0].seek(0)
+        self.pids = []
+        for files, told in zip(self._files, environments_of(number, sharded=sharded, **environment), strict=True):
+            self.pids.append(start([str(arg) for arg in args], *(file.fileno() for file in files), environment=told))
+
+    def wait(self) -> list[Result]:
+        """Return what each process left behind."""
+        codes = [wait(pid) for pid in self.pids]
+        for files in self._files:
+            for file in files[1:]:
+                file.seek(0)
+        return [Result(code, out.read(), err.read().decode()) for code, (_, out, err) in zip(codes, self._files, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., Launched]:
+    """Start `s2d ARGS` as several processes; see `Launched`."""
+    return lambda number, *args, **how: Launched(number, list(args), **how)
 
 
 @pytest.fixture(scope="session")

@@ -50,18 +50,22 @@ def rounding_loss(state: Mapping[str, torch.Tensor], parent: Path, dtype: torch.
     return min(1.0, (lost / moved) ** 0.5) if moved else 0.0
 
 
-def saved_kl(folder: Path, policy: Policy, loaded: LoadedModel, rows: Sequence[Row], dtype: torch.dtype) -> float:
+def saved_kl(folder: Path | None, policy: Policy, loaded: LoadedModel, rows: Sequence[Row], dtype: torch.dtype) -> float:
     """Load a checkpoint as it was saved, on the CPU, and return KL(live || saved), the mean over the rows' tokens.
 
-    Raises ModelError beyond what rounding to `dtype`, and of the live model's computations, explains.
+    Without a folder only the live policy is run, of which another process may hold a part. Raises ModelError beyond what
+    rounding to `dtype`, and of the live model's computations, explains.
     """
+    rows = [Row(row.prompt_ids, row.completion_ids[:CHECKED_TOKENS]) for row in rows[:CHECKED_ROWS]]
+    lives = [_logprobs(policy, row, loaded.pad_id) for row in rows]
+    if not folder:
+        return 0.0
     checkpoint = replace(loaded.checkpoint, folder=folder, name=str(folder))
     how = {"device": "cpu", "dtype": "float32", "trust_remote_code": loaded.trust_remote_code, "tokenizer": loaded.tokenizer}
     saved = freeze(Policy(load(checkpoint, **how, announce=False).model, policy.vocabulary))
     kls = []
-    for row in rows[:CHECKED_ROWS]:
-        row = Row(row.prompt_ids, row.completion_ids[:CHECKED_TOKENS])
-        live, written = (_logprobs(model, row, loaded.pad_id) for model in (policy, saved))
+    for row, live in zip(rows, lives, strict=True):
+        written = _logprobs(saved, row, loaded.pad_id)
         kls += (np.exp(live) * (live - written)).sum(-1).tolist()
     kl = float(np.mean(kls)) if kls else 0.0
     tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.float32]), TOLERANCES[loaded.compute_dtype])
