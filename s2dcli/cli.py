@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from s2dcli import __version__, console, help, options
+from s2dcli import __version__, console, help, options, world
 from s2dcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, S2DError
 from s2dcli.stages import compare, fkl_warmup, grpo, lineage, opd, prepare, report, rollout, verify
 from s2dcli.stages import eval as eval_stage
@@ -65,8 +65,18 @@ def _general(text: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=help.GENERAL, **settings)
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `-q`, `-v` and `--help-all`, and turn what ends it into one line and an exit code."""
+def _tell(text: str, error: BaseException) -> None:
+    """Say what has ended a command, unless another of the processes that work on it says it."""
+    text = world.ending(text, error)
+    if text is not None:
+        console.error(text)
+
+
+def guarded(command: Callable[..., None], name: str, *, trains: bool) -> Callable[..., None]:
+    """Give a command `-q`, `-v` and `--help-all`, and turn what ends it into one line and an exit code.
+
+    One that `trains` may be launched as several processes.
+    """
     expanded = options.expand(command)
     signature = inspect.signature(expanded)
     general = [
@@ -80,31 +90,34 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(expanded)
     def run(*, quiet: bool, verbose: bool, help_all: bool, **given: object) -> None:
-        console.configure(quiet=quiet, verbose=verbose)
+        console.configure(quiet=quiet, verbose=verbose, main=world.is_main())
         signal.signal(signal.SIGTERM, _end)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # background jobs of a shell ignore it
             signal.signal(signal.SIGINT, _end)
         debug = os.environ.get("S2D_DEBUG") == "1"
         try:
             console.claim_stdout()
+            world.check(name, trains=trains)
             expanded(**given)
+            world.leave()
         except BrokenPipeError:
             console.abandon_stdout()
+            world.leave()
             raise typer.Exit(EXIT_DONE) from None
         except KeyboardInterrupt as interrupt:
-            console.error(_ended("interrupted", interrupt))
+            _tell(_ended("interrupted", interrupt), interrupt)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except SystemExit as end:
             if end.code == EXIT_TERMINATED:
-                console.error(_ended("terminated", end))
+                _tell(_ended("terminated", end), end)
             raise
         except S2DError as error:
-            console.error(str(error))
+            _tell(str(error), error)
             if debug:
                 console.traceback()
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
-            console.error(f"{type(error).__name__}: {error} (S2D_DEBUG=1 shows where)")
+            _tell(f"{type(error).__name__}: {error} (S2D_DEBUG=1 shows where)", error)
             if debug:
                 console.traceback()
             raise typer.Exit(EXIT_FAILED) from None
@@ -123,12 +136,13 @@ STAGES = {
     "opd": opd.opd,
     "eval": eval_stage.evaluate,
 }
+TRAINERS = {"grpo", "fkl-warmup", "opd"}
 HELPERS = {"prepare": prepare.prepare, "report": report.report, "compare": compare.compare, "lineage": lineage.lineage}
 
 for panel, commands in (("Stages", STAGES), ("Helpers", HELPERS)):
     for name, command in commands.items():
         examples = help.examples(sys.modules[command.__module__].__doc__)
-        app.command(name, cls=help.Command, rich_help_panel=panel, epilog=examples)(guarded(command))
+        app.command(name, cls=help.Command, rich_help_panel=panel, epilog=examples)(guarded(command, name, trains=name in TRAINERS))
 
 
 def main() -> None:
@@ -140,7 +154,8 @@ def main() -> None:
         code = EXIT_INTERRUPTED
     except (S2DError, typer.TyperException) as error:
         refused = error if isinstance(error, S2DError) else help.usage_error(error)
-        console.error(str(refused))
+        if world.is_main():
+            console.error(str(refused))
         code = refused.exit_code
     if code:
         sys.exit(code)

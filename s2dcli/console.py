@@ -33,6 +33,7 @@ LOG_INTERVAL = 10.0
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _level = 0  # -1 quiet, 0 normal, 1 verbose
+_main = True  # whether this process speaks for all that work on the command; the others tell of their own errors only
 _data: io.BufferedWriter | None = None
 
 # What drives a terminal: C0 and C1 control characters except tab and newline, with which every ANSI and OSC
@@ -42,10 +43,13 @@ _data: io.BufferedWriter | None = None
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]")
 
 
-def configure(*, quiet: bool, verbose: bool) -> None:
-    """Set how much is said on standard error: errors and warnings always, the rest by level."""
-    global _level
-    _level = -1 if quiet else 1 if verbose else 0
+def configure(*, quiet: bool, verbose: bool, main: bool = True) -> None:
+    """Set how much is said on standard error: errors and warnings always, the rest by level.
+
+    Unless this is the `main` process of several, errors alone.
+    """
+    global _level, _main
+    _level, _main = -1 if quiet or not main else 1 if verbose else 0, main
 
 
 def verbose() -> bool:
@@ -119,7 +123,8 @@ def detail(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    _say("warning: ", "yellow", message)
+    if _main:
+        _say("warning: ", "yellow", message)
 
 
 def error(message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that read weights race to make a forked process's thread pool
 os.environ.setdefault("COLUMNS", "100")
 
-ZYGOTE = Zygote("peft", "bitsandbytes")
+ZYGOTE = Zygote("peft", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,42 @@ def runner(zygote: Zygote) -> Callable[..., Result]:
 def s2d() -> Callable[..., Result]:
     """Run `s2d ARGS` with bytes on standard input; see `Result`."""
     return runner(ZYGOTE)
+
+
+def environments_of(number: int, *, sharded: bool = False, **more: str) -> list[dict[str, str]]:
+    """Return what accelerate or torchrun tells each of several processes."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), **more}
+    if sharded:
+        common = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **common}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
+class Launched:
+    """Processes that work on one command, as `accelerate launch` or torchrun starts them."""
+
+    def __init__(self, number: int, args: list[object], *, sharded: bool = False, stdin: bytes = b"", **environment: str) -> None:
+        self._files = [[tempfile.TemporaryFile() for _ in range(3)] for _ in range(number)]  # noqa: SIM115 - closed with this
+        self._files[0][0].write(stdin)
+        self._files[0][0].seek(0)
+        self.pids = []
+        for files, told in zip(self._files, environments_of(number, sharded=sharded, **environment), strict=True):
+            self.pids.append(ZYGOTE.start([str(arg) for arg in args], *(file.fileno() for file in files), more=told))
+
+    def wait(self) -> list[Result]:
+        """Return what each process left behind."""
+        codes = [wait(pid) for pid in self.pids]
+        for files in self._files:
+            for file in files[1:]:
+                file.seek(0)
+        return [Result(code, out.read(), err.read().decode()) for code, (_, out, err) in zip(codes, self._files, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., Launched]:
+    """Start `s2d ARGS` as several processes; see `Launched`."""
+    return lambda number, *args, **how: Launched(number, list(args), **how)
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from s2dcli import console, world
 from s2dcli.errors import UsageError
 from s2dcli.models.adapters import Adapter
 from s2dcli.models.batching import MicroBatch
-from s2dcli.models.checkpoints import Checkpoint, LoadedModel, load
+from s2dcli.models.checkpoints import Checkpoint, LoadedModel, load, pick_device
 from s2dcli.models.policy import Policy, freeze
 from s2dcli.models.recompute import recompute_layers
 from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
+from s2dcli.models.selftest import fast_paths, note_fast_paths
+from s2dcli.models.sharding import Replica, shard
 from s2dcli.options import Dtype, ModelOptions, Optimizer, TrainingOptions, Weights
 from s2dcli.train.optimizer import import_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_shardable(training: TrainingOptions, *, offload: bool) -> None:
+    """Raise UsageError for options that whole models need, where several processes are to hold parts of them."""
+    if not world.shards():
+        return
+    if training.optimizer is Optimizer.adamw_8bit:
+        raise UsageError("--optimizer adamw-8bit keeps moments in blocks, which FSDP2 would cut", hint="leave it out: moments are split")
+    if offload:
+        raise UsageError("--offload moves a whole frozen model, and FSDP2 splits it over the processes", hint="leave it out")
 
 
 def load_trained(
@@ -44,13 +57,22 @@ def load_trained(
         **{**loading.of_load(), "dtype": compute_dtype(loading, training)},
         masters=not (narrow and training.lora_rank),  # weights that stay as they are need no masters
         tokenizer=tokenizer,
+        to_shard=world.shards(),
     )
     if narrow:  # weights compute in their own type, float32 adapters beside them are cast to it
         loaded = replace(loaded, autocast=torch.bfloat16 if training.lora_rank else None)
     adapter = adapter_of(loaded.model, training, seed)
     if training.gradient_checkpointing:
         recompute_layers(loaded.model)
-    return loaded, Policy(loaded.model, loaded.vocabulary, loaded.autocast, adapter)
+    policy = Policy(loaded.model, loaded.vocabulary, loaded.autocast, adapter)
+    if world.size() > 1:
+        console.info(f"{world.size()} processes, each with {'its part of the weights (FSDP2)' if world.shards() else 'all weights'}")
+    if world.shards():
+        replica = Replica(loaded.model)
+        note_fast_paths(replica.model, fast_paths(loaded.model))
+        loaded = replace(loaded, replica=replica)
+        shard(policy, pick_device(loading.device), narrow=narrow and adapter is None)
+    return loaded, policy
 
 
 def adapter_of(model: PreTrainedModel, training: TrainingOptions, seed: int) -> Adapter | None:
@@ -92,10 +114,12 @@ def load_frozen(
         **{**loading.of_load(), "dtype": compute_dtype(loading, training)},
         masters=masters,
         tokenizer=trained.tokenizer,
+        to_shard=world.shards(),
     )
     if offload:
         loaded.model.to("cpu")
-    return freeze(Policy(loaded.model, trained.vocabulary, loaded.autocast))
+    policy = freeze(Policy(loaded.model, trained.vocabulary, loaded.autocast))
+    return shard(policy, pick_device(loading.device)) if world.shards() else policy
 
 
 class WithoutAdapter(Policy):
@@ -103,11 +127,15 @@ class WithoutAdapter(Policy):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.model, policy.vocabulary, policy.autocast, policy.adapter)
+        self.sharded = policy.sharded
+        self._states_of = policy.states  # what is sharded is the policy
+        if policy.sharded:
+            self.reshard = policy.reshard
 
     @torch.no_grad()
     def states(self, batch: MicroBatch) -> torch.Tensor:
         with self.adapter.off():
-            return super().states(batch)
+            return self._states_of(batch)
 
 
 def load_scorer(checkpoint: Checkpoint, loading: ModelOptions) -> Callable[[Sequence[Row], float], Iterator[tuple[Row, np.ndarray]]]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from s2dcli import console
+from s2dcli import console, world
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
 from s2dcli.files.records import Graded, Rollout, read_graded, read_rollouts
@@ -50,8 +50,12 @@ class StoredRollouts:
 def store(path: str, rollouts: Iterable[Rollout], *, keep_records: bool = False) -> StoredRollouts:
     """Hold the rollouts read from `path` as training rows: 8 bytes for a completion token.
 
-    With `keep_records` their whole records too, to be written again.
+    With `keep_records` their whole records too, to be written again. The main process reads, for all.
     """
+    return world.from_main(_store, path, rollouts, keep_records)
+
+
+def _store(path: str, rollouts: Iterable[Rollout], keep_records: bool) -> StoredRollouts:
     rows: list[TrainingRow] = []
     samples: list[Rollout] = []
     maker, samplers, num_prompts, digest = RowMaker(), {}, 0, hashlib.sha256()

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, Any
 
-from s2dcli import console
+from s2dcli import console, world
 from s2dcli.engines.base import Engine, Request, Sample, SamplingParams
 from s2dcli.engines.opening import open_engine
 from s2dcli.engines.weights import ParityGate, WeightSource, WeightSync
@@ -27,6 +27,8 @@ from s2dcli.options import EngineOptions, ModelOptions
 
 if TYPE_CHECKING:
     from s2dcli.engines.weights import Score
+    from s2dcli.models.policy import Policy
+    from s2dcli.models.sharding import Replica
 
 LOGPROB_DECIMALS = 6
 
@@ -139,6 +141,20 @@ def open_sampler(
     return Sampler(engine, encoder, params, seed=seed, identity=identity, batch_tokens=sampling.sample_tokens, gate=gate)
 
 
+@dataclass(frozen=True)
+class ReplicaSync:
+    """Gathers a sharded policy's weights for the time in which an engine samples from its replica."""
+
+    replica: Replica
+    policy: Policy
+
+    def begin(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+        self.replica.fill(self.policy)
+
+    def end(self, params: SamplingParams) -> None:
+        self.replica.clear()
+
+
 class Sampler:
     """Samples groups of rollouts with one engine and one set of sampling parameters; closes the engine at its end."""
 
@@ -161,7 +177,7 @@ class Sampler:
         self.identity = identity
         self.batch_tokens = batch_tokens
         self.gate = gate
-        self._sync: WeightSync | None = None
+        self._sync: WeightSync | ReplicaSync | None = None
 
     def __enter__(self) -> Sampler:
         return self
@@ -174,14 +190,21 @@ class Sampler:
         if self.gate:
             self._sync = WeightSync(self.engine, self.gate, source)
 
+    def use_replica(self, replica: Replica, policy: Policy) -> None:
+        """From now on give the engine, if it samples from a replica of a sharded policy, the policy's weights while it samples."""
+        if self.gate is None:
+            self._sync = ReplicaSync(replica, policy)
+
     def prove(self, tasks: Sequence[Task], score: Score) -> None:
         """Compare a hosted engine with a model that scores its tokens. Raises EngineError if they differ."""
         if self.gate:
             self.gate.check(self.engine, score, [task.prompt_ids for task in tasks[: self.gate.rows]], self.params)
 
     def sample(self, tasks: Sequence[Task], num_samples: int) -> Iterator[list[Rollout]]:
-        """Yield one group of `num_samples` rollouts per task, in order."""
-        return self.sample_batches(plan(tasks, num_samples, self.params.max_tokens, self.batch_tokens), num_samples)
+        """Yield one group of `num_samples` rollouts per task, in order; of several processes each samples a part of the tasks, for all."""
+        mine = tasks[len(tasks) * world.rank() // world.size() : len(tasks) * (world.rank() + 1) // world.size()]
+        groups = self.sample_batches(plan(mine, num_samples, self.params.max_tokens, self.batch_tokens), num_samples)
+        return groups if world.size() == 1 else chain.from_iterable(world.gather(list(groups)))
 
     def sample_batches(self, batches: Sequence[Sequence[Task]], num_samples: int, done: int = 0) -> Iterator[list[Rollout]]:
         """Yield the groups of planned batches, in order; the first `done` rows are there already and left out."""
@@ -190,7 +213,7 @@ class Sampler:
         if self.engine.max_length is not None:
             self._require_room([task for batch in batches for task in batch])
         if self._sync:
-            self._sync.begin([task.prompt_ids for task in batches[0]], self.params)
+            self._sync.begin([task.prompt_ids for batch in batches[:1] for task in batch], self.params)
         for batch in batches:
             rows = len(batch) * num_samples
             if done < rows:

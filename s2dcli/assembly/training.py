@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from s2dcli import console, stats
-from s2dcli.assembly.loading import load_frozen, load_reference, load_trained
+from s2dcli import console, stats, world
+from s2dcli.assembly.loading import load_frozen, load_reference, load_trained, require_shardable
 from s2dcli.assembly.order import Order
 from s2dcli.assembly.plan import device_bytes, memory_plan
 from s2dcli.assembly.rollouts import StoredRollouts
@@ -75,6 +75,7 @@ class TrainingSetup:
         """
         self.stage, self.options, self.out, self.params, self.offload = stage, options, out, params, offload
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
+        require_shardable(training, offload=offload)
         self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in checkpoints.items()}
         self.parent, *others = self.parents.values()
         self.inputs = [*inputs, *([running.eval_problems] if running.eval_problems else []), *loading.files]
@@ -115,6 +116,8 @@ class TrainingSetup:
         for role, parent in self.parents.items():
             require_length(parent, role, max(prompts, default=0) + self.params.max_tokens if prompts else 0, self.loading)
         if self.running.dry_run:
+            if not world.is_main():
+                return None
             for reward in (self.grading.reward or [MATH]) if self.grading and problems else []:
                 check_reward(reward, self.grading.timeout, self.grading.memory_limit)
             held = [self.parents[role] for role in frozen]
@@ -135,9 +138,13 @@ class TrainingSetup:
         given = [problem.to_record() for problem in problems]
         samplers = [{"sampler": sampler} for sampler in stored.samplers] if stored else []
         told = {name: value for name, value in self.options.items() if name not in HOW_STARTED}
-        manifest = describe(self.stage, told, inputs=self.inputs, parents=[*self.parents.items()], rollouts=samplers, streamed=given)
-        if stored and jsonl.is_stream(self.inputs[0]):
-            manifest["inputs"][0]["sha256"] = stored.sha256
+        manifest: dict[str, Any] = {}
+        if world.is_main():
+            manifest = describe(self.stage, told, inputs=self.inputs, parents=[*self.parents.items()], rollouts=samplers, streamed=given)
+            if stored and jsonl.is_stream(self.inputs[0]):
+                manifest["inputs"][0]["sha256"] = stored.sha256
+        elif samples:
+            _ = self.parent.weights_sha256  # which rollouts name, and takes time while the main process takes it too
         folder = RunFolder(
             self.out,
             manifest,
@@ -175,7 +182,7 @@ class Training:
         """Load the policy, open what samples and grades, and return the run at the step where it stands."""
         setup = self.setup
         with self._held as held:
-            if self.samples and (setup.grading or setup.eval_tasks):
+            if self.samples and (setup.grading or setup.eval_tasks) and world.is_main():
                 grading = setup.grading or GradingOptions()
                 grader = Grader(grading.reward or [MATH], grading.workers, grading.timeout, grading.memory_limit)
                 self._grader = held.enter_context(grader)
@@ -189,6 +196,8 @@ class Training:
                 )
                 self._sampler = held.enter_context(sampler)
                 self._sampler.follow(self.run)
+                if self.loaded.replica:
+                    self._sampler.use_replica(self.loaded.replica, self.policy)
             if setup.eval_tasks:
                 self.run.evaluate = self._evaluate
             self._held = held.pop_all()
@@ -220,18 +229,25 @@ class Training:
             groups = list(self._sampler.sample(tasks, num_samples))
         rollouts = [rollout for group in groups for rollout in group]
         step.sampled_tokens += sum(len(rollout.completion_ids) for rollout in rollouts)
-        graded = (rollout.to_record() for rollout in rollouts)
         if self.setup.grading:
             self.run.labels.update(rollout.problem_sha256 for rollout in rollouts)
             with step.phase("grade"):
-                graded = iter(list(self._grader.graded([*graded])))
-            self._count_errors(step, len(rollouts))
+                records, errors = world.from_main(self._grade, rollouts)
+            self._count_errors(step, errors, len(rollouts))
+            graded = iter(records)
+        else:
+            graded = (rollout.to_record() for rollout in rollouts)
         maker = RowMaker()
         return [[self._row(maker, rollout, next(graded)) for rollout in group] for group in groups]
 
-    def _count_errors(self, step: Step, num_rollouts: int) -> None:
+    def _grade(self, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Any]], Errors]:
+        """Return the graded rows, whole if they are to be kept, and what failed."""
+        graded = list(self._grader.graded([rollout.to_record() for rollout in rollouts]))
+        rows = graded if self.keep_rollouts else [{"reward": record.get("reward")} for record in graded]
+        return rows, self._grader.take_errors()
+
+    def _count_errors(self, step: Step, errors: Errors, num_rollouts: int) -> None:
         """Log the failures of rewards by kind, and warn of them. Raises GradingError if every rollout's failed."""
-        errors = self._grader.take_errors()
         step.grader_errors.update(errors.counts)
         step.num_graded += num_rollouts
         step.num_failed += errors.rows
@@ -246,7 +262,9 @@ class Training:
 
     def _evaluate(self) -> dict[str, Any]:
         groups = self._sampler.sample(self.setup.eval_tasks, self.setup.running.eval_samples)
-        rows = [row.to_record() for group in groups for row in group]
+        return world.from_main(self._figures, [row.to_record() for group in groups for row in group])
+
+    def _figures(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         figures = stats.summarize(self._grader.graded(rows))
         errors = self._grader.take_errors()
         if errors.counts:

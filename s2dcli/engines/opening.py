@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from s2dcli import console
+from s2dcli import console, world
 from s2dcli.engines.base import Engine, HostedEngine
 from s2dcli.engines.vllm import INSTALL_HINT
 from s2dcli.engines.weights import PARITY_ROWS, ParityGate
@@ -38,6 +38,8 @@ def check_engine(sampling: EngineOptions, *, training: bool = False) -> None:
     `training`: the engine is to follow the weights of a model in training. Raises UsageError.
     """
     _refuse_ignored(sampling, _kinds(sampling.engine))
+    if training and sampling.engine == VLLM:
+        _refuse_several()
     if training and sampling.parity_rows == 0:
         raise UsageError("--parity-rows 0: a trainer does not sample from weights without proof", hint="1 or more")
 
@@ -65,12 +67,21 @@ def open_engine(
         dtype = training.compute_dtype if training else pick_dtype(loading.dtype, pick_device(loading.device))
         gate = ParityGate(dtype, sampling.parity_rows or PARITY_ROWS, sampling.parity_tolerance)
         if kind == VLLM:
+            _refuse_several()
             engine = _vllm(checkpoint, encoder, sampling, loading, dtype, beside_trainer=training is not None)
         else:
             engine = _server(checkpoint, encoder, sampling, loading)
     if sampling.engine == AUTO:
         console.info(f"sampling with {engine.name}")
     return engine, gate
+
+
+def _refuse_several() -> None:
+    if world.size() > 1:
+        raise UsageError(
+            f"vLLM within the trainer is for one process, and there are {world.size()}",
+            hint="start vllm serve and give --engine http://HOST:PORT,..., or --engine transformers",
+        )
 
 
 def _kinds(name: str) -> set[str]:
@@ -144,7 +155,7 @@ def _transformers(loaded: LoadedModel, sampling: EngineOptions) -> Engine:
     from s2dcli.engines.transformers import TransformersEngine
 
     return TransformersEngine(
-        loaded.model,
+        loaded.replica.model if loaded.replica else loaded.model,
         eos_ids=loaded.eos_ids,
         pad_id=loaded.pad_id,
         vocabulary=loaded.vocabulary,

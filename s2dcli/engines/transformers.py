@@ -49,7 +49,7 @@ class TransformersEngine:
     ) -> None:
         """`batch_tokens`: cache positions (rows x (prompt + max_tokens)) of one batch."""
         self.model = model
-        self.eos_ids_E = torch.tensor(sorted(set(eos_ids)), device=model.device)
+        self.eos_ids = sorted(set(eos_ids))
         self.pad_id = pad_id
         self.vocabulary = vocabulary
         self.autocast = autocast
@@ -104,6 +104,7 @@ class TransformersEngine:
         if self.autocast is not None:  # once, not for every token
             head = replace(head, weight_VD=head.weight_VD.to(self.autocast))
         states_BD = decoder.states_BD
+        eos_ids_E = torch.tensor(self.eos_ids, device=device)
         noise_BT = None if params.temperature == 0 else _noise(requests, params.max_tokens).to(device)
         ids_BT = torch.full((count, params.max_tokens), self.pad_id, device=device)
         logprobs_BT = torch.zeros(count, params.max_tokens, device=device)
@@ -117,7 +118,7 @@ class TransformersEngine:
             tokens_B, chosen_B = choose(logits_BV, uniforms_B, params)
             ids_BT[rows_B, t] = torch.where(live_B, tokens_B, self.pad_id)
             logprobs_BT[rows_B, t] = chosen_B
-            ends_B = live_B & torch.isin(tokens_B, self.eos_ids_E)
+            ends_B = live_B & torch.isin(tokens_B, eos_ids_E)
             lengths_B[rows_B[ends_B]] = t + 1
             live_B = live_B & ~ends_B
             num_live = int(live_B.sum())

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from s2dcli import console
+from s2dcli import console, world
 from s2dcli.engines.base import HostedEngine, Request, SamplingParams
 from s2dcli.errors import EngineError
 from s2dcli.files.atomic import disk_errors, temporary
@@ -59,8 +59,8 @@ class WeightSource(Protocol):
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """Return the size of the weights in `dtype`."""
 
-    def write_weights(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the current weights as safetensors with their config.json. Raises OSError."""
+    def write_weights(self, folder: Path | None, dtype: torch.dtype) -> None:
+        """Write the current weights as safetensors with their config.json. Without a folder: help the main process to. Raises OSError."""
 
     def score(self, rows: Sequence[Row], temperature: float) -> Iterator[tuple[Row, np.ndarray]]:
         """Yield rows with the log-probs (nats) of their completions' tokens under the current weights."""
@@ -79,9 +79,11 @@ class ParityGate:
         from s2dcli.models.rows import Row
 
         how = SamplingParams(params.temperature, top_p=1.0, top_k=0, max_tokens=min(PARITY_TOKENS, params.max_tokens))
-        requests = [Request(prompts[row % len(prompts)], seed=row) for row in range(self.rows)]
+        requests = [Request(prompts[row % len(prompts)], seed=row) for row in range(self.rows if prompts else 0)]
         samples = dict(engine.generate(requests, how))
-        theirs = {Row(request.prompt_ids, samples[row].completion_ids): samples[row].logprobs for row, request in enumerate(requests)}
+        sampled = [(request.prompt_ids, samples[row].completion_ids, samples[row].logprobs) for row, request in enumerate(requests)]
+        # Of several processes each has asked the engine that it samples from, and all score together.
+        theirs = {Row(prompt, completion): logprobs for part in world.gather(sampled) for prompt, completion, logprobs in part}
         gaps = [
             abs(a - b)
             for row, ours in score(list(theirs), params.temperature or 1.0)
@@ -125,12 +127,22 @@ class WeightSync:
 
     def end(self, params: SamplingParams) -> None:
         """Let the engine sleep; if it was interrupted, check first that it still has these weights. Raises EngineError."""
-        if self.engine.interruptions != self.interruptions:
+        if any(world.gather(self.engine.interruptions != self.interruptions)):
             self.gate.check(self.engine, self.source.score, self.prompts, params)
         self.engine.sleep()
 
     def transfer(self) -> None:
-        """Have the engine load the model's current weights. Raises EngineError, or DataError if they cannot be written."""
+        """Have the engine load the model's current weights. Raises EngineError, or DataError if they cannot be written.
+
+        Of several processes, which sample from the same servers, the main one does; the others wait.
+        """
+        if world.is_main():
+            self._transfer()
+        else:
+            self.source.write_weights(None, self.gate.dtype)
+        world.broadcast(None)
+
+    def _transfer(self) -> None:
         size = self.source.weights_bytes(self.gate.dtype)
         with disk_errors("transfer the weights", self.source.out), _transfer_folder(self.source.out, size, self.engine.local) as folder:
             with disk_errors("write the weights", folder):

@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from s2dcli import world
 from s2dcli.errors import UsageError
 from s2dcli.files.atomic import disk_errors, is_temporary, remove, remove_leftovers, sync
 from s2dcli.files.lock import LOCK, locked
@@ -53,6 +54,10 @@ class OutputFolder:
     @classmethod
     def check(cls, out: Path, command: str, inputs: Iterable[str | Path] = (), *, overwrite: bool = False, resume: bool = False) -> None:
         """Raise UsageError unless `out` is new or empty, or `command` wrote it and may replace or resume it."""
+        world.from_main(cls._check, out, command, inputs, overwrite=overwrite, resume=resume)
+
+    @classmethod
+    def _check(cls, out: Path, command: str, inputs: Iterable[str | Path] = (), *, overwrite: bool, resume: bool) -> None:
         refuse_both(overwrite, resume)
         refuse_inputs(out, inputs)
         if os.path.lexists(out) and not out.is_dir():
@@ -87,12 +92,12 @@ class OutputFolder:
     def __enter__(self) -> Self:
         """Lock the folder, and make or resume it. Raises UsageError or DataError."""
         options = {"overwrite": self.overwrite, "resume": self.resume}
-        self.check(self.out, self.manifest["command"], inputs_of(self.manifest), **options)
+        self._check(self.out, self.manifest["command"], inputs_of(self.manifest), **options)
         with disk_errors("make the folder", self.out), ExitStack() as held:
             self.out.mkdir(parents=True, exist_ok=True)
             held.callback(self._remove_if_empty)
             held.enter_context(locked(self.out))
-            self.check(self.out, self.manifest["command"], **options)  # as it is now that nobody else writes there
+            self._check(self.out, self.manifest["command"], **options)  # as it is now that nobody else writes there
             if (self.out / READY).is_dir():
                 self._take_place()
             shutil.rmtree(self.out / NEW, ignore_errors=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from s2dcli import stats
+from s2dcli import stats, world
 from s2dcli.errors import DataError, nearest
 from s2dcli.files import jsonl
 
@@ -228,7 +228,11 @@ def _without(record: dict, kind: type) -> dict[str, Any]:
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Read a problems file. Raises DataError on a bad record, a repeated id or an empty file."""
+    """Read a problems file; the main process does, for all. Raises DataError on a bad record, a repeated id or an empty file."""
+    return world.from_main(_read_problems, path)
+
+
+def _read_problems(path: str | Path) -> list[Problem]:
     problems: list[Problem] = []
     seen: dict[str, str] = {}
     for where, record in jsonl.read(path, "problems"):

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
-from s2dcli import console
+from s2dcli import console, world
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
 from s2dcli.files.atomic import disk_errors, remove, remove_leftovers, whole_file, whole_folder
@@ -35,10 +35,10 @@ ROLLOUTS = "rollouts"
 
 
 class RunFolder(OutputFolder):
-    """A run folder in this process's hands; a run that is overwritten stays until the first whole step of the new one.
+    """A run folder in the main process's hands; a run that is overwritten stays until the first whole step of the new one.
 
     `step` is its last whole step, 0 if there is none; `counts`, `labels`, `last_row` and `last_eval` are
-    those up to that step.
+    those up to that step. Other processes know where the run stands and touch nothing.
     """
 
     FILES = (
@@ -89,8 +89,19 @@ class RunFolder(OutputFolder):
         if self.problems and not self.step:
             self._write_records(self.folder / PROBLEMS, self.problems)
 
+    def __enter__(self) -> Self:
+        """Lock the folder, and make or resume it. Raises UsageError or DataError."""
+        self.step, self.counts, self.labels, self.last_row, self.last_eval = world.from_main(self._enter)
+        return self
+
+    def _enter(self) -> tuple[Any, ...]:
+        super().__enter__()
+        return self.step, self.counts, self.labels, self.last_row, self.last_eval
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Close what is open; of an interrupt it notes what is saved and what is lost."""
+        if not world.is_main():
+            return
         if isinstance(error, KeyboardInterrupt | SystemExit):
             saved = f"step {self.step} of {self.steps} is saved" if self.step else "no step is saved"
             begun = self.last_row.get("step", 0) + 1
@@ -113,6 +124,8 @@ class RunFolder(OutputFolder):
 
     def write_rollouts(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Write what a step learnt from to rollouts/step-NNNNNN.jsonl."""
+        if not world.is_main():
+            return
         path = self.folder / ROLLOUTS / f"{step_name(step)}.jsonl"
         with disk_errors("write", path):
             path.parent.mkdir(exist_ok=True)
@@ -128,14 +141,21 @@ class RunFolder(OutputFolder):
         self.last_eval = row
         self._append(EVALS, row)
 
-    def save(self, step: int, counts: Mapping[str, float], labels: Iterable[str], fill: Callable[[Path], dict[str, Any] | None]) -> None:
+    def save(
+        self, step: int, counts: Mapping[str, float], labels: Iterable[str], fill: Callable[[Path | None], dict[str, Any] | None]
+    ) -> None:
         """Make `step` the last whole step: `fill` writes a checkpoint with its training state to the folder it is given.
 
-        What it returns, if anything, is added to the step's manifest.
+        What it returns, if anything, is added to the step's manifest. In other processes than the main one it is given no
+        folder, and hands its part of the weights over.
 
         Raises DataError if the file system refuses; the steps before are then as they were.
         """
         self.counts, self.labels = dict(counts), set(labels)
+        if not world.is_main():
+            fill(None)
+            self.step = step
+            return
         final = self.folder / step_name(step)
         with disk_errors("save the checkpoint", final):
             for file in self._files.values():
@@ -152,6 +172,8 @@ class RunFolder(OutputFolder):
 
     def finish(self) -> None:
         """Say in the run's manifest that it is complete."""
+        if not world.is_main():
+            return
         with disk_errors("write", self.folder / MANIFEST):
             self.write_manifest(complete=True, **self._standing())
 
@@ -210,6 +232,8 @@ class RunFolder(OutputFolder):
         return kept[-1].record if kept else {}
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        if not world.is_main():
+            return
         with disk_errors("write", self.folder / name):
             if name not in self._files:
                 self._files[name] = open(self.folder / name, "ab")  # noqa: SIM115 - closed on leaving

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,13 +93,15 @@ class Adapter:
                 state[name] = tensor
         return state
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter alone, as peft reads it, into a new folder."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the adapter's own weights, as peft names them."""
+        return import_peft().get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Write the adapter alone, whose weights are `state`, as peft reads it, into a new folder."""
         from safetensors.torch import save_file
 
         folder.mkdir()
-        peft = import_peft()
-        state = peft.get_peft_model_state_dict(self._peft, save_embedding_layers=False)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors")
         config = self._peft.peft_config[_NAME]
         for field in ("target_modules", "target_parameters"):  # sets, whose order differs between processes

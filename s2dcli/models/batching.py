@@ -5,13 +5,14 @@ Shapes: B rows of a micro-batch, P its distinct prompts, T positions, N its comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
 import torch
 
+from s2dcli import world
 from s2dcli.models.rows import Row
 
 # A micro-batch ends early where its padding would exceed this share of its positions ...
@@ -47,6 +48,7 @@ class MicroBatch:
     lengths_B: list[int]  # completion tokens of each row
     num_padding: int  # positions that are padding
     position_ids_BT: torch.Tensor | None = None
+    filler: bool = False  # there to be computed, since other processes compute one more; nothing in it counts
 
     @property
     def num_positions(self) -> int:
@@ -67,7 +69,15 @@ class MicroBatch:
 
 
 def micro_batches(
-    rows: Sequence[Row], tokens_per_batch: int, pad_id: int, device: torch.device, *, share_prompts: bool = True, pack: bool = False
+    rows: Sequence[Row],
+    tokens_per_batch: int,
+    pad_id: int,
+    device: torch.device,
+    *,
+    share_prompts: bool = True,
+    pack: bool = False,
+    deal: bool = False,
+    filler: Row | None = None,
 ) -> Iterator[MicroBatch]:
     """Cut rows into micro-batches of at most `tokens_per_batch` positions, padding included, and yield them one at a time.
 
@@ -77,7 +87,24 @@ def micro_batches(
     with `share_prompts`: it needs a model that caches). A row that is longer than the budget is a
     micro-batch of its own. Rows without completion tokens are left out: they have nothing to learn
     from, and their weight in the loss's denominators stays.
+
+    With `deal` each of several processes, which all have the same rows, gets every n-th of the micro-batches that
+    one process would get, so what is computed together does not depend on their number; only where that would leave some
+    without any is the budget less. With a `filler` each then gets equally many: micro-batches of that row alone.
     """
+    if deal and world.size() > 1:
+        tokens_per_batch = min(tokens_per_batch, -(-sum(map(len, rows)) // world.size()))
+    groups, collate = _plan(rows, tokens_per_batch, pad_id, device, share_prompts, pack)
+    mine = groups[world.rank() :: world.size()] if deal else groups
+    yield from map(collate, mine)
+    if deal and filler is not None and len(mine) < -(-len(groups) // world.size()):
+        yield replace(collate([filler]), filler=True)
+
+
+def _plan(
+    rows: Sequence[Row], tokens_per_batch: int, pad_id: int, device: torch.device, share_prompts: bool, pack: bool
+) -> tuple[list[list[Row]], Callable[[list[Row]], MicroBatch]]:
+    """Return what rows each micro-batch holds, and what makes it of them."""
     by_length = sorted((row for row in rows if len(row.completion_ids)), key=lambda row: -len(row))
     families: dict[bytes, list[Row]] = {}
     for row in by_length:
@@ -89,9 +116,8 @@ def micro_batches(
     if share_prompts and len(families) < len(by_length):
         shared, shared_cost = _fill(list(families.values()), tokens_per_batch, share=True)
         if shared_cost <= SHARING_WORTH * plain_cost:
-            yield from (_collate_shared(group, pad_id, device) for group in shared)
-            return
-    yield from (_collate_packed(group, device) if pack else _collate(group, pad_id, device) for group in plain)
+            return shared, lambda group: _collate_shared(group, pad_id, device)
+    return plain, (lambda group: _collate_packed(group, device)) if pack else (lambda group: _collate(group, pad_id, device))
 
 
 def _fill_packed(rows: Sequence[Row], budget: int) -> list[list[Row]]:

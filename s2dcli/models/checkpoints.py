@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2dcli import console
+from s2dcli import console, world
 from s2dcli.errors import ModelError, UsageError
 from s2dcli.files.checkpoint import latest_step, step_of
 from s2dcli.files.manifest import MANIFEST, files_sha256
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from s2dcli.models.sharding import Replica
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SETUP = (".json", ".model", ".txt", ".jinja", ".py")
@@ -180,6 +181,7 @@ class LoadedModel:
     autocast: torch.dtype | None  # computes in this type although the weights are float32
     compute_dtype: torch.dtype  # of the forward pass, whatever the weights are
     trust_remote_code: bool  # code that the checkpoint brings was run to load it
+    replica: Replica | None = None  # of a sharded model: what samples in its place
 
 
 def load(
@@ -192,18 +194,20 @@ def load(
     attention: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     announce: bool = True,
+    to_shard: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer, unless there is one already.
 
     With `masters` the weights are float32 whatever `dtype` says, and the forward pass is cast: an
     update of 1e-6 would round to nothing on bfloat16 weights. `attention` names one of transformers'
-    implementations. What takes the time is said unless `announce` is off. Raises ModelError.
+    implementations. What takes the time is said unless `announce` is off. A model `to_shard` has its weights
+    in the main process only, in main memory. Raises ModelError.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from s2dcli.models.forward import mask_unused
-    from s2dcli.models.selftest import self_test
+    from s2dcli.models.selftest import fast_paths, note_fast_paths, self_test
 
     quieten_transformers()
     tokenizer = tokenizer or load_tokenizer(checkpoint.folder, trust_remote_code)
@@ -211,21 +215,27 @@ def load(
     compute = pick_dtype(dtype, place)
     if announce:
         console.loading(checkpoint.name, num_parameters(checkpoint), str(compute).removeprefix("torch."), str(place))
-    with loading("the model", checkpoint.name):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint.folder),
-            dtype=torch.float32 if masters else compute,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attention,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-        )
-    _require_all_weights(report, model, checkpoint.name)
-    vocabulary = vocabulary_size(tokenizer)
-    model = model.to(place).eval()
-    mask_unused(model, unused_ids(tokenizer))
-    self_test(model, vocabulary, checkpoint.name, compute)
+    vocabulary, unused = vocabulary_size(tokenizer), unused_ids(tokenizer)
+    if to_shard and not world.is_main():
+        model = empty_model(checkpoint, trust_remote_code, attention)
+        mask_unused(model, unused)
+    else:
+        with loading("the model", checkpoint.name):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(checkpoint.folder),
+                dtype=torch.float32 if masters else compute,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attention,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
+        _require_all_weights(report, model, checkpoint.name)
+        model = model.to("cpu" if to_shard else place).eval()
+        mask_unused(model, unused)
+        self_test(model, vocabulary, checkpoint.name, compute)
+    if to_shard:
+        note_fast_paths(model, world.broadcast(fast_paths(model) if world.is_main() else None))
     _return_freed_memory()
     return LoadedModel(
         checkpoint=checkpoint,
@@ -277,7 +287,7 @@ def model_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Pre
         return AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=trust_remote_code)
 
 
-def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False, attention: str | None = None) -> PreTrainedModel:
     """Make the model that config.json describes, its weights without values or memory. Raises ModelError."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -285,7 +295,8 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreT
     quieten_transformers()
     config = model_config(checkpoint, trust_remote_code)
     with loading("the model of config.json", checkpoint.name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+        how = {} if attention is None else {"attn_implementation": attention}
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **how).eval()
 
 
 def quieten_transformers() -> None:
@@ -346,11 +357,18 @@ def saved_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn `--device` into a torch device; `auto` takes a GPU if there is one."""
+    """Turn `--device` into a torch device; `auto` takes a GPU if there is one, of several processes on a host each its own."""
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world.size() > 1:
+        if name != ("cuda" if torch.cuda.is_available() else "cpu"):
+            raise UsageError(
+                f"--device {name}, with {world.size()} processes: each takes the GPU of its number, or none if there are none",
+                hint="leave it out; CUDA_VISIBLE_DEVICES chooses GPUs, and hides them if it is empty",
+            )
+        name = f"cuda:{world.local_rank()}" if name == "cuda" else name
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -42,12 +42,18 @@ class Policy(torch.nn.Module):
         self.vocabulary = vocabulary
         self.autocast = autocast
         self.adapter = adapter
+        self.sharded = self.narrow = False  # over processes; float32 parts that compute in bfloat16: see models/sharding.py
         self._gradient_of: Callable[[torch.nn.Parameter], torch.Tensor] | None = None
+        self._gathered: list[torch.nn.Parameter] = []  # of a sharded model: weights whose gradients are collected
 
     def states(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states [N, D] that predict the completion tokens."""
+        return self._states(batch)  # of a sharded policy this method gathers weights before and after, and so does `forward`
+
+    def _states(self, batch: MicroBatch) -> torch.Tensor:
         device = batch.input_ids_BT.device
-        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        # Casts of gathered weights would stay after the weights themselves are given up.
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=not self.sharded):
             if batch.prompts is None:
                 hidden_BTD = hidden_states(self.model, batch.input_ids_BT, batch.position_ids_BT)
             else:
@@ -70,10 +76,25 @@ class Policy(torch.nn.Module):
         embedding = self.model.get_input_embeddings()
         if embedding.weight.requires_grad:
             embedding.sparse = True
-            embedding.weight.register_post_accumulate_grad_hook(_make_dense)
+            if not self.sharded:
+                embedding.weight.register_post_accumulate_grad_hook(_make_dense)
+
+    def _collect_gathered(self) -> None:
+        """Add the gradient of a sharded model's embedding to what `gradient_of` returns, once the embedding is gathered."""
+        weight = self.model.get_input_embeddings().weight
+        if weight.requires_grad and not any(weight is known for known in self._gathered):
+            self._gathered.append(weight)
+
+            def move(parameter: torch.nn.Parameter) -> None:
+                self._gradient_of(parameter).add_(parameter.grad.float())
+                parameter.grad = None
+
+            weight.register_post_accumulate_grad_hook(move)
 
     def forward(self, batch: MicroBatch, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return objective.loss(batch, self.states(batch), self.head())
+        if self.sharded and self._gradient_of:
+            self._collect_gathered()
+        return objective.loss(batch, self._states(batch), self.head())
 
 
 def freeze(policy: Policy) -> Policy:

@@ -16,23 +16,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from s2dcli import console, stats
+from s2dcli import console, stats, world
 from s2dcli.errors import S2DError
 from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, save_weights, write_checkpoint, write_training_state
 from s2dcli.files.run_folder import RunFolder
-from s2dcli.models.batching import micro_batches
+from s2dcli.models.batching import MicroBatch, micro_batches
 from s2dcli.models.checkpoints import LoadedModel, saved_dtype
 from s2dcli.models.policy import Objective, Policy
 from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
 from s2dcli.models.selftest import fast_paths
+from s2dcli.models.sharding import whole_state
 from s2dcli.options import Dtype, RunOptions, Schedule, TrainingOptions, parse_cadence
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.rows import TrainingRow
@@ -51,6 +53,27 @@ def learning_rate(step: int, steps: int, training: TrainingOptions) -> float:
 
 
 @dataclass
+class Part:
+    """What one process has trained on in an update."""
+
+    sums: dict[str, torch.Tensor | float] = field(default_factory=dict)
+    tokens: int = 0
+    positions: int = 0
+    padding: int = 0
+
+    def add(self, batch: MicroBatch, loss: torch.Tensor, figures: Mapping[str, torch.Tensor]) -> None:
+        for name, values_N in {"loss": loss.detach(), **figures}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + values_N.sum()
+        self.tokens += sum(batch.lengths_B)
+        self.positions += batch.num_positions
+        self.padding += batch.num_padding
+
+    def measured(self) -> Part:
+        """Return this with numbers in place of tensors."""
+        return replace(self, sums={name: float(value) for name, value in self.sums.items()})
+
+
+@dataclass
 class Step:
     """One step in progress: its number (from 1), timers, and what will become its row in metrics.jsonl."""
 
@@ -64,7 +87,7 @@ class Step:
     num_failed: int = 0  # of these, whose rewards failed
     grader_errors: Counter[str] = field(default_factory=Counter)  # failures of rewards by kind
     seconds: dict[str, float] = field(default_factory=dict)
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
     positions: int = 0  # that went through the model to be trained on, padding included
     padding: int = 0
@@ -82,12 +105,17 @@ class Step:
     def log(self, **metrics: Any) -> None:
         self.metrics.update(metrics)
 
-    def add(self, name: str, value: torch.Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
+    def take(self, part: Part) -> None:
+        """Add what a process has trained on in an update."""
+        for name, value in part.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.tokens += part.tokens
+        self.positions += part.positions
+        self.padding += part.padding
 
     def per_token(self, name: str) -> float | None:
         """Mean over all trained tokens of the step of a figure that the objective returned; None if none were trained on."""
-        return float(self.sums[name]) / self.tokens if name in self.sums and self.tokens else None
+        return self.sums[name] / self.tokens if name in self.sums and self.tokens else None
 
     def per_second(self, count: int, phase: str) -> float:
         return count / self.seconds[phase] if self.seconds[phase] else 0.0
@@ -130,7 +158,8 @@ class TrainingRun:
         self._cadence = parse_cadence(running.save_every)
         self._save_seconds = 0.0  # that saving has taken since the last row
         if folder.step:
-            self.optimizer.restore(read_training_state(folder.checkpoint / TRAINING_STATE))
+            state = read_training_state(folder.checkpoint / TRAINING_STATE) if world.is_main() else None
+            self.optimizer.restore(world.stream(state))
 
     def __iter__(self) -> Iterator[Step]:
         steps, saved = self.folder.steps, time.monotonic()
@@ -146,7 +175,9 @@ class TrainingRun:
                 if number % self.running.eval_every == 0 or number == steps:
                     self._evaluate(number)
                 every_steps, every_seconds = self._cadence
-                due = number % every_steps == 0 or time.monotonic() - saved >= every_seconds
+                due = number % every_steps == 0
+                if math.isfinite(every_seconds):
+                    due = world.broadcast(time.monotonic() - saved >= every_seconds)
                 if due or number == steps:
                     self._save(number)
                     saved = time.monotonic()
@@ -155,24 +186,32 @@ class TrainingRun:
     def update(self, step: Step, rows: Sequence[TrainingRow], objective: Objective) -> None:
         """Make one optimizer update: minus the learning rate times AdamW's direction for the gradient of `objective.loss`.
 
-        The loss runs inside the policy's forward; the gradients of the micro-batches add up to that of all rows.
+        The loss runs inside the policy's forward; the gradients of the micro-batches add up to that of all rows. Several
+        processes are given the same rows, and share the micro-batches.
         """
-        if not any(len(row.completion_ids) for row in rows):
+        trained = [row for row in rows if len(row.completion_ids)]
+        if not trained:
             return
         with step.phase("update"):
             paths = functools.reduce(operator.and_, (fast_paths(policy.model) for policy in (self.policy, *objective.others)))
             # Prompts are shared through a cache, which layers that run twice would fill twice.
-            share = paths.share_prompts and not self.training.gradient_checkpointing
-            layout = {"share_prompts": share, "pack": paths.pack}
+            # Sharded layers run once in each micro-batch, and equally often in each process.
+            share = paths.share_prompts and not self.training.gradient_checkpointing and not self.policy.sharded
+            filler = replace(min(trained, key=len), weight=0.0) if self.policy.sharded else None
+            layout = {"share_prompts": share, "pack": paths.pack, "deal": True, "filler": filler}
+            mine = Part()
             for batch in micro_batches(rows, self.training.tokens_per_batch, self.loaded.pad_id, self.device, **layout):
                 loss, figures = self.policy(batch, objective)
                 loss.backward()
-                step.add("loss", loss.detach())
-                for name, values_N in figures.items():
-                    step.add(name, values_N.sum())
-                step.tokens += sum(batch.lengths_B)
-                step.positions += batch.num_positions
-                step.padding += batch.num_padding
+                self.optimizer.end_micro_batch()
+                if not batch.filler:
+                    mine.add(batch, loss, figures)
+            for other in objective.others:
+                if other.sharded:
+                    other.reshard()
+            self.optimizer.sum_gradients()
+            for part in world.gather(mine.measured()):
+                step.take(part)
             grad_norm = self.optimizer.clip()
             if not math.isfinite(grad_norm):
                 raise S2DError(
@@ -206,27 +245,36 @@ class TrainingRun:
     def weights(self, dtype: torch.dtype, device: torch.device | None = None) -> dict[str, torch.Tensor]:
         """Return the state dict of a plain model that is what this run has learnt, at full precision or in `dtype`.
 
-        Weights that are merged for it are put on `device` one by one, where it is given.
+        Weights that are merged for it are put on `device` one by one, where it is given. What is sharded is gathered to the
+        main process's main memory; others get nothing.
         """
         adapter = self.policy.adapter
+        if self.policy.sharded:
+            self.policy.reshard()
+            return whole_state(adapter.merged(dtype) if adapter else self.policy.model.state_dict())
         return adapter.merged(dtype, device) if adapter else self.optimizer.full_precision(self.policy.model)
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         return sum(parameter.numel() for parameter in self.policy.parameters()) * dtype.itemsize
 
-    def write_weights(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the weights as they are now, in `dtype`, for an engine to load."""
-        save_weights(folder, self.policy.model, self.weights(dtype), dtype)
+    def write_weights(self, folder: Path | None, dtype: torch.dtype) -> None:
+        """Write the weights as they are now, in `dtype`, for an engine to load; without a folder help the main process to."""
+        weights = self.weights(dtype)
+        if folder:
+            save_weights(folder, self.policy.model, weights, dtype)
 
     def score(self, rows: Sequence[Row], temperature: float, policy: Policy | None = None) -> Iterator[tuple[Row, np.ndarray]]:
-        """Yield rows with the log-probs (nats) of their completion tokens under the weights as they are now, or a frozen `policy`'s."""
+        """Yield rows with the log-probs (nats) of their completion tokens under the weights as they are now, or a frozen `policy`'s.
+
+        Several processes are given the same rows, and share the work.
+        """
         layout = {"tokens_per_batch": self.training.tokens_per_batch, "pad_id": self.loaded.pad_id}
-        return score(policy or self.policy, rows, **layout, temperature=temperature)
+        return score(policy or self.policy, rows, **layout, temperature=temperature, deal=True)
 
     def _row(self, step: Step) -> dict[str, Any]:
         row = {
             "step": step.number,
-            "loss": float(step.sums["loss"]) / step.updates if step.updates else None,
+            "loss": step.sums["loss"] / step.updates if step.updates else None,
             "lr": learning_rate(step.number, self.folder.steps, self.training),
             "grad_norm": stats.mean(step.grad_norms) if step.updates else None,
             "updates": step.updates,
@@ -257,29 +305,36 @@ class TrainingRun:
     def _save(self, number: int) -> None:
         started = time.perf_counter()
 
-        def fill(draft: Path) -> dict[str, Any]:
+        def fill(draft: Path | None) -> dict[str, Any]:
             model, adapter = self.policy.model, self.policy.adapter
             state = self.weights(torch.float32, torch.device("cpu"))
-            save_adapter = adapter.save if adapter else None
-            write_checkpoint(draft, model, self.loaded.checkpoint.folder, self.dtype, state=state, save_adapter=save_adapter)
-            write_training_state(draft / TRAINING_STATE, self.optimizer.state())
+            adapter_state = whole_state(adapter.state()) if adapter else None
+            if draft:
+                save_adapter = partial(adapter.save, state=adapter_state) if adapter else None
+                write_checkpoint(draft, model, self.loaded.checkpoint.folder, self.dtype, state=state, save_adapter=save_adapter)
+                write_training_state(draft / TRAINING_STATE, self.optimizer.state())
+            else:
+                for _ in self.optimizer.state():
+                    pass
             return {"saved": self._check_saved(draft, state, last=number == self.folder.steps)}
 
         self.folder.save(number, self.counts, self.labels, fill)
         self._save_seconds = time.perf_counter() - started
 
-    def _check_saved(self, folder: Path, state: Mapping[str, torch.Tensor], *, last: bool) -> dict[str, Any]:
+    def _check_saved(self, folder: Path | None, state: dict[str, torch.Tensor], *, last: bool) -> dict[str, Any]:
         """Compare a checkpoint with the live policy: at this process's first save, at the last, and wherever weights were rounded.
 
         Returns what the step's manifest says of it, which is the same in a resumed run. Raises ModelError if rounding
-        does not explain the difference.
+        does not explain the difference. The main process compares, with the log-probs that it needs all for.
         """
         narrow, name = self.dtype.itemsize < 4, str(self.dtype).removeprefix("torch.")
-        lost = rounding_loss(state, self.loaded.checkpoint.folder, self.dtype)
+        lost = rounding_loss(state, self.loaded.checkpoint.folder, self.dtype) if folder else None
         kl = None
         if narrow or last or not self._proved:
             kl = saved_kl(folder, self.policy, self.loaded, self._compared, state, self.dtype)
             self._proved = True
+        if not folder:
+            return {}
         share = "an unknown share" if lost is None else f"{lost:.0%}"
         measured = "" if kl is None else f", KL {kl:.2g} nats"
         text = f"saved in {name}: rounding removed {share} of the distance to the parent{measured}"

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from s2dcli import world
 from s2dcli.errors import ModelError, UsageError
 from s2dcli.models.policy import Policy
+from s2dcli.models.sharding import GatheredGradients, cut, part_of, squared_norm, whole
 from s2dcli.options import Optimizer, TrainingOptions, Weights
 
 # bitsandbytes keeps the moments of tensors with fewer numbers in float32 (its own default) ...
@@ -39,15 +41,21 @@ class MasterOptimizer:
 
     A large vocabulary's gradient is as large as the model's, and is held once where `gradient_of` is given to
     `Policy.collect_gradients`.
+
+    Of a policy that is sharded over processes (models/sharding.py) each holds the masters, gradients and moments of its own
+    rows, float32 with either type of weights. States are those of whole tensors, whatever the number of processes.
     """
 
     def __init__(self, policy: Policy, training: TrainingOptions) -> None:
         """Take over the trained parameters of `policy`. Raises UsageError if bitsandbytes is needed and missing."""
         self.grad_clip = training.grad_clip or math.inf
         self._trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+        self.sharded = policy.sharded
         narrow = training.weights is Weights.bfloat16 and policy.adapter is None
-        # parameter of the model -> its master, which is the parameter itself unless that is narrow
-        self.masters = {parameter: _split_off_master(parameter) if narrow else parameter for parameter in self._trained.values()}
+        split_off = _own_part if policy.sharded else _split_off_master if narrow else lambda parameter: parameter
+        # parameter of the model -> its master, which is the parameter itself unless that is narrow or sharded
+        self.masters = {parameter: split_off(parameter) for parameter in self._trained.values()}
+        self._gathered = GatheredGradients(policy) if policy.sharded else None
         masters = list(self.masters.values())
         groups = [
             {"params": [master for master in masters if master.ndim >= 2], "weight_decay": training.weight_decay},
@@ -63,15 +71,39 @@ class MasterOptimizer:
             self.adamw = torch.optim.AdamW(groups, lr=training.lr, betas=betas, fused=True)
 
     def gradient_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Return the float32 gradient of a parameter's master, zeros at first, to add to."""
+        """Return the float32 gradient of a parameter's master, zeros at first, to add to; of a gathered one that of a micro-batch."""
+        if self._gathered:
+            return self._gathered.of(parameter)
         master = self.masters[parameter]
         if master.grad is None:
             master.grad = torch.zeros_like(master)
         return master.grad
 
+    def end_micro_batch(self) -> None:
+        """Be told of the end of each backward pass, in all processes."""
+        if self._gathered:
+            self._gathered.scatter()
+
+    def sum_gradients(self) -> None:
+        """Add up what several processes have found, after the last micro-batch of an update; each then has the sum, or its rows of it."""
+        if self._gathered:
+            gathered = self._gathered.take()
+            for parameter, master in self.masters.items():
+                if parameter in gathered:
+                    master.grad = gathered[parameter]
+                elif parameter.grad is not None:
+                    master.grad, parameter.grad = part_of(parameter.grad).float(), None
+        elif world.size() > 1:
+            world.add_up([self.gradient_of(parameter) for parameter in self.masters])
+
     def clip(self) -> float:
         """Scale the gradient down to the largest allowed norm; returns its norm before that."""
-        return float(torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.grad_clip))
+        masters = list(self.masters.values())
+        if not self.sharded:
+            return float(torch.nn.utils.clip_grad_norm_(masters, self.grad_clip))
+        norm = squared_norm(master.grad for master in masters if master.grad is not None).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(masters, self.grad_clip, norm)
+        return float(norm)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -83,19 +115,23 @@ class MasterOptimizer:
         self._round_masters()
 
     def _round_masters(self) -> None:
-        """Give the model the masters' values."""
-        for parameter, master in self.masters.items():
+        """Give the model the masters' values. Parts share their memory with the model."""
+        for parameter, master in () if self.sharded else self.masters.items():
             if parameter is not master:
                 parameter.copy_(master)
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield what the next updates depend on, as `KIND/PARAMETER`: masters, moments and step counts, one by one."""
+        """Yield what the next updates depend on, as `KIND/PARAMETER`: masters, moments and step counts, one by one.
+
+        What is sharded is gathered: all processes must take all of it.
+        """
         for name, parameter in self._trained.items():
             master = self.masters[parameter]
-            yield f"{_MASTER}/{name}", master.detach()
+            yield f"{_MASTER}/{name}", whole(master.detach(), like=parameter)
             for kind, value in self.adamw.state.get(master, {}).items():
                 if kind not in ("qmap1", "qmap2"):  # constants
-                    yield f"{kind}/{name}", torch.as_tensor(value)
+                    value = torch.as_tensor(value)
+                    yield f"{kind}/{name}", whole(value, like=parameter) if value.ndim else value
 
     @torch.no_grad()
     def restore(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -107,6 +143,8 @@ class MasterOptimizer:
                 raise ModelError(f"the training state is of another model: this one trains no {name!r}")
             found.add(name)
             master = self.masters[self._trained[name]]
+            if value.ndim:
+                value = cut(value, like=self._trained[name])
             if kind == _MASTER:
                 master.copy_(value)
             elif self.eight_bit and kind == "step":
@@ -128,6 +166,11 @@ class MasterOptimizer:
             if parameter in self.masters:
                 state[name] = self.masters[parameter].detach()
         return state
+
+
+def _own_part(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Return this process's rows of a sharded parameter as a parameter of their own, in the same memory."""
+    return torch.nn.Parameter(part_of(parameter))
 
 
 def _split_off_master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -52,22 +52,25 @@ def rounding_loss(state: Mapping[str, torch.Tensor], parent: Path, dtype: torch.
 
 
 def saved_kl(
-    folder: Path, policy: Policy, loaded: LoadedModel, rows: Sequence[Row], state: Mapping[str, torch.Tensor], dtype: torch.dtype
+    folder: Path | None, policy: Policy, loaded: LoadedModel, rows: Sequence[Row], state: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> float:
     """Load a checkpoint as it was saved, on the CPU, and return KL(live || saved), the mean over the rows' tokens.
 
     `state` are the live weights before they were rounded to `dtype`. Raises ModelError if rounding does not explain the
-    difference: a saved weight is not the live one rounded, or the live weights do not give the live policy.
+    difference: a saved weight is not the live one rounded, or the live weights do not give the live policy. Without a folder
+    only the live policy is run, of which another process may hold a part.
     """
-    checkpoint = replace(loaded.checkpoint, folder=folder, name=str(folder))
-    how = {"device": "cpu", "dtype": "float32", "trust_remote_code": loaded.trust_remote_code, "tokenizer": loaded.tokenizer}
-    saved = freeze(Policy(load(checkpoint, **how, announce=False).model, policy.vocabulary))
     rows = [Row(row.prompt_ids, row.completion_ids[:CHECKED_TOKENS]) for row in rows[:CHECKED_ROWS]]
 
     def logprobs(policy: Policy) -> list[np.ndarray]:
         return [_logprobs(policy, row, loaded.pad_id) for row in rows]
 
     live = logprobs(policy)
+    if not folder:
+        return 0.0
+    checkpoint = replace(loaded.checkpoint, folder=folder, name=str(folder))
+    how = {"device": "cpu", "dtype": "float32", "trust_remote_code": loaded.trust_remote_code, "tokenizer": loaded.tokenizer}
+    saved = freeze(Policy(load(checkpoint, **how, announce=False).model, policy.vocabulary))
     kl, tolerance = _mean_kl(live, logprobs(saved)), TOLERANCES[loaded.compute_dtype]
     if not kl <= tolerance:  # also if it is not a number
         told = {

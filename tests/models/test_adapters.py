@@ -105,7 +105,7 @@ def test_saved_adapters_load_with_peft(tmp_path):
     from peft import PeftModel
 
     model, adapter, _ = adapted("qwen3", alpha=3.0, targets="q_proj,v_proj,down_proj")
-    adapter.save(tmp_path / "adapter")
+    adapter.save(tmp_path / "adapter", adapter.state())
     again = PeftModel.from_pretrained(tiny("qwen3"), tmp_path / "adapter")
     assert again.peft_config["default"].r == 4
     assert again.peft_config["default"].lora_alpha == 3.0
