@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads that read weights race to make a forked process's thread pool
 os.environ.setdefault("COLUMNS", "100")
 
-ZYGOTE = Zygote("peft", "bitsandbytes", "accelerate", "torch.distributed.fsdp")
+ZYGOTE = Zygote("peft", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,9 @@ class Result:
         return self.rows[-1]
 
 
-def start(
-    args: list[str], stdin: int, stdout: int, stderr: int, cwd: Path | None = None, environment: dict[str, str] | None = None
-) -> int:
-    """Start `s2d ARGS` on the given descriptors, with `environment` beside its own, in a child of this process. Returns its pid."""
-    return ZYGOTE.start(args, stdin, stdout, stderr, cwd, environment)
+def start(args: list[str], stdin: int, stdout: int, stderr: int, cwd: Path | None = None) -> int:
+    """Start `s2d ARGS` on the given descriptors in a child of this process. Returns its pid."""
+    return ZYGOTE.start(args, stdin, stdout, stderr, cwd)
 
 
 def runner(zygote: Zygote) -> Callable[..., Result]:
@@ -66,9 +64,14 @@ def runner(zygote: Zygote) -> Callable[..., Result]:
     return run
 
 
-def environments_of(number: int, *, sharded: bool = False, **more: str) -> list[dict[str, str]]:
-    """Return what accelerate or torchrun tells each of several processes, whose own imports are done here."""
+@pytest.fixture(scope="session")
+def s2d() -> Callable[..., Result]:
+    """Run `s2d ARGS` with bytes on standard input; see `Result`."""
+    return runner(ZYGOTE)
 
+
+def environments_of(number: int, *, sharded: bool = False, **more: str) -> list[dict[str, str]]:
+    """Return what accelerate or torchrun tells each of several processes."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), **more}
@@ -86,7 +89,7 @@ class Launched:
         self._files[0][0].seek(0)
         self.pids = []
         for files, told in zip(self._files, environments_of(number, sharded=sharded, **environment), strict=True):
-            self.pids.append(start([str(arg) for arg in args], *(file.fileno() for file in files), environment=told))
+            self.pids.append(ZYGOTE.start([str(arg) for arg in args], *(file.fileno() for file in files), more=told))
 
     def wait(self) -> list[Result]:
         """Return what each process left behind."""
@@ -101,12 +104,6 @@ class Launched:
 def launch() -> Callable[..., Launched]:
     """Start `s2d ARGS` as several processes; see `Launched`."""
     return lambda number, *args, **how: Launched(number, list(args), **how)
-
-
-@pytest.fixture(scope="session")
-def s2d() -> Callable[..., Result]:
-    """Run `s2d ARGS` with bytes on standard input; see `Result`."""
-    return runner(ZYGOTE)
 
 
 @pytest.fixture(scope="session")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import pickle
 import shutil
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TOY, Launched, Result, environments_of, read_jsonl, wait
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401 - for the processes that are forked
+from conftest import TOY, Launched, Result, environments_of, read_jsonl
 from safetensors.torch import load_file, save_file
 from tiny import training_row
 from torch.distributed.tensor import DTensor
+from zygote import DEADLINE_SECONDS
 
 from s2dcli import console, world
 
@@ -123,33 +125,28 @@ def _figures_apart(one: Path, several: Path) -> float:
 
 def in_each(number: int, function: Callable[..., Any], *args: Any, sharded: bool = False) -> list[Any]:
     """Return what a function returns in each of several processes."""
-    results = []
-    pipes = [os.pipe() for _ in range(number)]
-    environments = environments_of(number, sharded=sharded)
-    pids = []
-    for (_, writing), environment in zip(pipes, environments, strict=True):
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                os.environ.update(environment)
-                torch.set_num_threads(1)
-                console.configure(quiet=True, verbose=False)
-                with open(writing, "wb") as file:
-                    pickle.dump(function(*args), file)
-                world.leave()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        os.close(writing)
-        pids.append(pid)
-    for pid, (reading, _) in zip(pids, pipes, strict=True):
-        assert wait(pid) == 0
-        with open(reading, "rb") as file:
-            results.append(pickle.load(file))
-    return results
+    context = multiprocessing.get_context("forkserver")  # a process that has our imports and nothing else
+    context.set_forkserver_preload(["processes"])
+    answers = [context.Pipe(duplex=False) for _ in range(number)]
+    told = environments_of(number, sharded=sharded)
+    children = [
+        context.Process(target=_answer, args=(sending, environment, function, *args))
+        for (_, sending), environment in zip(answers, told, strict=True)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(DEADLINE_SECONDS)
+        assert child.exitcode == 0
+    return [receiving.recv() for receiving, _ in answers]
+
+
+def _answer(connection: Connection, environment: dict[str, str], function: Callable[..., Any], *args: Any) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    console.configure(quiet=True, verbose=False)
+    connection.send(function(*args))
+    world.leave()
 
 
 @dataclass(frozen=True)

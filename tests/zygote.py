@@ -42,21 +42,15 @@ class Zygote:
         self._socket: socket.socket | None = None
 
     def start(
-        self,
-        args: Sequence[str],
-        stdin: int,
-        stdout: int,
-        stderr: int,
-        cwd: Path | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, args: Sequence[str], stdin: int, stdout: int, stderr: int, cwd: Path | None = None, more: Mapping[str, str] | None = None
     ) -> int:
-        """Run `s2d ARGS` on the given descriptors, with `environment` beside its own, in a child of this process. Returns its pid."""
+        """Run `s2d ARGS` on the given descriptors in a child of this process, with `more` in its environment. Returns its pid."""
         if self._socket is None:
             self._socket, theirs = socket.socketpair()
             command = [sys.executable, __file__, str(theirs.fileno()), *self.modules]
             subprocess.Popen(command, pass_fds=[theirs.fileno()], env={**os.environ, **self.environment}, start_new_session=True)
             theirs.close()
-        environment = {**os.environ, **self.environment, **(environment or {})}
+        environment = {**os.environ, **self.environment, **(more or {})}
         where = {"cwd": str(cwd or Path.cwd()), "environment": environment, "file_limit": resource.getrlimit(resource.RLIMIT_FSIZE)}
         message = json.dumps({"args": list(args), **where}).encode()
         prctl = ctypes.CDLL(None).prctl
