@@ -197,6 +197,14 @@ def refuse_given(context: typer.Context, names: dict[str, str], reason: str) -> 
             raise UsageError(f"{option} {reason}", hint="leave it out")
 
 
+def refuse_idle(context: typer.Context, training: TrainingOptions, running: RunOptions) -> None:
+    """Raise UsageError for a trainer's options that were given and would be ignored."""
+    if running.eval_problems is None:
+        refuse_given(context, {"eval_every": "--eval-every", "eval_samples": "--eval-samples"}, "requires --eval-problems")
+    if training.schedule is Schedule.constant:
+        refuse_given(context, {"min_lr_ratio": "--min-lr-ratio"}, "requires --schedule linear or cosine")
+
+
 def parse_cadence(text: str) -> tuple[float, float]:
     """Return steps and seconds between two saves, one of them infinite: `50` is 50 steps, `30m` 1800 seconds."""
     with suppress(ValueError):

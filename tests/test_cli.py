@@ -332,6 +332,26 @@ def test_no_traceback_unless_debugging(toy, few, monkeypatch):
     assert "Traceback" in s2d(*arguments).err
 
 
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        (["--eval-every", 5], "--eval-every requires --eval-problems"),
+        (["--eval-samples", 5], "--eval-samples requires --eval-problems"),
+        (["--min-lr-ratio", 0.1], "--min-lr-ratio requires --schedule linear or cosine"),
+    ],
+)
+@pytest.mark.parametrize("trainer", ["grpo", "opd", "fkl-warmup"])
+def test_options_of_a_trainer_that_would_be_ignored_are_refused(s2d, toy, few, trainer, given, needed):
+    model = {
+        "grpo": ["--model", toy / "student", few],
+        "opd": ["--student", toy / "student", "--teacher", toy / "teacher", few],
+        "fkl-warmup": ["--student", toy / "student", "--rollouts", few, "--hard-labels"],
+    }[trainer]
+    result = s2d(trainer, *model, *given)
+    assert result.code == 2
+    assert needed in result.err
+
+
 def test_control_characters_never_reach_the_terminal(s2d, toy):
     result = s2d("rollout", "-m", "a\x1b]0;b\x07c", toy / "problems" / "validation.jsonl")
     assert result.code == 2

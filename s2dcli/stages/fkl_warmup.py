@@ -59,6 +59,7 @@ def fkl_warmup(
 ) -> None:
     """Warm up a student on stored teacher rollouts by forward KL, or train it on their tokens (SFT)."""
     given = options.flatten(locals())
+    options.refuse_idle(context, training, running)
     served = is_served(teacher)
     check_engine(engine, training=True, teacher=teacher)
     sources = [student, *([] if served else [teacher]), cache, rollouts]
@@ -66,7 +67,7 @@ def fkl_warmup(
     if served:
         check_served_teacher(Estimator.full if top_k is None else Estimator.top_k, temperature)
     if not running.eval_problems:
-        options.refuse_given(context, {"engine": "--engine", "max_tokens": "--max-tokens"}, "samples evaluations only; add --eval-problems")
+        options.refuse_given(context, {"engine": "--engine", "max_tokens": "--max-tokens"}, "serves evaluations only; add --eval-problems")
     if [teacher is None, cache is None, not hard_labels].count(False) != 1:
         raise UsageError(
             "choose a target", hint="--teacher CKPT or --cache DIR for its distributions, or --hard-labels for the sampled tokens"

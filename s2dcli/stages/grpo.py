@@ -72,6 +72,7 @@ def grpo(
 ) -> None:
     """Train a model by sparse-reward RL (GRPO) on labelled problems."""
     given = options.flatten(locals())
+    options.refuse_idle(context, training, running)
     _refuse_contradictions(context, given)
     check_engine(engine, training=True)
     RunFolder.check(out, "grpo", [model, rollouts or problems], overwrite=running.overwrite, resume=running.resume)
@@ -261,13 +262,12 @@ def _refuse_contradictions(context: typer.Context, given: dict[str, Any]) -> Non
         raise UsageError("both PROBLEMS and --rollouts were given", hint="give one of them")
     if rollouts is not None:
         options.refuse_given(context, SAMPLING_ONLY, "applies to sampling, and --rollouts samples nothing")
-        if not eval_problems:
-            options.refuse_given(context, {"engine": "--engine"}, "samples evaluations only; add --eval-problems")
     elif num_samples == 1:
         raise UsageError("-n 1 makes groups of one, whose advantage is always 0", hint="-n 2 or more")
     if kl_coef and given["kl_in"] is KlIn.loss and given["kl_estimator"] is options.KlEstimator.k1:
         raise UsageError("--kl-estimator k1 in the loss has an expected gradient of zero", hint="k2 or k3, or --kl-in reward")
     for needed, missing, names in (
+        ("--eval-problems", rollouts is not None and not eval_problems, ["engine", "workers", "timeout", "memory_limit"]),
         ("--kl-coef", not kl_coef, ["kl_in", "kl_estimator"]),
         ("--correction", given["correction"] is Correction.none, ["correction_level", "correction_cap", "correction_floor"]),
         ("--correction mask", given["correction"] is not Correction.mask, ["correction_floor"]),

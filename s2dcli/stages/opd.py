@@ -61,6 +61,7 @@ def opd(
 ) -> None:
     """Distil a frozen teacher into a student on the student's own samples."""
     given = options.flatten(locals())
+    options.refuse_idle(context, training, running)
     if estimator is not Estimator.top_k:
         options.refuse_given(context, {"top_k": "--top-k"}, "requires --estimator top-k")
     served = is_served(teacher)

@@ -111,7 +111,8 @@ def test_an_engine_for_a_run_that_samples_nothing_is_refused(s2d, toy, few, tmp_
     for command in (["grpo", "-m", toy / "student"], ["fkl-warmup", "--hard-labels", "--student", toy / "student"]):
         result = s2d(*command, *given)
         assert result.code == 2
-        assert "samples evaluations only; add --eval-problems" in result.err
+        assert "--engine" in result.err
+        assert "--eval-problems" in result.err
 
 
 @needs_vllm
