@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.models.qwen3.modeling_qwen3  # noqa: F401 - for the processes that are forked
 from conftest import TOY, Launched, Result, environments_of, read_jsonl
 from safetensors.torch import load_file, save_file
 from tiny import training_row
@@ -126,7 +125,7 @@ def _figures_apart(one: Path, several: Path) -> float:
 def in_each(number: int, function: Callable[..., Any], *args: Any, sharded: bool = False) -> list[Any]:
     """Return what a function returns in each of several processes."""
     context = multiprocessing.get_context("forkserver")  # a process that has our imports and nothing else
-    context.set_forkserver_preload(["processes"])
+    context.set_forkserver_preload(["accelerate", "s2dcli.assembly.loading", "transformers.models.qwen3.modeling_qwen3"])
     answers = [context.Pipe(duplex=False) for _ in range(number)]
     told = environments_of(number, sharded=sharded)
     children = [
