@@ -116,7 +116,7 @@ def contents(out: Path) -> dict[str, Any]:
 
 
 def _content(path: Path) -> Any:
-    if path.name.endswith("s2d.json"):
+    if path.name.endswith("s2d.json") or path.name == "results.json":
         return _without_times(json.loads(path.read_bytes()))
     if path.name == "metrics.jsonl":
         return [_without_times(json.loads(line)) for line in path.read_bytes().splitlines()]

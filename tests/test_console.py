@@ -125,11 +125,12 @@ TABLES = {
 name            a\\x1b[2Jb
 data set        aime/test
 problems        1,500
-avg@16          31.2% ± 2.1%
+avg@16          31.2% ± 2.1% over problems
 pass@16         60.0%
 truncated       4.1%
-tokens/rollout  1,812
+no answer       0.0%
 not graded      3
+tokens/rollout  1,812
 """,
     "run_table": """\
 checkpoint      runs/a b/step-000003
@@ -207,7 +208,7 @@ def test_commands_print_their_results_as_tables_on_a_terminal(toy, few, tmp_path
     assert {"reward", "entropy", "labels"} <= run.keys()
     assert shown(*trained, "--resume") == run
     evaluated = shown("eval", "-m", toy / "student", few, "-k", 2, "--max-tokens", 8, "-o", tmp_path / "eval")
-    assert re.fullmatch(r" *\d+\.\d% ± \d+\.\d%", evaluated["avg@2"])
+    assert re.fullmatch(r" *\d+\.\d% ± \d+\.\d% over problems, 95 % interval \d+\.\d% to \d+\.\d%", evaluated["avg@2"])
 
 
 def test_a_plan_says_when_it_does_not_fit_and_needs_no_device_to_be_shown():
