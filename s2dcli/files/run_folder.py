@@ -86,7 +86,7 @@ class RunFolder(OutputFolder):
         return found
 
     def _open(self) -> None:
-        for folder in (self.folder / ROLLOUTS, *self._step_folders()):
+        for folder in (self.folder / ROLLOUTS, self.folder / PHASES, *self._step_folders()):
             remove_leftovers(folder)
         if self.resume:
             self._take_up()
