@@ -89,10 +89,18 @@ def require_same_tokens(teacher: Mapping[str, int], student: Mapping[str, int]) 
             )
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return the text of a completion: without special tokens, apart from the tags around the reasoning."""
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], set[int]]:
+    """Return the ids of special tokens, and those of them that are tags around the reasoning."""
     special = set(tokenizer.all_special_ids)
-    kept = special.intersection(tokenizer.convert_tokens_to_ids(list(REASONING_TAGS))) - {tokenizer.unk_token_id}
+    return special, special.intersection(tokenizer.convert_tokens_to_ids(list(REASONING_TAGS))) - {tokenizer.unk_token_id}
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], specials: tuple[set[int], set[int]] | None = None) -> str:
+    """Return the text of a completion: without special tokens, apart from the tags around the reasoning.
+
+    `specials`: what `special_ids` returns, for those who decode many.
+    """
+    special, kept = specials or special_ids(tokenizer)
     if kept.isdisjoint(ids):
         return tokenizer.decode(ids, **DECODING)
     shown = [token for token in ids if token not in special or token in kept]
@@ -245,9 +253,13 @@ class PromptEncoder:
         ends = (i for known in (eos_ids, self.tokenizer.all_special_ids) for i in self._after_answer if i in known)
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], next(ends, self.tokenizer.eos_token_id)]
 
+    @cached_property
+    def _specials(self) -> tuple[set[int], set[int]]:
+        return special_ids(self.tokenizer)
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of a completion, without special tokens other than the tags around the reasoning."""
-        return decode(self.tokenizer, ids)
+        return decode(self.tokenizer, ids, self._specials)
 
 
 def parse_template_kwargs(text: str) -> dict[str, Any]:
