@@ -298,7 +298,7 @@ class _Watch:
 
     So a death is noticed at once, that of a host after IDLE + INTERVAL * PROBES seconds, whatever a process is busy with:
     heartbeats would stop in a process that only loads or saves for long. The main process passes the news on. Who waits for
-    the dead one gets an error from the network, and asks here what it means; a wait that goes on is ended from here.
+    the dead one gets an error from the network, and asks here what it means; a wait that does not end is ended from here.
     """
 
     def __init__(self, listener: socket.socket | None, port: int | None, token: str) -> None:

@@ -16,7 +16,7 @@ from s2dcli.errors import DataError
 from s2dcli.files import jsonl
 from s2dcli.files.atomic import disk_errors, whole_file
 from s2dcli.files.manifest import MANIFEST, read_json, require_complete, sidecar, write_json
-from s2dcli.files.output import CompleteLine, complete_lines, resumable, truncate_after
+from s2dcli.files.output import CompleteLine, complete_lines, truncate_after
 from s2dcli.files.output_folder import OutputFolder
 
 RESULTS = "results.json"
@@ -56,18 +56,6 @@ class EvalFolder(OutputFolder):
         f"{EXPORT}/every-eval-ever/data/*/*/*/*_samples.jsonl",
         f"{EXPORT}/hub/.eval_results/*.yaml",
     )
-    old: dict[str, Any] | None = None  # manifest of what is resumed
-
-    def _open(self) -> None:
-        if self.resume:
-            self.old = resumable(self.out, self.folder / MANIFEST, self.manifest, self.may_change)
-        if self.old is None:
-            self.write_manifest(complete=False)
-        self.keep = self.old is not None
-
-    @property
-    def finished(self) -> bool:
-        return self.old is not None and self.old["complete"]
 
     def result(self) -> dict[str, Any]:
         return read_json(self.folder / RESULTS)

@@ -1,6 +1,6 @@
 """The folder that a command writes: by one process at a time, resumed or replaced only where this command has written it.
 
-out/ s2d.json and what the kind of folder consists of (RunFolder, EvalFolder)
+out/ s2d.json and what the kind of folder consists of (RunFolder, EvalFolder, CacheFolder)
      .lock       while a process writes there
      .s2d-new/   what `--overwrite` writes, while the old content stays as it is ...
      .s2d-ready/ ... and when it is about to take its place: whatever ends the process, the next one completes that
@@ -23,7 +23,7 @@ from s2dcli.errors import UsageError
 from s2dcli.files.atomic import disk_errors, is_temporary, remove, remove_leftovers, sync
 from s2dcli.files.lock import LOCK, locked
 from s2dcli.files.manifest import MANIFEST, write_json
-from s2dcli.files.output import inputs_of, refuse_both, refuse_inputs, refuse_other_kind
+from s2dcli.files.output import inputs_of, refuse_both, refuse_inputs, refuse_other_kind, resumable
 
 NEW, READY = ".s2d-new", ".s2d-ready"
 SHOWN = 5  # files that an error names
@@ -37,6 +37,7 @@ class OutputFolder:
     """
 
     FILES: ClassVar[tuple[str, ...]] = ()  # glob patterns of what commands of this kind write, beside the manifest
+    old: dict[str, Any] | None = None  # manifest of what is resumed
 
     def __init__(
         self, out: Path, manifest: dict[str, Any], *, may_change: Collection[str] = (), overwrite: bool = False, resume: bool = False
@@ -118,6 +119,11 @@ class OutputFolder:
                 self._remove_written()
         self._held.close()
 
+    @property
+    def finished(self) -> bool:
+        """Whether what is resumed was finished already."""
+        return self.old is not None and self.old["complete"]
+
     def write_manifest(self, *, complete: bool, **more: Any) -> None:
         """Write the manifest, with `more` in it. Raises OSError."""
         write_json(self.folder / MANIFEST, {**self.manifest, "complete": complete, **more})
@@ -130,8 +136,12 @@ class OutputFolder:
             self._take_place()
 
     def _open(self) -> None:
-        """Make or resume what is in the folder."""
-        self.write_manifest(complete=False)
+        """Make or resume what is in the folder. Raises UsageError or DataError."""
+        if self.resume:
+            self.old = resumable(self.out, self.folder / MANIFEST, self.manifest, self.may_change)
+        if self.old is None:
+            self.write_manifest(complete=False)
+        self.keep = self.old is not None
 
     def _take_place(self) -> None:
         """Remove the old content, its manifest last, then move the new one up, its manifest last."""

@@ -35,7 +35,6 @@ import numpy as np
 from s2dcli.errors import DataError
 from s2dcli.files.atomic import disk_errors, sync, temporary
 from s2dcli.files.manifest import HASHES, MANIFEST, file_sha256, read_json, require_complete, write_json
-from s2dcli.files.output import resumable
 from s2dcli.files.output_folder import OutputFolder
 from s2dcli.options import Keep, ValueType
 
@@ -156,18 +155,6 @@ class CacheFolder(OutputFolder):
     """A cache while it is written: shard by shard, of rows in a fixed plan, so that what is there after a kill is kept."""
 
     FILES: ClassVar[tuple[str, ...]] = (META, TOKENS, HEAD, "shard-*.safetensors")
-    old: dict[str, Any] | None = None  # manifest of what is resumed
-
-    def _open(self) -> None:
-        if self.resume:
-            self.old = resumable(self.out, self.folder / MANIFEST, self.manifest, self.may_change)
-        if self.old is None:
-            self.write_manifest(complete=False)
-        self.keep = self.old is not None
-
-    @property
-    def finished(self) -> bool:
-        return self.old is not None and self.old["complete"]
 
     def shard(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"

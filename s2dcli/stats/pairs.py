@@ -1,6 +1,6 @@
 """Two results on the same problems: their difference, how sure it is, and what it would take to be sure.
 
-All of it rests on the differences d_i of the problems' mean scores. The problems are the independent observations.
+All of it is computed from the differences d_i of the problems' mean scores. The problems are the independent observations.
 """
 
 from __future__ import annotations
