@@ -27,7 +27,7 @@ quickstart: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart.sh $(OUT)
 
 test: .venv/installed-test .venv/installed-vllm
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -24,6 +24,24 @@ os.environ.setdefault("COLUMNS", "100")
 
 ZYGOTE = Zygote("peft", "bitsandbytes", "accelerate")
 
+# Files of a minute and more begin first: a worker that ends with one of them would leave the other idle.
+LONG_FILES = (
+    "stages/test_resume.py",
+    "examples/test_smollm2.py",
+    "stages/test_engines.py",
+    "test_processes.py",
+    "engines/test_server.py",
+    "test_faults.py",
+    "test_write_faults.py",
+    "assembly/test_plan.py",
+    "test_readme.py",
+    "engines/test_served_teacher.py",
+    "stages/test_grpo.py",
+    "stages/test_opd.py",
+    "stages/test_fkl_warmup.py",
+    "models/test_families.py",
+)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -118,6 +136,11 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("few") / "problems.jsonl"
     path.write_bytes(b"".join((TOY / "problems" / "validation.jsonl").read_bytes().splitlines(keepends=True)[:8]))
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [str(Path(__file__).parent / name) for name in LONG_FILES]
+    items.sort(key=lambda item: names.index(str(item.path)) if str(item.path) in names else len(names))
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -1,13 +1,13 @@
 """Every command in the README runs, except those it says are not run here."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import ZYGOTE
+from warm import warm_commands
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- not run by the tests: [^>]+-->\n)?```bash\n(.*?)```", re.DOTALL)
@@ -20,13 +20,8 @@ def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
     commands = {"prepare", "rollout", "verify", "eval", "report", "score", "grpo", "fkl-warmup", "opd", "compare", "lineage"}
     assert commands <= set(re.findall(r"s2d ([a-z-]+)", script))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, arguments in (("s2d", "-m s2dcli"), ("python", "")):
-        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
-        (tools / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    with warm_commands(tmp_path / "bin", ZYGOTE) as environment:
+        result = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "\\boxed{" in result.stdout
     assert "model.safetensors" in result.stdout

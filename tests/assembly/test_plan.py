@@ -1,5 +1,7 @@
 """The memory that `--dry-run` announces against the memory that an update takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from memory import peak_bytes
@@ -44,7 +46,7 @@ def measured(folder, small, training) -> int:
         _, policy = load_trained(resolve(str(model)), LOADING, training)
         optimizer = MasterOptimizer(policy, training)
         policy.collect_gradients(optimizer.gradient_of)
-        rows = [training_row([5] * 16, [6] * 48)] * (tokens // 64)
+        rows = [training_row([5] * 16, [6] * 48)] * (min(tokens, training.tokens_per_batch) // 64)
         set_weights(rows, Aggregate.token, 48)
         for _ in range(2):
             for batch in micro_batches(rows, TOKENS, 0, torch.device("cpu"), share_prompts=False):
@@ -67,6 +69,8 @@ def measured(folder, small, training) -> int:
 )
 def test_the_plan_is_near_what_an_update_takes(larger, toy, changed):
     training = options(**changed)
+    if changed.get("weights"):  # products in bfloat16 take a hundred times as long on a CPU without it
+        training = replace(training, tokens_per_batch=TOKENS // 8)
     planned = memory_plan(resolve(str(larger)), [], LOADING, training, sample_tokens=1)
     took = measured(larger, toy / "teacher", training)
     assert 1.0 < planned["total_bytes"] / took < 1.35

@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ZYGOTE
+from warm import warm_commands
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STUDENT_LAYERS = [*range(10), *range(20, 30)]
@@ -29,20 +30,10 @@ def convert():
 def run_folder(tmp_path_factory):
     """Run the whole example in its short form, with `s2d` and `python` of this environment."""
     folder = tmp_path_factory.mktemp("smollm2")
-    commands = folder / "bin"
-    commands.mkdir()
-    (commands / "s2d").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m s2dcli "$@"\n')
-    (commands / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    for command in commands.iterdir():
-        command.chmod(0o755)
     out = folder / "out"
-    done = subprocess.run(
-        ["bash", EXAMPLES / "smollm2.sh", EXAMPLES / "gsm8k_sample.jsonl", out, "short"],
-        env={**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["bash", EXAMPLES / "smollm2.sh", EXAMPLES / "gsm8k_sample.jsonl", out, "short"]
+    with warm_commands(folder / "bin", ZYGOTE) as environment:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
