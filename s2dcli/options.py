@@ -448,6 +448,7 @@ class RunOptions:
     eval_problems: Annotated[str | None, _output("Problems for avg@k evaluations during training.", metavar="FILE")] = None
     eval_every: Annotated[int, _output("Steps between evaluations; also before the first step and after the last.", min=1)] = 50
     eval_samples: Annotated[int, _output("Samples per problem (k) in these evaluations.", min=1)] = 4
+    no_card: Annotated[bool, _output("Write no model card (README.md) beside the weights.", "--no-card")] = False
     dry_run: Annotated[bool, _output("Check inputs and print the plan; load no weights.", "--dry-run")] = False
     overwrite: Overwrite = False
     resume: Resume = False
@@ -490,6 +491,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "keep_states",
         "keep_rollouts",
         "eval_every",
+        "no_card",
     }
 )
 

@@ -45,6 +45,8 @@ def test_several_processes_leave_what_one_leaves(inputs, tmp_path, command, vari
     assert max(found.gradient, found.metrics, found.weights) < BOUND, found
     names = [sorted(path.relative_to(out).as_posix() for path in out.rglob("*")) for out in (one, several)]
     assert names[0] == names[1]
+    cards = [next(out.glob("step-*/README.md")).read_text().replace(f"-o {out.name}", "-o") for out in (one, several)]
+    assert cards[0] == cards[1]
 
 
 @pytest.mark.parametrize("narrow", [False, True])

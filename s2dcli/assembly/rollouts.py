@@ -23,13 +23,14 @@ class StoredRollouts:
     """The rows of a file or pipe.
 
     `samples` are some of them, by which another tokenizer is noticed; `samplers` tells who drew them, each once;
-    `sha256` is the hash of what was piped in.
+    `datasets` where their problems are from; `sha256` is the hash of what was piped in.
     """
 
     path: str
     rows: list[TrainingRow]
     samples: list[Rollout]
     samplers: list[dict]
+    datasets: set[str]
     sha256: str
 
     def max_tokens(self) -> int:
@@ -59,6 +60,7 @@ def _store(path: str, rollouts: Iterable[Rollout], keep_records: bool) -> Stored
     rows: list[TrainingRow] = []
     samples: list[Rollout] = []
     maker, samplers, num_prompts, digest = RowMaker(), {}, 0, hashlib.sha256()
+    datasets: set[str] = set()
     for rollout in rollouts:
         reward = rollout.reward if isinstance(rollout, Graded) else None
         rows.append(maker.row(rollout, reward, rollout.to_record() if keep_records else None))
@@ -68,9 +70,10 @@ def _store(path: str, rollouts: Iterable[Rollout], keep_records: bool) -> Stored
         elif new_prompt and num_prompts <= PROMPTS_TO_CHECK:
             samples.append(replace(rollout, completion=[], completion_ids=[], completion_logprobs=[]))
         samplers[jsonl.dumps(rollout.sampler)] = rollout.sampler
+        datasets.add(str(rollout.source.get("dataset", "")))
         if jsonl.is_stream(path):
             digest.update(jsonl.dumps(rollout.to_record()))
-    return StoredRollouts(path, rows, samples, list(samplers.values()), digest.hexdigest())
+    return StoredRollouts(path, rows, samples, list(samplers.values()), datasets, digest.hexdigest())
 
 
 def read_on_policy(path: str, temperature: float) -> Iterator[Graded]:

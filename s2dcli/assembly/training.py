@@ -10,7 +10,7 @@ with opened as run:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,7 @@ from s2dcli.options import (
     Schedule,
     TrainingOptions,
 )
+from s2dcli.report.card import Card, carried_over
 from s2dcli.train.loop import Step, TrainingRun
 from s2dcli.train.rows import Group, RowMaker, TrainingRow
 from s2dcli.train.teachers import CachedTeacher, LiveTeacher, Teacher
@@ -98,7 +99,7 @@ class TrainingSetup:
         self.cache = open_cache(Path(cache), self.parent, self.tokenizer, loading.trust_remote_code) if cache else None
         if self.cache and stage == "opd":
             warn_of_other_teacher(self.cache, self.parent)
-        labelled = require_labels(list(eval_problems), "--eval-problems must be labelled")
+        self.eval_problems = labelled = require_labels(list(eval_problems), "--eval-problems must be labelled")
         self.eval_tasks = make_tasks(labelled, self.encoder) if labelled else []
 
     @cached_property
@@ -159,6 +160,8 @@ class TrainingSetup:
             }
             jsonl.print_result(plan, console.plan_table)
             return None
+        datasets = stored.datasets if stored else {str(problem.source.get("dataset", "")) for problem in problems}
+        card = self._card(order.steps, datasets) if world.is_main() and not self.running.no_card else None
         given = [problem.to_record() for problem in problems]
         samplers = [{"sampler": sampler} for sampler in stored.samplers] if stored else []
         told = {name: value for name, value in self.options.items() if name not in HOW_STARTED}
@@ -186,7 +189,21 @@ class TrainingSetup:
             if folder.finished:
                 jsonl.print_result(folder.result(), console.run_table)
                 return None
-            return Training(self, folder, phases, opened.pop_all(), samples=samples, phased=phased)
+            return Training(self, folder, phases, opened.pop_all(), card=card, samples=samples, phased=phased)
+
+    def _card(self, steps: int, datasets: Collection[str]) -> Card:
+        """Return what the model cards of the run's checkpoints say beside its manifest."""
+        sources = {tuple(str(problem.source.get(name, "")) for name in ("dataset", "split")) for problem in self.eval_problems}
+        params = self.params
+        return Card(
+            steps=steps,
+            carried=carried_over(self.parent.folder),
+            datasets=sorted(datasets),
+            eval_file=self.running.eval_problems or "",
+            eval_datasets=sorted(sources),
+            measured=frozenset(problem.problem_sha256 for problem in self.eval_problems),
+            sampling={"temperature": params.temperature, "top_p": params.top_p, "max_tokens": params.max_tokens},
+        )
 
     def _memory(self, held: Sequence[Checkpoint], *, samples: bool) -> dict[str, int]:
         """Return the memory plan of the run with the frozen models that are held beside the trained one."""
@@ -210,12 +227,20 @@ class Training:
     """An open training: the policy, and the sampler and grader where they are needed, around the run of its steps."""
 
     def __init__(
-        self, setup: TrainingSetup, folder: RunFolder, phases: Sequence[str], held: ExitStack, *, samples: bool, phased: bool
+        self,
+        setup: TrainingSetup,
+        folder: RunFolder,
+        phases: Sequence[str],
+        held: ExitStack,
+        *,
+        card: Card | None,
+        samples: bool,
+        phased: bool,
     ) -> None:
-        """`phased`: sampling, scoring and learning take turns, with files between them."""
+        """`card` is that of the checkpoints; `phased`: sampling, scoring and learning take turns, with files between them."""
         self.setup, self.folder, self.phases, self.samples, self.phased = setup, folder, phases, samples, phased
         self.keep_rollouts = isinstance(setup.running, SampledRunOptions) and setup.running.keep_rollouts
-        self._held = held
+        self._held, self._card = held, card
         self.policy: Policy
         self.loaded: LoadedModel
         self.run: TrainingRun
@@ -233,7 +258,8 @@ class Training:
             self.loaded, self.policy = load_trained(
                 setup.parent, setup.loading, setup.training, seed=setup.running.seed, tokenizer=setup.tokenizer
             )
-            self.run = TrainingRun(self.folder, self.policy, self.loaded, setup.training, setup.running, phases=self.phases)
+            how = {"phases": self.phases, "card": self._card}
+            self.run = TrainingRun(self.folder, self.policy, self.loaded, setup.training, setup.running, **how)
             if self.samples:
                 sampler = open_sampler(
                     setup.parent, setup.encoder, setup.params, setup.engine, setup.loading, seed=setup.running.seed, training=self.loaded

@@ -1,6 +1,6 @@
 """What is in the folder of a checkpoint.
 
-step-000100/  config, *.safetensors, tokenizer, s2d.json: an ordinary checkpoint
+step-000100/  config, *.safetensors, tokenizer, s2d.json, README.md (the model card): an ordinary checkpoint
               adapter/         if one was trained
               training_state/  masters and moments of the optimizer, to resume with; safetensors, no pickle
 """
@@ -30,6 +30,7 @@ SHARD_BYTES = 1 << 30  # of training state in one file, and so at most copied fr
 # Written anew with the weights; everything else of a checkpoint folder is copied as it is.
 _OWN_FILES = {"config.json", "model.safetensors.index.json", MANIFEST}
 _COPIED = (".json", ".jinja", ".model", ".txt", ".py")
+TERMS = ("LICENSE", "LICENCE", "NOTICE")  # files of these names, whatever their ending, go where the weights go
 
 
 def step_name(step: int) -> str:
@@ -75,7 +76,8 @@ def write_checkpoint(
     for path in folder.rglob("*.safetensors"):  # safetensors makes them readable by their owner only
         path.chmod(0o666 & ~mask)
     for path in parent.iterdir():
-        if path.is_file() and path.suffix in _COPIED and path.name not in _OWN_FILES:
+        wanted = path.suffix in _COPIED or path.stem.upper() in TERMS
+        if path.is_file() and wanted and path.name not in _OWN_FILES:
             shutil.copyfile(path, folder / path.name)
 
 

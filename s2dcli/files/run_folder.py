@@ -180,13 +180,21 @@ class RunFolder(OutputFolder):
             with whole_folder(final) as draft:
                 more = fill(draft) or {}
                 files = sorted(path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file())
-                write_json(draft / MANIFEST, {**self.manifest, "complete": True, **self._standing(), **more, "files": files})
+                write_json(draft / MANIFEST, {**self.described(), "complete": True, **more, "files": files})
             self.step = step
             self._point_to_step()
             self._drop_phases()
             self.replace()
         with disk_errors("remove old checkpoints", self.out):
             self._prune()
+
+    def described(self) -> dict[str, Any]:
+        """Return the manifest with the counts and labels of the last step."""
+        return {**self.manifest, **self._standing()}
+
+    def evals(self) -> list[dict[str, Any]]:
+        """Return the rows of evals.jsonl."""
+        return [line.record for line in complete_lines(self.folder / EVALS)]
 
     def finish(self) -> None:
         """Say in the run's manifest that it is complete."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2dcli import console, world
 from s2dcli.errors import ModelError, UsageError
-from s2dcli.files.checkpoint import latest_step, step_of
+from s2dcli.files.checkpoint import TERMS, latest_step, step_of
 from s2dcli.files.manifest import MANIFEST, files_sha256
 from s2dcli.models.prompts import load_tokenizer, loading, unused_ids, vocabulary_size
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SETUP = (".json", ".model", ".txt", ".jinja", ".py")
 # What a checkpoint needs; other weight formats are not even downloaded. Code is run with --trust-remote-code only.
-_HUB_FILES = [f"*{suffix}" for suffix in (*_SETUP, ".safetensors")]
+_HUB_FILES = [*(f"*{suffix}" for suffix in (*_SETUP, ".safetensors")), "README.md", *(f"{name}*" for name in TERMS)]
 _INDEX = "model.safetensors.index.json"
 # Files that are read whatever the family, each one JSON object.
 _OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", _INDEX)

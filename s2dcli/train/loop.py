@@ -36,6 +36,7 @@ from s2dcli.models.scoring import score
 from s2dcli.models.selftest import fast_paths
 from s2dcli.models.sharding import whole_state
 from s2dcli.options import Dtype, RunOptions, Schedule, TrainingOptions, parse_cadence
+from s2dcli.report.card import Card
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.rows import TrainingRow
 from s2dcli.train.saving import CHECKED_ROWS, MUCH_KL, MUCH_LOST, rounding_loss, saved_kl
@@ -138,13 +139,15 @@ class TrainingRun:
         running: RunOptions,
         *,
         phases: Sequence[str],
+        card: Card | None = None,
     ) -> None:
         """Make an optimizer, and restore it and `policy` to the last whole step that `folder` holds.
 
-        `loaded` is the model in training as it came from disk; `phases` names the parts of a step to be timed.
+        `loaded` is the model in training as it came from disk; `phases` names the parts of a step to be timed; every
+        checkpoint gets its `card`.
         """
         self.folder, self.policy, self.loaded, self.training, self.running = folder, policy, loaded, training, running
-        self.phases = tuple(phases)
+        self.phases, self.card = tuple(phases), card
         self.evaluate: Callable[[], dict[str, Any]] | None = None  # returns figures; also called before the first step
         self.dtype = saved_dtype(loaded.checkpoint) if running.save_dtype is Dtype.auto else getattr(torch, running.save_dtype)
         self.number = 0  # of the step under way
@@ -333,7 +336,10 @@ class TrainingRun:
             else:
                 for _ in self.optimizer.state():
                     pass
-            return {"saved": self._check_saved(draft, state, last=number == self.folder.steps)}
+            found = {"saved": self._check_saved(draft, state, last=number == self.folder.steps)}
+            if draft and self.card:
+                self.card.write(draft, {**self.folder.described(), **found}, self.folder.evals())
+            return found
 
         self.folder.save(number, self.counts, self.labels, fill)
         self._save_seconds = time.perf_counter() - started

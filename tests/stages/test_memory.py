@@ -96,7 +96,7 @@ def test_an_adapter_is_trained_merged_and_kept(train, toy, tmp_path, trainer, ki
         merged = AutoModelForCausalLM.from_pretrained(step)(ids).logits
         apart = PeftModel.from_pretrained(base, step / "adapter")(ids).logits
     assert (merged - apart).abs().max() < (1e-4 if kind == "float32" else 0.5)
-    assert {path.name for path in (step / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (step / "adapter").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in (step / "adapter").iterdir())
 
 
