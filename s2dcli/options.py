@@ -270,7 +270,8 @@ PhasesOption = Annotated[
 ]
 Offload = Annotated[bool, _memory("Offload the frozen model to the CPU while idle (GPU only).", "--offload")]
 AggregateOption = Annotated[
-    Aggregate, in_training("Denominator of a token's loss: all tokens, its sequence's tokens, or --max-tokens.", "--aggregate")
+    Aggregate,
+    in_training("Denominator of a token's loss: all tokens, its sequence's tokens, or the maximum length.", "--aggregate"),
 ]
 
 
@@ -380,6 +381,37 @@ class RolloutOptions:
     max_tokens: MaxTokens = 1024
     max_prompt_tokens: MaxPromptTokens = None
     temperature: Annotated[float, _sampling("Temperature of sampling and of all probabilities in the loss.", min=1e-3)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """Whose distributions a student learns from, and by which loss."""
+
+    teacher: Annotated[str | None, typer.Option("--teacher", metavar="CKPT|URL,...", help="Frozen teacher.", show_default=False)] = None
+    cache: Annotated[
+        str | None, typer.Option("--cache", metavar="DIR", help="Teacher cache of the rollouts (s2d score), instead of a teacher.")
+    ] = None
+    aggregate: AggregateOption = Aggregate.token
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupOptions(DistillationOptions):
+    """Distillation on a teacher's rollouts."""
+
+    top_k: Annotated[
+        int | None, in_training("Ids of the teacher in the KL, with a bucket for the rest.", min=1, show_default="all there are")
+    ] = None
+    temperature: Annotated[float, in_training("Temperature of both distributions in the KL.", min=1e-3)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyOptions(DistillationOptions):
+    """Distillation on the student's own rollouts."""
+
+    estimator: Annotated[Estimator, in_training("KL estimator: exact, over the teacher's top k, or from the sampled tokens.")] = (
+        Estimator.full
+    )
+    top_k: Annotated[int, in_training("k of --estimator top-k.", min=1)] = 128
 
 
 @dataclass(frozen=True, kw_only=True)
