@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from s2dcli import console, stats, world
-from s2dcli.assembly.forms import Teachers
+from s2dcli.assembly.forms import Teachers, require_sources
 from s2dcli.assembly.loading import load_reference, load_trained, require_shardable
 from s2dcli.assembly.order import Order
 from s2dcli.assembly.pairs import open_cache, require_same_pair, warn_of_other_teacher
@@ -82,6 +82,8 @@ class TrainingSetup:
         """
         self.stage, self.options, self.out, self.params, self.offload = stage, options, out, params, offload
         self.teachers = teachers or Teachers()
+        if teachers:
+            self.options = {**options, "teacher": teachers.told}
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
         require_shardable(training, offload=offload)
         self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in {**checkpoints, **self.teachers.checkpoints}.items()}
@@ -121,6 +123,7 @@ class TrainingSetup:
         keeps, with their `tasks`, or `stored` rollouts are what was read from the first input.
         """
         samples = bool(problems or self.eval_tasks)
+        require_sources(self.teachers, problems, stored.rows if stored else (), jsonl.input_name(self.inputs[0]))
         if stored:
             require_made_with(self.tokenizer, stored.rows, stored.samples)
             if self.cache:

@@ -8,7 +8,8 @@ At every token t of the teacher's completions, in state s_t, the loss is (paper,
 
     L = sum_t w_t KL(teacher(. | s_t) || student(. | s_t)),   KL(q || p) = sum_v q_v (log q_v - log p_v)
 
-exact over the vocabulary; its gradient with respect to the student's logits is w_t (p - q) / T. --cache takes the
+exact over the vocabulary; its gradient with respect to the student's logits is w_t (p - q) / T. --divergence takes another
+(train/vocab.py), of several teachers each scores the rows of its source. --cache takes the
 teacher's distributions from disk, as s2d score has kept them: exact from hidden states; from the k most likely ids, or
 with --top-k from so many of them, it is the KL over these and one bucket for all others. With --hard-labels it is the
 cross-entropy - sum_t w_t log student(y_t | s_t) of the sampled tokens (teacher-sample SFT); --only-correct keeps the
@@ -24,7 +25,7 @@ from typing import Annotated
 import typer
 
 from s2dcli import console, options
-from s2dcli.assembly.forms import check_warmup
+from s2dcli.assembly.forms import check_warmup, tokens_learnt_from
 from s2dcli.engines.opening import check_engine
 from s2dcli.files.records import read_problems
 from s2dcli.files.run_folder import RunFolder
@@ -62,12 +63,12 @@ def fkl_warmup(
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
 
     console.starting()
-    from s2dcli.assembly.distillation import warmup_objective
+    from s2dcli.assembly.distillation import Watch, warmup_objective
     from s2dcli.assembly.order import Order
     from s2dcli.assembly.training import TrainingSetup
     from s2dcli.engines.base import SamplingParams
     from s2dcli.train.objectives import CrossEntropy
-    from s2dcli.train.rows import set_weights
+    from s2dcli.train.rows import cut, set_weights
 
     setup = TrainingSetup(
         "fkl-warmup",
@@ -84,20 +85,20 @@ def fkl_warmup(
         teachers=teachers,
     )
     order = Order(len(stored.rows), mini_batch_size, seed=running.seed, steps=steps, epochs=epochs)
+    longest = tokens_learnt_from(distilling, max(1, *(len(row.completion_ids) for row in stored.rows)))
     opened = setup.start(order, 1, ("update",), stored=stored)
     if opened is None:
         return
 
-    longest = max(1, *(len(row.completion_ids) for row in stored.rows))
     with opened as run:
-        name = "cross_entropy" if hard_labels else "kl"
         objective = CrossEntropy() if hard_labels else warmup_objective(opened, distilling, stored.rows)
+        watch = Watch(run, distilling, objective)
         run.labels |= labels
         for step in run:
-            rows = [stored.rows[index] for index in order.batch(step.number)]
+            whole = [stored.rows[index] for index in order.batch(step.number)]
+            rows = cut(whole, distilling.loss_tokens)
             if not hard_labels:
                 objective.teacher.begin(rows)
             set_weights(rows, distilling.aggregate, longest)
             run.update(step, rows, objective)
-            step.log(**{name: step.per_token(name)}, entropy=step.per_token("entropy"))
-            run.log_rollouts(step, rows)
+            watch.log(step, whole)
