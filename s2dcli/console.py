@@ -175,7 +175,7 @@ _FIGURES = (
     ("grad norm", "grad_norm", ".3g"),
     ("seconds/step", "seconds", ",.1f"),
 )
-BRIEF = 7
+BRIEF = 8
 CELL = 24  # columns of a label with its figure
 CELL_OF_FIELD = 38  # of the other fields of metrics.jsonl, whose names are longer
 
