@@ -164,6 +164,7 @@ _FIGURES = (
     ("reward", "reward", ".3f"),
     ("cross-entropy", "cross_entropy", ".3f"),
     ("KL", "kl", ".3g"),
+    ("JSD", "jsd", ".3g"),
     ("", "evaluation", ""),
     ("entropy", "entropy", ".3f"),
     ("tokens/rollout", "mean_tokens", ",.0f"),
@@ -174,7 +175,7 @@ _FIGURES = (
     ("grad norm", "grad_norm", ".3g"),
     ("seconds/step", "seconds", ",.1f"),
 )
-BRIEF = 7
+BRIEF = 8
 CELL = 24  # columns of a label with its figure
 CELL_OF_FIELD = 38  # of the other fields of metrics.jsonl, whose names are longer
 
@@ -194,7 +195,7 @@ def _figures(row: dict, evaluation: dict | None, count: int = len(_FIGURES)) -> 
 
 
 def _shares(row: dict) -> str:
-    """Write the share of a step's time that each phase took."""
+    """Write the share of a step's time, and of the last save's, that each phase took."""
     seconds = {name.removesuffix("_seconds"): value for name, value in row.items() if name.endswith("_seconds")}
     total = max(row["seconds"], sum(seconds.values())) or 1.0
     return ", ".join(f"{phase} {value / total:.0%}" for phase, value in seconds.items())

@@ -48,7 +48,7 @@ _MEANT = """
     --lr: learning-rate actor-lr; -n -k: n k num-generations num-return-sequences num-samples rollouts-per-problem group-size;
     --problems-per-step --mini-batch-size: batch-size train-batch-size generation-batch-size; --mini-batch-size: ppo-mini-batch-size;
     --tokens-per-batch: per-device-train-batch-size gradient-accumulation-steps micro-batch-size ppo-max-token-len-per-gpu;
-    --kl-coef: beta kl-beta kl-loss-coef; --max-prompt-tokens: max-prompt-length; --teacher: teacher-model-name-or-path;
+    --kl-coef --jsd-beta: beta kl-beta kl-loss-coef; --max-prompt-tokens: max-prompt-length; --teacher: teacher-model-name-or-path;
     --max-tokens: max-new-tokens max-completion-length max-response-length max-length max-seq-length; -o: output output-dir;
     --model --student: model-name-or-path model-path; --epochs: num-train-epochs total-epochs; --steps: max-steps total-training-steps;
     PROBLEMS ROLLOUTS --rollouts: data dataset dataset-name train-files; --eval-problems: eval-dataset val-files;

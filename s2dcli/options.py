@@ -116,6 +116,21 @@ class Estimator(StrEnum):
     sampled = "sampled"
 
 
+class Divergence(StrEnum):
+    """Between teacher and student at each token; see train/vocab.py."""
+
+    reverse_kl = "reverse-kl"
+    forward_kl = "forward-kl"
+    jsd = "jsd"
+
+
+class Baseline(StrEnum):
+    """What the sampled estimator subtracts from a token's log-ratio; see train/objectives.SampledDistillation."""
+
+    none = "none"
+    kl = "kl"
+
+
 class Phases(StrEnum):
     """Whether sampling, scoring and learning take turns on the device; auto: where teacher and student do not both fit."""
 
@@ -270,7 +285,12 @@ PhasesOption = Annotated[
 ]
 Offload = Annotated[bool, _memory("Offload the frozen model to the CPU while idle (GPU only).", "--offload")]
 AggregateOption = Annotated[
-    Aggregate, in_training("Denominator of a token's loss: all tokens, its sequence's tokens, or --max-tokens.", "--aggregate")
+    Aggregate,
+    in_training("Denominator of a token's loss: all tokens, its sequence's tokens, or the maximum length.", "--aggregate"),
+]
+
+DivergenceOption = Annotated[
+    Divergence, in_training("Divergence at each token: KL(student || teacher), KL(teacher || student), or Jensen-Shannon.", "--divergence")
 ]
 
 
@@ -380,6 +400,70 @@ class RolloutOptions:
     max_tokens: MaxTokens = 1024
     max_prompt_tokens: MaxPromptTokens = None
     temperature: Annotated[float, _sampling("Temperature of sampling and of all probabilities in the loss.", min=1e-3)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """Whose distributions a student learns from, and by which loss."""
+
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--teacher",
+            metavar="CKPT|URL,...|NAME=CKPT",
+            help="Frozen teacher; repeated as NAME=CKPT, that of the problems whose source.dataset is NAME.",
+            show_default=False,
+        ),
+    ] = None
+    cache: Annotated[
+        str | None, typer.Option("--cache", metavar="DIR", help="Teacher cache of the rollouts (s2d score), instead of a teacher.")
+    ] = None
+    divergence: DivergenceOption = Divergence.reverse_kl
+    jsd_beta: Annotated[
+        float, in_training("Weight of the teacher in --divergence jsd; 0 is forward-kl, 1 is reverse-kl.", min=0.0, max=1.0)
+    ] = 0.5
+    teacher_temperature: Annotated[
+        float | None, in_training("Temperature of the teacher's distribution.", min=1e-3, show_default="the student's")
+    ] = None
+    clamp: Annotated[
+        float | None,
+        in_training("Largest divergence of a token; one beyond it has no gradient. Sampled estimator: of the log-ratio.", metavar="NATS"),
+    ] = None
+    loss_tokens: Annotated[int | None, in_training("Learn from so many first tokens of each rollout.", min=1, show_default="all")] = None
+    aggregate: AggregateOption = Aggregate.token
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupOptions(DistillationOptions):
+    """Distillation on a teacher's rollouts."""
+
+    divergence: DivergenceOption = Divergence.forward_kl
+    top_k: Annotated[
+        int | None, in_training("Ids of the teacher in the divergence, with a bucket for the rest.", min=1, show_default="all there are")
+    ] = None
+    temperature: Annotated[float, in_training("Temperature of both distributions in the divergence.", min=1e-3)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyOptions(DistillationOptions):
+    """Distillation on the student's own rollouts."""
+
+    estimator: Annotated[
+        Estimator, in_training("Divergence from: all ids, the teacher's top k and a bucket for the rest, or the sampled tokens.")
+    ] = Estimator.full
+    top_k: Annotated[int, in_training("k of --estimator top-k.", min=1)] = 128
+    baseline: Annotated[
+        Baseline, in_training("Subtract each token's KL from its log-ratio (--estimator sampled): less variance far from the teacher.")
+    ] = Baseline.none
+    reference: Annotated[
+        str | None, in_training("The teacher before its RL, for --task-reward-weight.", metavar="CKPT", show_default="none")
+    ] = None
+    task_reward_weight: Annotated[
+        float | None,
+        in_training(
+            "Target log r + X (log q - log r) of teacher q and --reference r; beyond 1 it extrapolates.", metavar="X", show_default="none"
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

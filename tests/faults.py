@@ -32,7 +32,7 @@ LONG = int(os.environ.get("S2D_TEST_KILLS", "0"))  # kills per stage in the long
 WARM_KILLS = LONG or 20
 COLD_KILLS = 3
 # What differs between two undisturbed runs: times, and how the run was started.
-_TIME = re.compile(r"(.*_)?(seconds|per_second)")
+_TIME = re.compile(r"(.*_)?(seconds|per_second|share)")
 _HOW = ("resume", "overwrite", "out", "commit")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TOY, Launched, Result, environments_of, read_jsonl
+from conftest import TOY, Launched, Result, environments_of, read_jsonl, write_jsonl
 from safetensors.torch import load_file, save_file
 from tiny import training_row
 from torch.distributed.tensor import DTensor
@@ -41,6 +41,10 @@ def make_inputs(folder: Path, run: Callable[..., Result]) -> None:
     for half, name in (("1H", "problems"), ("2H", "eval")):
         lines = (TOY / "problems" / f"{half}.jsonl").read_bytes().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_bytes(b"".join(lines[:24]))
+    problems = read_jsonl(folder / "problems.jsonl")
+    for problem in problems[::3]:
+        problem["source"]["dataset"] = "other"
+    write_jsonl(folder / "sources.jsonl", problems)
     rollouts = run("rollout", "-m", TOY / "teacher", folder / "problems.jsonl", "-n", 2, "--max-tokens", 16, "-q")
     graded = run("verify", stdin=rollouts.out)
     (folder / "graded.jsonl").write_bytes(graded.out)
@@ -65,6 +69,8 @@ def commands(folder: Path, variant: str) -> dict[str, list[object]]:
     grpo = ["grpo", "--model", models / "teacher"]
     updates = ["--mini-batch-size", 8, "--dynamic-sampling", 1, "--kl-coef", 0.1, "--importance", "sequence", "--correction", "truncate"]
     evaluated = ["--max-tokens", 16, "--eval-problems", folder / "eval.jsonl", "--eval-every", 2, "--eval-samples", 1]
+    by_source = [f"toy-arithmetic={models / 'teacher'}", "--teacher", f"other={TOY / 'teacher'}", "--reference", models / "student"]
+    forms = ["--task-reward-weight", 1.5, "--divergence", "jsd", "--clamp", 0.1, "--loss-tokens", 6, "--tokens-per-batch", 24]
     return {
         "grpo": [*grpo, problems, *SAMPLING, *more],
         "grpo, all options": [*grpo, problems, *SAMPLING, *updates, *more],
@@ -72,6 +78,8 @@ def commands(folder: Path, variant: str) -> dict[str, list[object]]:
         "fkl-warmup": ["fkl-warmup", *pair, "--rollouts", graded, "--mini-batch-size", 18, *more, *evaluated],
         "hard labels": ["fkl-warmup", *pair[2:], "--hard-labels", "--only-correct", "--rollouts", graded, "--mini-batch-size", 9, *more],
         "opd": ["opd", *pair, problems, *SAMPLING, *more],
+        "opd, all forms": ["opd", "--teacher", *by_source, *pair[2:], folder / "sources.jsonl", *SAMPLING, *more, *forms],
+        "opd, baseline": ["opd", *pair, problems, *SAMPLING, "--estimator", "sampled", "--baseline", "kl", *more],
         "opd, top k": ["opd", *pair, problems, *SAMPLING, "--estimator", "top-k", "--top-k", 8, *more],
         "opd, sampled": ["opd", *pair, problems, *SAMPLING, "--estimator", "sampled", *more],
     }
@@ -113,7 +121,7 @@ def _figures_apart(one: Path, several: Path) -> float:
         for ours, theirs in zip(read_jsonl(one / name), read_jsonl(several / name), strict=True):
             assert ours.keys() == theirs.keys()
             for key in ours.keys() - NOT_COMPARED:
-                if "seconds" in key or "per_second" in key:
+                if "seconds" in key or "per_second" in key or key.endswith("_share"):
                     continue
                 if not isinstance(ours[key], float) or theirs[key] is None:
                     assert ours[key] == theirs[key], key

@@ -30,6 +30,7 @@ def inputs(s2d, tmp_path_factory):
         ("grpo, all options", "untied", 2, True),
         ("fkl-warmup", "lora", 2, True),
         ("opd", "bfloat16", 4, True),
+        ("opd, all forms", "untied", 2, True),
     ],
 )
 def test_several_processes_leave_what_one_leaves(inputs, tmp_path, command, variant, number, sharded):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2dcli import console
+from s2dcli.assembly.forms import is_teacher
 from s2dcli.errors import ModelError
 from s2dcli.files.manifest import MANIFEST, read_manifest
 from s2dcli.files.teacher_cache import TeacherCache
@@ -27,7 +28,7 @@ def require_same_pair(teacher: Checkpoint, student: Checkpoint, tokenizer: PreTr
     Chat templates may differ, which is told: prompts are the student's, and the teacher may not know them.
     """
     theirs = load_tokenizer(teacher.folder, loading.trust_remote_code)
-    require_same_tokens(theirs.get_vocab(), tokenizer.get_vocab())
+    require_same_tokens(theirs.get_vocab(), tokenizer.get_vocab(), where=teacher.name)
     for role, checkpoint in (("teacher", teacher), ("student", student)):
         _require_wide_head(role, checkpoint, vocabulary_size(tokenizer), loading)
     require_same_eos(teacher, student, tokenizer, loading.trust_remote_code)
@@ -73,7 +74,7 @@ def warn_of_other_teacher(cache: TeacherCache, student: Checkpoint) -> None:
     manifest = read_manifest(path)
     records = {**manifest["ancestors"], "": manifest}
     warmups = [record for record in records.values() if record["command"] == "fkl-warmup"]
-    teachers = [parent for record in warmups for parent in record["parents"] if parent["role"] == "teacher"]
+    teachers = [parent for record in warmups for parent in record["parents"] if is_teacher(parent["role"])]
     for record in (records.get(item["record"]) for warmup in warmups for item in warmup["inputs"] if item["record"]):
         if record and record["command"] == "score":
             teachers += [parent for parent in record["parents"] if parent["role"] == "model"]

@@ -25,7 +25,7 @@ from s2dcli.files.run_folder import TEACHER
 from s2dcli.models.batching import MicroBatch
 from s2dcli.models.rows import Row
 from s2dcli.train.rows import TrainingRow
-from s2dcli.train.teachers import SampledTargets, TopKTargets
+from s2dcli.train.targets import SampledTargets, TopKTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,11 +43,15 @@ class ServedTeacher:
     An error of a server ends the run there.
     """
 
-    others = ()
+    others = sources = ()
 
-    def __init__(self, engine: ServerEngine, tokenizer: PreTrainedTokenizerBase, top_k: int | None, out: Path) -> None:
-        """`out` is where what the teacher first said is kept, for a resumed run to be held to it. Raises ModelError or EngineError."""
-        self.engine, self.top_k = engine, top_k
+    def __init__(
+        self, engine: ServerEngine, tokenizer: PreTrainedTokenizerBase, top_k: int | None, out: Path, *, baseline: bool = False
+    ) -> None:
+        """`out` is where what the teacher first said is kept, for a resumed run to be held to it; with `baseline` the log-probs of
+        the sampled tokens come with the `top_k` ids around them. Raises ModelError or EngineError.
+        """
+        self.engine, self.top_k, self.baseline = engine, top_k, baseline
         self._canaries = _Canaries(engine, out, proved=_has_same_texts(engine, tokenizer))
         self._found: dict[Row, Scores] = {}
         self._due: Counter[Row] = Counter()  # how often a row's targets will be asked for
@@ -83,6 +87,10 @@ class ServedTeacher:
         device = batch.targets_N.device
         if self.top_k is None:
             return SampledTargets(batch.per_token([found.sampled_T for found in scores]))
+        around = self._top_k(scores, device)
+        return SampledTargets(batch.per_token([found.sampled_T for found in scores]), around) if self.baseline else around
+
+    def _top_k(self, scores: Sequence[Scores], device: torch.device) -> TopKTargets:
         ids_NK, logprobs_NK = (np.concatenate([getattr(found, name) for found in scores]) for name in ("ids_TK", "logprobs_TK"))
         tails_N = torch.from_numpy(tail_logprobs(logprobs_NK)).to(device)
         return TopKTargets(torch.from_numpy(ids_NK).long().to(device), torch.from_numpy(logprobs_NK).to(device), tails_N)

@@ -1,6 +1,6 @@
 """Opening a training: what grpo, opd and fkl-warmup share before their first step and around each step.
 
-setup = TrainingSetup("opd", options, out, {"student": ..., "teacher": ...}, ...)  # no weights are loaded
+setup = TrainingSetup("opd", options, out, {"student": ...}, teachers=..., ...)  # no weights are loaded
 opened = setup.start(order, ...)
 if opened is None:  # --dry-run, or the run is finished already
     return
@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from s2dcli import console, stats, world
-from s2dcli.assembly.loading import load_frozen, load_reference, load_trained, require_shardable
+from s2dcli.assembly.forms import Teachers, require_sources
+from s2dcli.assembly.loading import load_reference, load_trained, require_shardable
 from s2dcli.assembly.order import Order
 from s2dcli.assembly.pairs import open_cache, require_same_pair, warn_of_other_teacher
-from s2dcli.assembly.phases import PhasedTeacher
 from s2dcli.assembly.plan import device_bytes, memory_plan
 from s2dcli.assembly.rollouts import StoredRollouts
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
-from s2dcli.assembly.served import ServedTeacher
 from s2dcli.engines.base import SamplingParams
-from s2dcli.engines.opening import open_served_teacher
 from s2dcli.errors import GradingError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
@@ -42,7 +40,6 @@ from s2dcli.options import (
     HOW_STARTED,
     MAY_CHANGE_ON_RESUME,
     EngineOptions,
-    Estimator,
     GradingOptions,
     ModelOptions,
     Phases,
@@ -54,7 +51,6 @@ from s2dcli.options import (
 from s2dcli.report.card import Card, carried_over
 from s2dcli.train.loop import Step, TrainingRun
 from s2dcli.train.rows import Group, RowMaker, TrainingRow
-from s2dcli.train.teachers import CachedTeacher, LiveTeacher, Teacher
 
 # Of a device's memory that the plan may fill: Python, torch and CUDA come on top of it.
 FIT_SHARE = 0.9
@@ -79,19 +75,21 @@ class TrainingSetup:
         loading: ModelOptions,
         running: RunOptions,
         offload: bool = False,
-        cache: str | None = None,
-        served: str | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         """`options` are all of the command's, as they are recorded; `checkpoints` maps roles to names, the trained one first.
 
-        `cache`: the folder of a teacher cache that stands for a teacher; `served`: URLs of one. Raises DataError, ModelError or UsageError.
+        The `teachers`' checkpoints are frozen models beside those. Raises DataError, ModelError or UsageError.
         """
         self.stage, self.options, self.out, self.params, self.offload = stage, options, out, params, offload
-        self.served = served
+        self.teachers = teachers or Teachers()
+        if teachers:
+            self.options = {**options, "teacher": teachers.told}
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
         require_shardable(training, offload=offload)
-        self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in checkpoints.items()}
+        self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in {**checkpoints, **self.teachers.checkpoints}.items()}
         self.parent, *others = self.parents.values()
+        cache = self.teachers.cache
         self.inputs = [*inputs, *([cache] if cache else []), *([running.eval_problems] if running.eval_problems else []), *loading.files]
         self.tokenizer = load_tokenizer(self.parent.folder, loading.trust_remote_code)
         for other in others:
@@ -121,11 +119,12 @@ class TrainingSetup:
     ) -> Training | None:
         """Return the training, to be entered; None if there is nothing to do: a dry run, whose plan is printed, or a finished run.
 
-        `phases` names the parts of a step to be timed, `frozen` the roles of models that are held beside the trained one;
-        `turns`: whether these are loaded only while they score (assembly/phases.py). `problems`, which the run folder
+        `phases` names the parts of a step to be timed, `frozen` the roles of models that are held beside the trained one and its
+        teachers; `turns`: whether these are loaded only while they score (assembly/phases.py). `problems`, which the run folder
         keeps, with their `tasks`, or `stored` rollouts are what was read from the first input.
         """
         samples = bool(problems or self.eval_tasks)
+        require_sources(self.teachers, problems, stored.rows if stored else (), jsonl.input_name(self.inputs[0]))
         if stored:
             require_made_with(self.tokenizer, stored.rows, stored.samples)
             if self.cache:
@@ -135,8 +134,8 @@ class TrainingSetup:
         prompts = [len(task.prompt_ids) for task in (*tasks, *self.eval_tasks)]
         for role, parent in self.parents.items():
             require_length(parent, role, max(prompts, default=0) + self.params.max_tokens if prompts else 0, self.loading)
-        held = [self.parents[role] for role in frozen]
-        if world.size() > 1 and (turns is Phases.on or self.served):
+        held = [self.parents[role] for role in (*self.teachers.checkpoints, *frozen)]
+        if world.size() > 1 and (turns is Phases.on or self.teachers.served):
             raise UsageError(
                 f"{'--phases on' if turns is Phases.on else 'a teacher on a server'} is for one process, and there are {world.size()}"
             )
@@ -278,24 +277,6 @@ class Training:
         self._held.__exit__(*error)
         if error[0] is None:
             jsonl.print_result(self.folder.result(), console.run_table)
-
-    def teacher(self, estimator: Estimator, top_k: int | None, temperature: float, rows: Sequence[TrainingRow] = ()) -> Teacher:
-        """Open the setup's teacher: its servers, its cache of `rows`, or the model of that role.
-
-        `top_k` counts for Estimator.top_k only; None is all ids that a cache holds. Raises an S2DError for what cannot be had.
-        """
-        setup = self.setup
-        k = top_k if estimator is Estimator.top_k else None
-        if setup.served:
-            engine = open_served_teacher(setup.served, setup.parent, setup.tokenizer, setup.engine, setup.loading)
-            return ServedTeacher(engine, setup.tokenizer, k and min(k, self.loaded.vocabulary), self.folder.folder)
-        if setup.cache:
-            return CachedTeacher(setup.cache, rows, self.run.device, estimator, k, temperature)
-        checkpoint = setup.parents["teacher"]
-        if self.phased:
-            return PhasedTeacher(setup, self.run, checkpoint, estimator, k, temperature)
-        policy = load_frozen(checkpoint, self.loaded, setup.loading, setup.training, offload=setup.offload)
-        return LiveTeacher(policy=policy, temperature=temperature, top_k=k, sampled=estimator is Estimator.sampled)
 
     def load_reference(self) -> Policy:
         """Return the policy as it was when loaded, frozen. Raises ModelError or UsageError."""

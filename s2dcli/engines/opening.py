@@ -91,14 +91,17 @@ def open_served_teacher(
 
 
 def check_served_teacher(estimator: Estimator, temperature: float) -> None:
-    """Raise UsageError for targets that no server gives."""
+    """Raise UsageError for targets that no server gives; `temperature` is the teacher's."""
     if estimator is Estimator.full:
         raise UsageError(
             "the teacher's whole distribution is needed; a server gives the most likely ids only",
             hint="opd: --estimator top-k or sampled, fkl-warmup: --top-k; or s2d score --keep hidden, and learn from the cache",
         )
     if temperature != 1.0:
-        raise UsageError(f"--temperature {temperature:g}: a server scores at temperature 1", hint="a teacher in memory, or a cache")
+        raise UsageError(
+            f"the teacher's temperature is {temperature:g}: a server scores at temperature 1",
+            hint="--teacher-temperature 1, a teacher in memory, or a cache",
+        )
 
 
 def is_served(name: str | None) -> bool:

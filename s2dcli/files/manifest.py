@@ -309,7 +309,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Coll
     named_old, named_new = ({item.get("path", item.get("name")) for item in [*m["inputs"], *m["parents"]]} for m in (old, new))
     for name in old["options"].keys() & new["options"].keys() - NEVER_COMPARED - set(may_change):
         was, now = old["options"][name], new["options"][name]
-        if was != now and not (was in named_old and now in named_new):
+        if was != now and not (isinstance(was, str) and was in named_old and now in named_new):
             found.append(f"{flag(name)} was {_shown(was)}, is {_shown(now)}")
     models = ([parent for parent in manifest["parents"] if parent["role"] != SAMPLER] for manifest in (old, new))
     return sorted(found) + _other_inputs(old["inputs"], new["inputs"]) + _other_parents(*models)

@@ -10,7 +10,7 @@ import hashlib
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -111,6 +111,11 @@ def take_reward(record: dict, where: str) -> float | None:
 def text_of(messages: list[Message] | str) -> str:
     """Return the text of a completion or prompt given as messages or as a plain string."""
     return messages if isinstance(messages, str) else "\n".join(message["content"] for message in messages)
+
+
+def dataset_of(source: Mapping[str, Any]) -> str:
+    """Name of the data set in a `source` field, "" where there is none."""
+    return str(source.get("dataset", ""))
 
 
 @dataclass(frozen=True, slots=True)

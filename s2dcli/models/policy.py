@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """What a model is trained on; train/objectives.py has them all. `others`: further models that are given its micro-batches."""
+    """What a model is trained on; train/objectives.py has them all.
+
+    `others`: further models that are given its micro-batches; `sources`: those whose rows must not share one, none where all may.
+    """
 
     others: Sequence[Policy]
+    sources: Sequence[str]
 
     def loss(self, batch: MicroBatch, hidden_ND: torch.Tensor, head: Head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss, a sum over completion tokens, and figures per token, [N] each, for the metrics."""

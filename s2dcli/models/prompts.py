@@ -77,14 +77,18 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256_text(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))))
 
 
-def require_same_tokens(teacher: Mapping[str, int], student: Mapping[str, int]) -> None:
-    """Raise ModelError, naming the first id that differs, unless both map tokens to the same ids, special and added ones too."""
+def require_same_tokens(teacher: Mapping[str, int], student: Mapping[str, int], where: str = "") -> None:
+    """Raise ModelError, naming the first id that differs, unless both map tokens to the same ids, special and added ones too.
+
+    `where`: whose tokens the teacher's are.
+    """
     ours, theirs = ({index: token for token, index in tokens.items()} for tokens in (student, teacher))
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):
             raise ModelError(
                 f"teacher and student have different tokenizers: id {index} is {theirs.get(index)!r} "
                 f"in the teacher and {ours.get(index)!r} in the student",
+                where=where,
                 hint="distillation compares probabilities token by token and needs one tokenizer for both",
             )
 

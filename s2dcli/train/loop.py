@@ -53,6 +53,12 @@ def learning_rate(step: int, steps: int, training: TrainingOptions) -> float:
     return training.lr * (training.min_lr_ratio + (1 - training.min_lr_ratio) * share)
 
 
+def _parts(rows: Sequence[TrainingRow], sources: Sequence[str]) -> list[Sequence[TrainingRow]]:
+    """Rows that may share micro-batches: all, or those of each source."""
+    parts = [[row for row in rows if row.dataset == source] for source in sources] or [rows]
+    return [part for part in parts if part]
+
+
 @dataclass
 class Part:
     """What one process has trained on in an update."""
@@ -114,9 +120,13 @@ class Step:
         self.positions += part.positions
         self.padding += part.padding
 
-    def per_token(self, name: str) -> float | None:
-        """Mean over all trained tokens of the step of a figure that the objective returned; None if none were trained on."""
-        return self.sums[name] / self.tokens if name in self.sums and self.tokens else None
+    def per_token(self, name: str, among: str | None = None) -> float | None:
+        """Mean over all trained tokens of the step of a figure that the objective returned; None if none were trained on.
+
+        `among`: the figure that counts the tokens, where it was not taken at all of them.
+        """
+        count = self.sums.get(among, 0.0) if among else self.tokens
+        return self.sums[name] / count if name in self.sums and count else None
 
     def per_second(self, count: int, phase: str) -> float:
         return count / self.seconds[phase] if self.seconds[phase] else 0.0
@@ -202,15 +212,16 @@ class TrainingRun:
             # Prompts are shared through a cache, which layers that run twice would fill twice.
             # Sharded layers run once in each micro-batch, and equally often in each process.
             share = paths.share_prompts and not self.training.gradient_checkpointing and not self.policy.sharded
-            filler = replace(min(trained, key=len), weight=0.0) if self.policy.sharded else None
-            layout = {"share_prompts": share, "pack": paths.pack, "deal": True, "filler": filler}
+            layout = {"share_prompts": share, "pack": paths.pack, "deal": True}
             mine = Part()
-            for batch in micro_batches(rows, self.training.tokens_per_batch, self.loaded.pad_id, self.device, **layout):
-                loss, figures = self.policy(batch, objective)
-                loss.backward()
-                self.optimizer.end_micro_batch()
-                if not batch.filler:
-                    mine.add(batch, loss, figures)
+            for part in _parts(trained, objective.sources):
+                filler = replace(min(part, key=len), weight=0.0) if self.policy.sharded else None
+                for batch in micro_batches(part, self.training.tokens_per_batch, self.loaded.pad_id, self.device, **layout, filler=filler):
+                    loss, figures = self.policy(batch, objective)
+                    loss.backward()
+                    self.optimizer.end_micro_batch()
+                    if not batch.filler:
+                        mine.add(batch, loss, figures)
             for other in objective.others:
                 if other.sharded:
                     other.reshard()
@@ -292,13 +303,14 @@ class TrainingRun:
         return score(policy or self.policy, rows, **layout, temperature=temperature, deal=True)
 
     def _row(self, step: Step) -> dict[str, Any]:
+        total = time.perf_counter() - step.started
         row = {
             "step": step.number,
             "loss": step.sums["loss"] / step.updates if step.updates else None,
             "lr": learning_rate(step.number, self.folder.steps, self.training),
             "grad_norm": stats.mean(step.grad_norms) if step.updates else None,
             "updates": step.updates,
-            "seconds": time.perf_counter() - step.started,
+            "seconds": total,
             "tokens": step.tokens,
             "padding": step.padding / max(1, step.positions),
             **step.metrics,
@@ -306,6 +318,7 @@ class TrainingRun:
             "update_tokens_per_second": step.per_second(step.tokens, "update"),
             **({"sample_tokens_per_second": step.per_second(step.sampled_tokens, "sample")} if "sample" in self.phases else {}),
             **{f"{phase}_seconds": seconds for phase, seconds in step.seconds.items()},
+            **{f"{phase}_share": seconds / max(total, sum(step.seconds.values())) for phase, seconds in step.seconds.items()},
             "save_seconds": self._save_seconds,
         }
         self._save_seconds = 0.0

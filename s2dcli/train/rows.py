@@ -7,13 +7,14 @@ the annotations below them, which an algorithm fills in and the objectives (obje
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from s2dcli.files.records import Rollout
+from s2dcli.files.records import Rollout, dataset_of
 from s2dcli.models.rows import Row, as_ids
 from s2dcli.options import Aggregate
 from s2dcli.train.advantages import token_weights
@@ -26,6 +27,7 @@ class TrainingRow(Row):
     group_id: str = ""
     sample_index: int = 0
     problem_sha256: str = ""
+    dataset: str = ""  # `source.dataset` of its problem
     logprobs: np.ndarray  # the sampler's, of each completion token [T], nats
     truncated: bool = False  # the length limit ended it
     reward: float | None = None  # None: not graded
@@ -39,10 +41,16 @@ class TrainingRow(Row):
     teacher_logprobs: np.ndarray | None = None  # [T]
     importance_weights: np.ndarray | None = None  # correct for a sampler that is not the trainer [T]
     sequence_log_ratio: float | None = None  # mean over its tokens of policy - old
+    whole: TrainingRow | None = None  # of which this is the beginning
 
     def __post_init__(self) -> None:
         Row.__post_init__(self)  # not super(): slots make the class anew
         self.logprobs = np.asarray(self.logprobs, dtype=np.float32)
+
+    @property
+    def uncut(self) -> TrainingRow:
+        """The row as it was sampled."""
+        return self if self.whole is None else self.whole
 
 
 Group = list[TrainingRow]
@@ -67,11 +75,25 @@ class RowMaker:
             group_id=rollout.group_id,
             sample_index=rollout.sample_index,
             problem_sha256=rollout.problem_sha256,
+            dataset=sys.intern(dataset_of(rollout.source)),
             logprobs=rollout.completion_logprobs,
             truncated=rollout.truncated,
             reward=reward,
             record=record,
         )
+
+
+def cut(rows: Sequence[TrainingRow], num_tokens: int | None) -> list[TrainingRow]:
+    """Return rows with their first `num_tokens` completion tokens; None leaves them whole. A row that is there twice stays one."""
+    if num_tokens is None:
+        return list(rows)
+    first = slice(num_tokens)
+    shorter = {
+        row: replace(row, completion_ids=row.completion_ids[first], logprobs=row.logprobs[first], whole=row)
+        for row in rows
+        if len(row.completion_ids) > num_tokens
+    }
+    return [shorter.get(row, row) for row in rows]
 
 
 def renamed(group: Group, group_id: str) -> Group:

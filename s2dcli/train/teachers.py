@@ -1,18 +1,13 @@
-"""Teachers: who gives a micro-batch's targets, and the forms that these have.
+"""Teachers: who gives a micro-batch's targets, in one of the forms of train/targets.py.
 
-    exact    final hidden states and the head: the whole distribution, in a few numbers a token
-    top-k    the k most likely ids, their log-probs, and the log of the mass of all others
-    sampled  the log-prob of each completion token
-
-An objective (objectives.py) asks its teacher for targets and takes the forms that its loss is defined for. All log-probs
-are nats, float32, and normalised over the whole vocabulary, never over the k.
+An objective (objectives.py) asks its teacher for targets and takes the forms that its loss is defined for.
 
 Shapes: N completion tokens of a micro-batch, E hidden width of the teacher, K ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,51 +15,28 @@ import numpy as np
 import torch
 
 from s2dcli.errors import UsageError
-from s2dcli.files.teacher_cache import HEAD, Meta, TeacherCache
+from s2dcli.files.teacher_cache import HEAD, Meta, Shard, TeacherCache
 from s2dcli.models.batching import MicroBatch
 from s2dcli.models.forward import Head
 from s2dcli.models.policy import Policy
 from s2dcli.models.readers import token_logprobs, top_k_logprobs
 from s2dcli.options import Estimator, Keep
 from s2dcli.train.rows import TrainingRow
-
-
-@dataclass(frozen=True)
-class ExactTargets:
-    """softmax(head.logits(hidden) / temperature) at each token."""
-
-    hidden_NE: torch.Tensor
-    head: Head
-    temperature: float = 1.0
-
-
-@dataclass(frozen=True)
-class TopKTargets:
-    """The K most likely ids at each token, in descending order of their log-probs, and the log of the mass of all other ids."""
-
-    ids_NK: torch.Tensor
-    logprobs_NK: torch.Tensor
-    tails_N: torch.Tensor
-
-
-@dataclass(frozen=True)
-class SampledTargets:
-    """Log-probs of the completion tokens themselves."""
-
-    logprobs_N: torch.Tensor
-
-
-Targets = ExactTargets | TopKTargets | SampledTargets
+from s2dcli.train.targets import ExactTargets, MixedTargets, SampledTargets, Targets, TopKTargets
 
 
 class Teacher(Protocol):
     """Whoever knows the distributions to learn from; they get no gradient.
 
-    `others`: models that are given the micro-batches, which must have a layout that suits all of them.
+    `others`: models that are given the micro-batches, which must have a layout that suits all of them. `sources`: where it
+    matters, the sources (TrainingRow.dataset) whose rows must not share a micro-batch.
     """
 
     @property
     def others(self) -> Sequence[Policy]: ...
+
+    @property
+    def sources(self) -> Sequence[str]: ...
 
     def begin(self, rows: Sequence[TrainingRow]) -> None:
         """Make ready for rows whose micro-batches come next: a teacher that works elsewhere starts now. Does not wait."""
@@ -76,12 +48,14 @@ class Teacher(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class LiveTeacher:
     """A frozen model in memory, at a temperature: exact, or with `top_k` its most likely ids, all that there are at most,
-    or with `sampled` the log-probs of the completion tokens."""
+    or with `sampled` the log-probs of the completion tokens, and with `baseline` the distributions around them."""
 
+    sources = ()
     policy: Policy
     temperature: float = 1.0
     top_k: int | None = None
     sampled: bool = False
+    baseline: bool = False
 
     @property
     def others(self) -> list[Policy]:
@@ -93,10 +67,13 @@ class LiveTeacher:
     @torch.no_grad()
     def targets(self, batch: MicroBatch) -> Targets:
         hidden_NE, head = self.policy.states(batch), self.policy.head()
+        exact = ExactTargets(hidden_NE, head, self.temperature)
         if self.sampled:
-            return SampledTargets(token_logprobs(hidden_NE, head, batch.targets_N, self.temperature))
+            return SampledTargets(
+                token_logprobs(hidden_NE, head, batch.targets_N, self.temperature), around=exact if self.baseline else None
+            )
         if self.top_k is None:
-            return ExactTargets(hidden_NE, head, self.temperature)
+            return exact
         return TopKTargets(*top_k_logprobs(hidden_NE, head, min(self.top_k, self.policy.vocabulary), self.temperature))
 
 
@@ -107,7 +84,7 @@ class CachedTeacher:
     than the rounding that the cache tells of, so that a KL of them is never negative.
     """
 
-    others = ()
+    others = sources = ()
 
     def __init__(
         self,
@@ -117,10 +94,15 @@ class CachedTeacher:
         estimator: Estimator,
         top_k: int | None,
         temperature: float,
+        *,
+        baseline: bool = False,
     ) -> None:
-        """Raises DataError for rows that are not in the cache, UsageError for what it does not hold."""
-        require_holds(cache.meta, estimator, top_k, temperature)
-        self.cache, self.device, self.estimator, self.temperature = cache, device, estimator, temperature
+        """`baseline`: sampled targets come with the distributions around them.
+
+        Raises DataError for rows that are not in the cache, UsageError for what it does not hold.
+        """
+        require_holds(cache.meta, estimator, top_k, temperature, baseline=baseline)
+        self.cache, self.device, self.estimator, self.temperature, self.baseline = cache, device, estimator, temperature, baseline
         self.top_k = top_k if estimator is Estimator.top_k else None
         self._places = cache.find(rows)
         self._head = _cached_head(cache, device) if cache.meta.keep is Keep.hidden else None
@@ -129,33 +111,48 @@ class CachedTeacher:
     def begin(self, rows: Sequence[TrainingRow]) -> None:
         """Have the system read ahead what is on disk of these rows."""
         for row in rows:
-            self.cache.read_ahead(self._places[row], len(row.completion_ids))
+            self.cache.read_ahead(self._place(row), len(row.completion_ids))
 
     @torch.no_grad()
     def targets(self, batch: MicroBatch) -> Targets:
         if self.cache.meta.keep is Keep.hidden:
             (hidden_NE,) = self._read(batch, "hidden")
             hidden_NE = hidden_NE.to(self._dtype)
+            exact = ExactTargets(hidden_NE, self._head, self.temperature)
             if self.estimator is Estimator.full:
-                return ExactTargets(hidden_NE, self._head, self.temperature)
+                return exact
             if self.estimator is Estimator.sampled:
-                return SampledTargets(token_logprobs(hidden_NE, self._head, batch.targets_N, self.temperature))
+                sampled_N = token_logprobs(hidden_NE, self._head, batch.targets_N, self.temperature)
+                return SampledTargets(sampled_N, around=exact if self.baseline else None)
             return TopKTargets(*top_k_logprobs(hidden_NE, self._head, self.top_k or self.cache.meta.vocabulary, self.temperature))
         if self.estimator is Estimator.sampled:
-            return SampledTargets(*(values.float() for values in self._read(batch, "sampled")))
+            (sampled_N,) = self._read(batch, "sampled")
+            return SampledTargets(sampled_N.float(), around=self._top_k(batch) if self.baseline else None)
+        return self._top_k(batch)
+
+    def _top_k(self, batch: MicroBatch) -> TopKTargets:
         ids_NK, logprobs_NK, tails_N = self._read(batch, "ids", "logprobs", "tails")
         outcomes_NJ = torch.cat([logprobs_NK.float(), tails_N[:, None]], dim=1)  # J = K + 1
         outcomes_NJ -= outcomes_NJ.logsumexp(-1, keepdim=True)
         k = min(self.top_k or ids_NK.shape[1], ids_NK.shape[1])
         return TopKTargets(ids_NK[:, :k].long(), outcomes_NJ[:, :k], outcomes_NJ[:, k:].logsumexp(-1))
 
+    def _place(self, row: TrainingRow) -> tuple[Shard, int]:
+        """Where a row's numbers begin: its own, or those of the row that it was cut from."""
+        return self._places[row if row in self._places else row.uncut]
+
     def _read(self, batch: MicroBatch, *names: str) -> list[torch.Tensor]:
-        rows = [self.cache.read(self._places[row], len(row.completion_ids), names) for row in batch.rows]
+        rows = [self.cache.read(self._place(row), len(row.completion_ids), names) for row in batch.rows]
         return [torch.from_numpy(np.concatenate([row[name] for row in rows])).to(self.device) for name in names]
 
 
-def require_holds(meta: Meta, estimator: Estimator, top_k: int | None, temperature: float) -> None:
+def require_holds(meta: Meta, estimator: Estimator, top_k: int | None, temperature: float, *, baseline: bool = False) -> None:
     """Raise UsageError unless a cache holds targets for an estimator, at a temperature; `top_k` None is as many ids as there are."""
+    if baseline and meta.keep is Keep.sampled:
+        raise UsageError(
+            "--baseline kl is the KL at each token, and the cache holds the sampled tokens' log-probs alone",
+            hint="s2d score --keep top-k or hidden",
+        )
     hidden = meta.keep is Keep.hidden
     if estimator is Estimator.full and not hidden and meta.k != meta.vocabulary:
         held = f"the {meta.k} most likely ids" if meta.k else "the sampled tokens' log-probs"
@@ -170,7 +167,7 @@ def require_holds(meta: Meta, estimator: Estimator, top_k: int | None, temperatu
     if not hidden and temperature != meta.temperature:
         raise UsageError(
             f"the cache holds probabilities at temperature {meta.temperature:g}, {temperature:g} is needed",
-            hint=f"s2d score --temperature {temperature:g}, or --keep hidden",
+            hint=f"--teacher-temperature {meta.temperature:g}, s2d score --temperature {temperature:g}, or --keep hidden",
         )
 
 
@@ -182,10 +179,58 @@ def _cached_head(cache: TeacherCache, device: torch.device) -> Head:
     return Head(tensors["weight"], tensors.get("bias"), told["scale"], told["soft_cap"], unused_U=unused)
 
 
+@dataclass(frozen=True)
+class MixedTeacher:
+    """A teacher and a reference, both exact, whose distributions are mixed (targets.MixedTargets)."""
+
+    teacher: Teacher
+    reference: Teacher
+    weight: float
+
+    @property
+    def others(self) -> list[Policy]:
+        return [*self.teacher.others, *self.reference.others]
+
+    @property
+    def sources(self) -> Sequence[str]:
+        return self.teacher.sources
+
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        for part in (self.teacher, self.reference):
+            part.begin(rows)
+
+    def targets(self, batch: MicroBatch) -> MixedTargets:
+        return MixedTargets(self.teacher.targets(batch), self.reference.targets(batch), self.weight)
+
+
+@dataclass(frozen=True)
+class TeacherBySource:
+    """A teacher for each source; the rows of a micro-batch come from one of them."""
+
+    teachers: Mapping[str, Teacher]
+
+    @property
+    def others(self) -> list[Policy]:
+        return [policy for teacher in self.teachers.values() for policy in teacher.others]
+
+    @property
+    def sources(self) -> list[str]:
+        return list(self.teachers)
+
+    def begin(self, rows: Sequence[TrainingRow]) -> None:
+        for source, teacher in self.teachers.items():
+            if its_rows := [row for row in rows if row.dataset == source]:
+                teacher.begin(its_rows)
+
+    def targets(self, batch: MicroBatch) -> Targets:
+        (source,) = {row.dataset for row in batch.rows}
+        return self.teachers[source].targets(batch)
+
+
 class ScoredRows:
     """A teacher that has scored the sampled tokens before the update: the rows' `teacher_logprobs`."""
 
-    others = ()
+    others = sources = ()
 
     def begin(self, rows: Sequence[TrainingRow]) -> None:
         """Nothing to start: the rows are scored."""

@@ -16,14 +16,20 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from s2dcli.models import readers
 from s2dcli.models.forward import Head
-from s2dcli.models.readers import chunks, log_normaliser, require_inside
+from s2dcli.models.readers import chunks, require_inside
+from s2dcli.train.targets import ExactTargets, MixedTargets, TopKTargets
 
 # Least probability of what lies outside a top k, float32's smallest normal number: its logarithm is finite.
 TAIL_FLOOR = torch.finfo(torch.float32).tiny
+# Ids of which two distributions' most likely ones are compared: what an engine shows, and what most of the mass is in.
+COMPARED_IDS = 16
+# `jsd` needs tensors of a chunk's size of its own, which are this much smaller if it goes by parts of the chunk.
+JSD_PARTS = 8
 
 Figures = dict[str, torch.Tensor]  # per token, for the metrics
 # (logits of the chunk [C, V], slice of the chunk) -> (loss of the chunk, its gradient with respect to the
@@ -166,81 +172,155 @@ def forward_kl(probs_CV: torch.Tensor, log_ratio_CV: torch.Tensor, teacher_logpr
     return -_dot(teacher_probs_CV, log_ratio_CV), probs_CV.sub_(teacher_probs_CV)
 
 
+def jsd(
+    probs_CV: torch.Tensor, log_ratio_CV: torch.Tensor, teacher_logprobs_CV: torch.Tensor, *, beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised Jensen-Shannon divergence of teacher q and student p (GKD, arXiv 2306.13649, Eq. 1, as in TRL), 0 < beta < 1:
+
+        JSD = beta KL(q || m) + (1 - beta) KL(p || m),   m = beta q + (1 - beta) p
+
+    A `Divergence` with gradient (1 - beta) p (log p - log m - KL(p || m)). It is at most that of distributions without a
+    common outcome, -beta log beta - (1 - beta) log(1 - beta). At both ends of beta it is 0, and JSD / beta tends to KL(q || p) as
+    beta tends to 0, JSD / (1 - beta) to KL(p || q) as it tends to 1: whoever asks for 0 or 1 is given these, as in TRL.
+    """
+    value_C, log_beta = probs_CV.new_empty(len(probs_CV)), probs_CV.new_tensor(math.log(beta))
+    for p_PV, ratio_PV, log_q_PV, value_P in zip(
+        *(whole.chunk(JSD_PARTS) for whole in (probs_CV, log_ratio_CV, teacher_logprobs_CV, value_C)), strict=True
+    ):
+        q_over_m_PV = torch.logaddexp(ratio_PV + math.log1p(-beta), log_beta).neg_()  # log q - log m
+        teacher_P = _dot(log_q_PV.exp_(), q_over_m_PV)
+        p_over_m_PV = ratio_PV.add_(q_over_m_PV)
+        student_P = _dot(p_PV, p_over_m_PV)
+        value_P.copy_(beta * teacher_P + (1.0 - beta) * student_P)
+        p_over_m_PV.sub_(student_P[:, None]).mul_(p_PV).mul_(1.0 - beta)
+    return value_C, log_ratio_CV
+
+
 def divergence_loss(
     student_ND: torch.Tensor,
     student: Head,
-    teacher_NE: torch.Tensor,
-    teacher: Head,
+    teacher: ExactTargets | MixedTargets,
     weights_N: torch.Tensor,
     divergence: Divergence,
     *,
     temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    clamp: float | None = None,
+    watched: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, Figures]:
     """Weighted sum over tokens of a divergence, exact over the vocabulary; the teacher gets no gradient.
 
-    Both distributions are softmax(logits / temperature), the teacher's at `teacher_temperature` if given.
-    The divergence's gradient with respect to the student's logits is that of `divergence` / temperature.
-    Figures per token, [N]: `kl` (the divergence, nats) and the student's `entropy`.
+    The student's distribution is softmax(logits / temperature); the divergence's gradient with respect to its logits is
+    that of `divergence` / temperature. A token whose divergence exceeds `clamp` (nats) counts that much, and has no gradient.
+    Figures per token, [N]: `kl` (the divergence, nats, before it is clamped), the student's `entropy`, with `clamp` `clamped`
+    (1 or 0); and those of `agreement` at the tokens of the positions `watched`, in ascending order.
     """
-    if student.weight_VD.shape[0] != teacher.weight_VD.shape[0]:
-        raise ValueError(f"vocabularies of {student.weight_VD.shape[0]} and {teacher.weight_VD.shape[0]} ids cannot be compared")
-    teacher_NE = teacher_NE.detach()
-    teacher_temperature = teacher_temperature or temperature
+    if student.weight_VD.shape[0] != teacher.vocabulary:
+        raise ValueError(f"vocabularies of {student.weight_VD.shape[0]} and {teacher.vocabulary} ids cannot be compared")
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
-        theirs_CV = teacher.logits(teacher_NE[rows])
-        if teacher_temperature != 1.0:
-            theirs_CV = theirs_CV.div_(teacher_temperature)
+        theirs_CV = teacher.logprobs(rows)  # log q
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
-        theirs_CV = theirs_CV.sub_(log_normaliser(theirs_CV))  # log q
         probs_CV, normaliser_C1 = _softmax(logits_CV)
         ours_CV = logits_CV.sub_(normaliser_C1)  # log p
-        entropy_C = -_dot(probs_CV, ours_CV)
+        figures = {"entropy": -_dot(probs_CV, ours_CV)}
+        if watched is not None:
+            at_W = _within(watched, rows, ours_CV.device)
+            figures |= agreement(ours_CV[at_W], theirs_CV[at_W])
         value_C, grad_CV = divergence(probs_CV, ours_CV.sub_(theirs_CV), theirs_CV)
-        grad_CV = grad_CV.mul_(weights_N[rows, None] / temperature)
-        return (weights_N[rows] * value_C).sum(), grad_CV, {"kl": value_C, "entropy": entropy_C}
+        loss, grad_CV, found = _weigh(value_C, grad_CV, weights_N[rows], temperature, clamp)
+        return loss, grad_CV, figures | found
 
     return _apply(student_ND, student, kernel)
+
+
+def _weigh(
+    value_C: torch.Tensor, grad_CJ: torch.Tensor, weights_C: torch.Tensor, temperature: float, clamp: float | None
+) -> tuple[torch.Tensor, torch.Tensor, Figures]:
+    """Return the weighted sum of a divergence, its gradient with respect to logits, and its figures."""
+    figures = {"kl": value_C}
+    if clamp is None:
+        return (weights_C * value_C).sum(), grad_CJ.mul_(weights_C[:, None] / temperature), figures
+    within_C = value_C <= clamp
+    slope_C1 = (weights_C * within_C)[:, None] / temperature
+    return (weights_C * value_C.clamp(max=clamp)).sum(), grad_CJ.mul_(slope_C1), figures | {"clamped": (~within_C).float()}
+
+
+def _within(positions: np.ndarray, rows: slice, device: torch.device) -> torch.Tensor:
+    """Those of the ascending positions that lie in a chunk, counted from its beginning."""
+    first, end = np.searchsorted(positions, (rows.start, rows.stop))
+    return torch.from_numpy(positions[first:end] - rows.start).to(device)
+
+
+def agreement(ours_WV: torch.Tensor, theirs_WV: torch.Tensor) -> Figures:
+    """How far student and teacher agree on what is likely, from log-probs at W tokens; figures [W] each.
+
+    `teacher_mass`: the teacher's probability of the student's COMPARED_IDS most likely ids; `student_mass`: the student's of the teacher's;
+    `top_k_overlap`: the share of ids that both sets have; `watched`: 1, to count by.
+    """
+    k = min(COMPARED_IDS, ours_WV.shape[1])
+    ours_WK, theirs_WK = (logprobs.topk(k, sorted=False).indices for logprobs in (ours_WV, theirs_WV))
+    return _masses(theirs_WV.gather(1, ours_WK), ours_WV.gather(1, theirs_WK), ours_WK, theirs_WK)
+
+
+def _masses(teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor, ours_WK: torch.Tensor, theirs_WK: torch.Tensor) -> Figures:
+    common_WK = (ours_WK[:, :, None] == theirs_WK[:, None, :]).any(-1)
+    return {
+        "teacher_mass": teacher_logprobs.exp().sum(-1),
+        "student_mass": student_logprobs.exp().sum(-1),
+        "top_k_overlap": common_WK.float().mean(-1),
+        "watched": common_WK.new_ones(len(ours_WK), dtype=torch.float32),
+    }
 
 
 def top_k_divergence_loss(
     hidden_ND: torch.Tensor,
     head: Head,
-    top_ids_NK: torch.Tensor,
-    top_logprobs_NK: torch.Tensor,
-    tail_logprobs_N: torch.Tensor,
+    teacher: TopKTargets,
     weights_N: torch.Tensor,
     divergence: Divergence,
     *,
     temperature: float = 1.0,
+    clamp: float | None = None,
+    watched: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, Figures]:
     """Weighted sum over tokens of a divergence between a student and K ids of a teacher, all other ids in one bucket.
 
-    `top_logprobs_NK` and `tail_logprobs_N` (nats, float32) are normalised over the whole vocabulary; the student's
-    tail is the sum over all other ids. So both sides are distributions over K + 1 outcomes, their KL is never
-    negative, and 0 where the buckets agree; it is a lower bound of that of `divergence_loss`.
+    The teacher's numbers are normalised over the whole vocabulary; the student's tail is the sum over all other ids. So both
+    sides are distributions over K + 1 outcomes, their divergence is never negative, and 0 where the buckets agree; it is a
+    lower bound of that of `divergence_loss`.
 
     With g the divergence's gradient of each of the K + 1 outcomes, the gradient with respect to the student's
     logits is g / temperature for the K ids and g_tail * p / p_tail / temperature for the others.
-    Figures per token, [N]: `kl` (the divergence, nats) and the student's `entropy`.
+    `clamp`, `watched` and the figures are those of `divergence_loss`; the teacher's mass on the student's ids is that of the
+    ones among the K, a lower bound, and where K is less than COMPARED_IDS so many ids are compared.
     """
-    require_inside(top_ids_NK, head)
-    teacher_NJ = torch.cat([top_logprobs_NK, tail_logprobs_N[:, None]], dim=1).float().clamp_(min=math.log(TAIL_FLOOR))  # J = K + 1
+    ids_NK, logprobs_NK = teacher.ids_NK, teacher.logprobs_NK
+    require_inside(ids_NK, head)
+    teacher_NJ = torch.cat([logprobs_NK, teacher.tails_N[:, None]], dim=1).float().clamp_(min=math.log(TAIL_FLOOR))  # J = K + 1
+    k = min(COMPARED_IDS, ids_NK.shape[1])
+
+    def compared(logits_CV: torch.Tensor, ours_CK: torch.Tensor, rows: slice) -> Figures:
+        at_W = _within(watched, rows, logits_CV.device)
+        ids_WK, ours_Wk = ids_NK[rows][at_W], logits_CV[at_W].topk(k, sorted=False).indices
+        among_WK = (ids_WK[:, :, None] == ours_Wk[:, None, :]).any(-1)
+        teacher_WK = logprobs_NK[rows][at_W].float().masked_fill(~among_WK, -torch.inf)
+        return _masses(teacher_WK, ours_CK[at_W, :k], ours_Wk, ids_WK[:, :k])
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
-        ids_CK, theirs_CJ = top_ids_NK[rows], teacher_NJ[rows].clone()
+        ids_CK, theirs_CJ = ids_NK[rows], teacher_NJ[rows].clone()
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
         probs_CV, normaliser_C1 = _softmax(logits_CV)
-        entropy_C = normaliser_C1[:, 0] - _dot(probs_CV, logits_CV)
+        figures = {"entropy": normaliser_C1[:, 0] - _dot(probs_CV, logits_CV)}
         ours_CK, probs_CK = logits_CV.gather(1, ids_CK) - normaliser_C1, probs_CV.gather(1, ids_CK)
+        if watched is not None:
+            figures |= compared(logits_CV, ours_CK, rows)
         tail_C1 = probs_CV.scatter_(1, ids_CK, 0.0).sum(-1, keepdim=True).clamp_(min=TAIL_FLOOR)  # not 1 - sum, which cancels
         ours_CJ, probs_CJ = torch.cat([ours_CK, tail_C1.log()], dim=1), torch.cat([probs_CK, tail_C1], dim=1)
         value_C, grad_CJ = divergence(probs_CJ, ours_CJ - theirs_CJ, theirs_CJ)
-        grad_CJ = grad_CJ.mul_(weights_N[rows, None] / temperature)
+        loss, grad_CJ, found = _weigh(value_C, grad_CJ, weights_N[rows], temperature, clamp)
         grad_CV = probs_CV.mul_(grad_CJ[:, -1:] / tail_C1).scatter_(1, ids_CK, grad_CJ[:, :-1])
-        return (weights_N[rows] * value_C).sum(), grad_CV, {"kl": value_C, "entropy": entropy_C}
+        return loss, grad_CV, figures | found
 
     return _apply(hidden_ND, head, kernel)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from memory import peak_bytes  # noqa: E402 - after the path
 from s2dcli.models import readers  # noqa: E402
 from s2dcli.models.forward import Head  # noqa: E402
 from s2dcli.train import vocab  # noqa: E402
+from s2dcli.train.targets import ExactTargets, TopKTargets  # noqa: E402
 
 VOCABULARY = 151_936
 TOKENS = (1024, 4096, 16384)
@@ -52,15 +54,19 @@ class Case:
 
     def losses(self) -> dict:
         """Name -> loss, to be run backward."""
-        both = (self.hidden_ND, self.head, self.teacher_ND, self.teacher, self.weights_N)
+        both = (self.hidden_ND, self.head, ExactTargets(self.teacher_ND, self.teacher), self.weights_N)
         return {
             "token log-probs": lambda: self.fused_cross_entropy(),
             "KL(student || teacher)": lambda: vocab.divergence_loss(*both, vocab.reverse_kl)[0],
             "KL(teacher || student)": lambda: vocab.divergence_loss(*both, vocab.forward_kl)[0],
+            "JSD(student, teacher)": lambda: vocab.divergence_loss(*both, partial(vocab.jsd, beta=0.5))[0],
             f"KL over the top {TOP_K}": lambda: vocab.top_k_divergence_loss(
-                self.hidden_ND, self.head, *readers.top_k_logprobs(self.teacher_ND, self.teacher, TOP_K), self.weights_N, vocab.reverse_kl
+                self.hidden_ND, self.head, self.top_k_targets(), self.weights_N, vocab.reverse_kl
             )[0],
         }
+
+    def top_k_targets(self) -> TopKTargets:
+        return TopKTargets(*readers.top_k_logprobs(self.teacher_ND, self.teacher, TOP_K))
 
     def fused_cross_entropy(self) -> torch.Tensor:
         per_token = lambda logprobs_C, rows: (-(self.weights_N[rows] * logprobs_C).sum(), {})  # noqa: E731

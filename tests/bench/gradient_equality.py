@@ -26,6 +26,7 @@ from s2dcli.models import readers  # noqa: E402
 from s2dcli.models.policy import Policy  # noqa: E402
 from s2dcli.options import Aggregate  # noqa: E402
 from s2dcli.train import vocab  # noqa: E402
+from s2dcli.train.targets import ExactTargets, TopKTargets  # noqa: E402
 
 
 def from_dense() -> dict[str, float]:
@@ -47,21 +48,18 @@ def from_dense() -> dict[str, float]:
             chosen = log_p_of()[torch.arange(dense.N), dense.TARGETS]
             loss = vocab.token_loss(hidden, head, dense.TARGETS, dense.weighted, temperature)[0]
             compare("of token log-probs", loss, dense.weighted(chosen, slice(None))[0], hidden, head)
-            for name, reverse in [("KL(student || teacher)", True), ("KL(teacher || student)", False)]:
-                log_p = log_p_of()
-                kl = ((log_p if reverse else log_q).exp() * (log_p - log_q) * (1 if reverse else -1)).sum(-1)
-                loss = vocab.divergence_loss(hidden, head, states, teacher, dense.WEIGHTS, dense.KL[reverse], temperature=temperature)[0]
-                compare(name, loss, (weights * kl).sum(), hidden, head)
-            ids, logprobs, tails = readers.top_k_logprobs(states, teacher, 5, temperature)
-            outside = torch.ones_like(log_q).scatter(1, ids, 0.0)
-            buckets = lambda d: torch.cat([d.exp().gather(1, ids), (d.exp() * outside).sum(-1, keepdim=True)], 1)  # noqa: B023,E731
-            for reverse in (True, False):
-                ours, theirs = buckets(log_p_of()), buckets(log_q)
-                kl = ours * (ours / theirs).log() if reverse else theirs * (theirs / ours).log()
-                loss = vocab.top_k_divergence_loss(
-                    hidden, head, ids, logprobs, tails, dense.WEIGHTS, dense.KL[reverse], temperature=temperature
-                )[0]
-                compare("KL over the top 5 and a tail", loss, (weights * kl.sum(-1)).sum(), hidden, head)
+            targets = ExactTargets(states, teacher, temperature)
+            for form, divergence in dense.FORMS.items():
+                value = dense.dense_divergence(form, log_p_of().exp(), log_q.exp())
+                loss = vocab.divergence_loss(hidden, head, targets, dense.WEIGHTS, divergence, temperature=temperature)[0]
+                compare(form, loss, (weights * value).sum(), hidden, head)
+            top_k = TopKTargets(*readers.top_k_logprobs(states, teacher, 5, temperature))
+            for form, divergence in dense.FORMS.items():
+                ours, theirs = (dense.in_buckets(log_probs.exp(), top_k.ids_NK) for log_probs in (log_p_of(), log_q))
+                loss = vocab.top_k_divergence_loss(hidden, head, top_k, dense.WEIGHTS, divergence, temperature=temperature)[0]
+                compare(
+                    f"{form} over the top 5 and a tail", loss, (weights * dense.dense_divergence(form, ours, theirs)).sum(), hidden, head
+                )
     return worst
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from s2dcli.options import Aggregate, KlEstimator, Surrogate
 from s2dcli.train.objectives import CrossEntropy, Distillation, PolicyGradient, SampledDistillation
 from s2dcli.train.rows import set_weights
 from s2dcli.train.teachers import LiveTeacher, ScoredRows
-from s2dcli.train.vocab import forward_kl, reverse_kl
+from s2dcli.train.vocab import forward_kl, jsd, reverse_kl
 
 CPU = torch.device("cpu")
 FAMILIES = ["qwen3", "llama", "gpt2", "gemma2", "cohere"]
@@ -46,6 +47,10 @@ def objectives() -> dict:
         "cispo": (PolicyGradient(temperature=1.0, **clip, surrogate=Surrogate.cispo), ["old_logprobs"]),
         "forward KL": (Distillation(teacher=LiveTeacher(policy=teacher), divergence=forward_kl, temperature=1.0), []),
         "reverse KL": (Distillation(teacher=LiveTeacher(policy=teacher), divergence=reverse_kl, temperature=1.0), []),
+        "clamped JSD": (
+            Distillation(teacher=LiveTeacher(policy=teacher), divergence=partial(jsd, beta=0.3), temperature=1.0, clamp=0.4),
+            [],
+        ),
         "top-k KL": (Distillation(teacher=LiveTeacher(policy=teacher, top_k=5), divergence=reverse_kl, temperature=1.0), []),
         "sampled KL": (SampledDistillation(teacher=ScoredRows(), temperature=1.0), ["teacher_logprobs"]),
         "cross-entropy": (CrossEntropy(), []),

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from s2dcli.models.checkpoints import load, pick_device, require_same_eos, resol
 from s2dcli.models.policy import Policy
 from s2dcli.models.prompts import load_tokenizer
 from s2dcli.models.selftest import self_test
-from s2dcli.train.vocab import divergence_loss, forward_kl, reverse_kl
+from s2dcli.train.targets import ExactTargets
+from s2dcli.train.vocab import divergence_loss, forward_kl, jsd, reverse_kl
 
 
 def test_a_run_folder_means_its_latest_step(toy, tmp_path):
@@ -279,8 +281,8 @@ def test_ids_that_no_token_has_are_neither_sampled_nor_learnt(toy, tmp_path):
     states = policy.states(batch)
     head = policy.head()
     weights, teacher = torch.ones(len(batch.targets_N)), replace(head, weight_VD=head.weight_VD.detach())
-    for divergence in (forward_kl, reverse_kl):
-        loss, figures = divergence_loss(states, head, states.detach() * 0.9, teacher, weights, divergence)
+    for divergence in (forward_kl, reverse_kl, partial(jsd, beta=0.5)):
+        loss, figures = divergence_loss(states, head, ExactTargets(states.detach() * 0.9, teacher), weights, divergence)
         assert loss.isfinite()
         assert all(values.isfinite().all() for values in figures.values())
     assert (head.logits(states).softmax(-1)[:, 20] == 0).all()

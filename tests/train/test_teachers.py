@@ -14,7 +14,8 @@ from s2dcli.models.batching import micro_batches
 from s2dcli.models.policy import Policy, freeze
 from s2dcli.options import Estimator, Keep, ValueType
 from s2dcli.train.objectives import Distillation, SampledDistillation
-from s2dcli.train.teachers import CachedTeacher, LiveTeacher, ScoredRows
+from s2dcli.train.rows import cut
+from s2dcli.train.teachers import CachedTeacher, LiveTeacher, MixedTeacher, ScoredRows, TeacherBySource
 from s2dcli.train.vocab import forward_kl, reverse_kl
 
 CPU = torch.device("cpu")
@@ -119,6 +120,56 @@ def test_a_few_rows_in_another_order_are_found_too(tmp_path, teacher, student, r
     close(found, expected, 2e-5)
 
 
+@pytest.mark.parametrize(("keep", "k"), [(Keep.hidden, 0), (Keep.top_k, 5)])
+def test_the_beginnings_of_rows_are_found_by_the_whole_rows_and_read_alone(tmp_path, teacher, student, rows, keep, k):
+    cache = cached(tmp_path / "cache", teacher, rows, CacheForm(keep, k, ValueType.float32))
+    shorter = cut(rows, 4)
+    assert max(len(row.completion_ids) for row in shorter) == 4
+    assert all(row.uncut is whole for row, whole in zip(shorter, rows, strict=True))
+    twice = cut([rows[0], rows[0]], 1)
+    assert twice[0] is twice[1]
+    estimator = Estimator.top_k if k else Estimator.full
+    sources = CachedTeacher(cache, rows, CPU, estimator, None, 1.0), LiveTeacher(policy=teacher, top_k=k or None)
+    found, expected = (learn(student, shorter, Distillation(teacher=source, divergence=forward_kl, temperature=1.0)) for source in sources)
+    close(found, expected, 2e-5)
+
+
+@pytest.mark.parametrize(("keep", "k"), [(Keep.hidden, 0), (Keep.top_k, VOCABULARY)])
+def test_a_baseline_from_a_cache_is_that_of_the_live_teacher(tmp_path, teacher, student, rows, keep, k):
+    cache = cached(tmp_path / "cache", teacher, rows, CacheForm(keep, k, ValueType.float32))
+    from_disk = CachedTeacher(cache, rows, CPU, Estimator.sampled, None, 1.0, baseline=True)
+    live = LiveTeacher(policy=teacher, sampled=True, baseline=True)
+    found, expected = (
+        learn(student, rows, SampledDistillation(teacher=source, temperature=1.0, baseline=True)) for source in (from_disk, live)
+    )
+    close(found, expected, 5e-5)
+
+
+def test_a_cached_teacher_is_mixed_with_a_live_reference(tmp_path, teacher, student, rows):
+    cache = cached(tmp_path / "cache", teacher, rows, CacheForm(Keep.hidden, 0, ValueType.float32))
+    reference = LiveTeacher(policy=freeze(Policy(tiny("llama", seed=8), VOCABULARY)))
+    sources = CachedTeacher(cache, rows, CPU, Estimator.full, None, 1.0), LiveTeacher(policy=teacher)
+    mixed = [MixedTeacher(source, reference, 1.5) for source in sources]
+    assert mixed[1].others == [teacher, reference.policy]
+    found, expected = (learn(student, rows, Distillation(teacher=source, divergence=reverse_kl, temperature=1.0)) for source in mixed)
+    close(found, expected, 2e-5)
+
+
+def test_each_source_has_its_teacher(teacher, student, rows):
+    live = {name: LiveTeacher(policy=freeze(Policy(tiny("llama", seed=seed), VOCABULARY))) for name, seed in (("a", 7), ("b", 8))}
+    halves = {"a": rows[:3], "b": rows[3:]}
+    for name, half in halves.items():
+        for row in half:
+            row.dataset = name
+    several = Distillation(teacher=TeacherBySource(live), divergence=reverse_kl, temperature=1.0)
+    assert several.sources == ["a", "b"]
+    for name, half in halves.items():
+        alone = Distillation(teacher=live[name], divergence=reverse_kl, temperature=1.0)
+        close(learn(student, half, several), learn(student, half, alone), 1e-6)
+    for row in rows:
+        row.dataset = ""
+
+
 def test_rounded_distributions_never_have_a_negative_kl(tmp_path, teacher, rows):
     """A student that is the teacher, against the teacher in 11 bits."""
     cache = cached(tmp_path / "cache", teacher, rows, CacheForm(Keep.top_k, 5, ValueType.float16))
@@ -138,10 +189,11 @@ def test_rounded_distributions_never_have_a_negative_kl(tmp_path, teacher, rows)
         ((Keep.sampled, 0), (Estimator.full, None, 1.0), "the cache holds the sampled tokens' log-probs"),
         ((Keep.sampled, 0), (Estimator.top_k, None, 1.0), "the cache holds the sampled tokens' log-probs; s2d score --keep top-k"),
         ((Keep.top_k, 5), (Estimator.top_k, 8, 1.0), "--top-k 8: the cache holds 5 ids a token; --top-k 5"),
-        ((Keep.top_k, 5), (Estimator.top_k, None, 0.5), "at temperature 1, 0.5 is needed"),
+        ((Keep.top_k, 5), (Estimator.top_k, None, 0.5), "at temperature 1, 0.5 is needed; --teacher-temperature 1"),
+        ((Keep.sampled, 0), (Estimator.sampled, None, 1.0), "--baseline kl is the KL at each token, and the cache holds the sampled"),
     ],
 )
 def test_what_a_cache_does_not_hold_is_refused(tmp_path, teacher, rows, form, wanted, message):
     cache = cached(tmp_path / "cache", teacher, rows, CacheForm(*form, ValueType.float32))
     with pytest.raises(UsageError, match=message):
-        CachedTeacher(cache, rows, CPU, *wanted)
+        CachedTeacher(cache, rows, CPU, *wanted, baseline=wanted[0] is Estimator.sampled)

@@ -1,17 +1,29 @@
 """Log-probs and KL from hidden states, against dense float64 formulas written out here."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from s2dcli.models import readers
 from s2dcli.models.forward import Head
 from s2dcli.models.readers import token_logprobs, top_k_logprobs
-from s2dcli.train.vocab import divergence_loss, forward_kl, reverse_kl, token_loss, top_k_divergence_loss
+from s2dcli.train.targets import ExactTargets, MixedTargets, TopKTargets
+from s2dcli.train.vocab import COMPARED_IDS, divergence_loss, forward_kl, jsd, reverse_kl, token_loss, top_k_divergence_loss
 
 N, D, E, V = 37, 8, 6, 23
-KL = {True: reverse_kl, False: forward_kl}  # by whether it is reverse
+BETA = 0.3
+FORMS = {"reverse-kl": reverse_kl, "forward-kl": forward_kl, "jsd": partial(jsd, beta=BETA)}
+form = pytest.mark.parametrize("form", FORMS)
+
+
+def dense_divergence(form: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Of a student's probabilities p and a teacher's q, at each token."""
+    kl = lambda a, b: (a * (a / b).log()).sum(-1)  # noqa: E731
+    m = BETA * q + (1 - BETA) * p
+    return {"reverse-kl": kl(p, q), "forward-kl": kl(q, p), "jsd": BETA * kl(q, m) + (1 - BETA) * kl(p, m)}[form]
 
 
 @pytest.fixture(autouse=True)
@@ -74,19 +86,18 @@ def test_token_loss_and_gradients_equal_dense_float64(bias, scale, cap, temperat
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("reverse", [False, True])
+@form
 @pytest.mark.parametrize(("bias", "scale", "cap"), HEADS)
-def test_kl_and_gradients_equal_dense_float64(bias, scale, cap, reverse, temperature):
+def test_divergences_and_gradients_equal_dense_float64(bias, scale, cap, form, temperature):
     hidden, student = make(D, 0, bias=bias, scale=scale, cap=cap)
     states, teacher = make(E, 5, scale=0.5)
-    loss, sums = divergence_loss(hidden, student, states, teacher, WEIGHTS, KL[reverse], temperature=temperature)
-    p = (dense_logits(hidden, student) / temperature).log_softmax(-1)
-    q = (dense_logits(states, teacher) / temperature).log_softmax(-1).detach()
-    first, second = (p, q) if reverse else (q, p)
-    kl = (first.exp() * (first - second)).sum(-1)
-    check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
-    assert sums["kl"].sum().item() == pytest.approx(kl.sum().item(), rel=1e-5)
-    assert sums["entropy"].sum().item() == pytest.approx(-(p.exp() * p).sum().item(), rel=1e-5)
+    targets = ExactTargets(states, teacher, temperature)
+    loss, sums = divergence_loss(hidden, student, targets, WEIGHTS, FORMS[form], temperature=temperature)
+    p = (dense_logits(hidden, student) / temperature).softmax(-1)
+    value = dense_divergence(form, p, (dense_logits(states, teacher) / temperature).softmax(-1).detach())
+    check_equal(loss, (WEIGHTS.double() * value).sum(), hidden, student)
+    assert sums["kl"].sum().item() == pytest.approx(value.sum().item(), rel=1e-5)
+    assert sums["entropy"].sum().item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
 
 
 def test_what_follows_the_loss_scales_its_gradients():
@@ -103,7 +114,7 @@ def three_tokens(probabilities: list[float]) -> tuple[torch.Tensor, Head]:
 
 
 def kl(student: tuple, teacher: tuple, divergence) -> float:
-    return divergence_loss(*student, *teacher, torch.ones(1), divergence)[0].item()
+    return divergence_loss(*student, ExactTargets(*teacher), torch.ones(1), divergence)[0].item()
 
 
 def test_kl_directions_equal_hand_values():
@@ -117,11 +128,11 @@ def test_kl_directions_equal_hand_values():
 def test_teacher_gets_no_gradient_but_changes_the_students():
     hidden, student = make(D, 0)
     states, teacher = make(E, 5)
-    loss = divergence_loss(hidden, student, states, teacher, WEIGHTS, reverse_kl)[0]
+    loss = divergence_loss(hidden, student, ExactTargets(states, teacher), WEIGHTS, reverse_kl)[0]
     assert torch.autograd.grad(loss, [states, teacher.weight_VD], allow_unused=True, retain_graph=True) == (None, None)
     first = gradients(loss, hidden, student)
     other = Head(teacher.weight_VD.detach() * 1.5, teacher.bias_V)
-    second = gradients(divergence_loss(hidden, student, states, other, WEIGHTS, reverse_kl)[0], hidden, student)
+    second = gradients(divergence_loss(hidden, student, ExactTargets(states, other), WEIGHTS, reverse_kl)[0], hidden, student)
     assert (first[0] - second[0]).norm() > 0.1 * first[0].norm()
 
 
@@ -151,7 +162,7 @@ def test_ids_beyond_the_tokenizer_are_refused():
 def test_vocabularies_of_different_size_cannot_be_compared():
     hidden, student = make(D, 0)
     with pytest.raises(ValueError, match="cannot be compared"):
-        divergence_loss(hidden, student, hidden, Head(student.weight_VD[:-1], None), WEIGHTS, reverse_kl)
+        divergence_loss(hidden, student, ExactTargets(hidden, Head(student.weight_VD[:-1], None)), WEIGHTS, reverse_kl)
 
 
 def test_bfloat16_states_stay_near_float64():
@@ -193,12 +204,18 @@ def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     assert sum(sizes) == 2000  # every logit is computed once, backward pass included
 
 
+def in_buckets(probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Probabilities of the K ids and of all others together, [N, K + 1]."""
+    inside = torch.zeros(N, V, dtype=torch.bool).scatter_(1, ids, True)
+    return torch.cat([probs.gather(1, ids), probs.masked_fill(inside, 0.0).sum(-1, keepdim=True)], 1)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("reverse", [False, True])
+@form
 @pytest.mark.parametrize("k", [1, 5, V // 2])
 @pytest.mark.parametrize(("bias", "scale", "cap"), HEADS)
-def test_top_k_kl_and_gradients_equal_dense_float64(bias, scale, cap, k, reverse, temperature):
-    """Against the KL of two distributions over k + 1 outcomes, gathered from dense ones."""
+def test_top_k_divergences_and_gradients_equal_dense_float64(bias, scale, cap, k, form, temperature):
+    """Against the divergence of two distributions over k + 1 outcomes, gathered from dense ones."""
     hidden, student = make(D, 0, bias=bias, scale=scale, cap=cap)
     states, teacher = make(E, 5, scale=0.5)
     ids, logprobs, tails = top_k_logprobs(states, teacher, k, temperature)
@@ -206,53 +223,114 @@ def test_top_k_kl_and_gradients_equal_dense_float64(bias, scale, cap, k, reverse
     torch.testing.assert_close(logprobs.double(), q.sort(-1, descending=True).values[:, :k], rtol=1e-5, atol=1e-5)
 
     p = (dense_logits(hidden, student) / temperature).softmax(-1)
-    inside = torch.zeros(N, V, dtype=torch.bool).scatter_(1, ids, True)
-    buckets = lambda probs: torch.cat([probs.gather(1, ids), probs.masked_fill(inside, 0.0).sum(-1, keepdim=True)], 1)  # noqa: E731
-    ours, theirs = buckets(p), buckets(q.exp())
-    kl = (ours * (ours / theirs).log()).sum(-1) if reverse else (theirs * (theirs / ours).log()).sum(-1)
-    loss, sums = top_k_divergence_loss(hidden, student, ids, logprobs, tails, WEIGHTS, KL[reverse], temperature=temperature)
-    check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
-    assert sums["kl"].sum().item() == pytest.approx(kl.sum().item(), rel=1e-5)
+    value = dense_divergence(form, in_buckets(p, ids), in_buckets(q.exp(), ids))
+    targets = TopKTargets(ids, logprobs, tails)
+    loss, sums = top_k_divergence_loss(hidden, student, targets, WEIGHTS, FORMS[form], temperature=temperature)
+    check_equal(loss, (WEIGHTS.double() * value).sum(), hidden, student)
+    assert sums["kl"].sum().item() == pytest.approx(value.sum().item(), rel=1e-5)
     assert sums["entropy"].sum().item() == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_top_k_kl_is_a_lower_bound_that_all_ids_reach(reverse):
+@form
+def test_a_top_k_divergence_is_a_lower_bound_that_all_ids_reach(form):
     hidden, student = make(D, 0)
     states, teacher = make(E, 5)
-    ones = torch.ones(N)
-    exact = divergence_loss(hidden, student, states, teacher, ones, KL[reverse])[0].item()
-    of = lambda k: top_k_divergence_loss(hidden, student, *top_k_logprobs(states, teacher, k), ones, KL[reverse])[0].item()  # noqa: E731
+    how = (torch.ones(N), FORMS[form])
+    exact = divergence_loss(hidden, student, ExactTargets(states, teacher), *how)[0].item()
+    of = lambda k: top_k_divergence_loss(hidden, student, TopKTargets(*top_k_logprobs(states, teacher, k)), *how)[0].item()  # noqa: E731
     assert 0 <= of(1) <= of(5) <= of(V) + 1e-3
     assert of(V) == pytest.approx(exact, rel=1e-4)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@form
 @pytest.mark.parametrize("sharpness", [6.0, 18.0])
-def test_a_small_tail_of_the_teacher_is_exact(sharpness, reverse):
+def test_a_small_tail_of_the_teacher_is_exact(sharpness, form):
     """Tails of 4e-3 and 3e-7, which 1 minus a float32 sum knows to a few digits or to none."""
     hidden, student = make(D, 0)
     states, teacher = make(E, 5)
     teacher = Head(torch.zeros(V, E), torch.linspace(sharpness, -sharpness / 4, V), 1.0, None)
     ids, logprobs, tails = top_k_logprobs(states, teacher, V // 2)
-    q = dense_logits(states, teacher).softmax(-1).detach()
-    p = dense_logits(hidden, student).softmax(-1)
-    inside = torch.zeros(N, V, dtype=torch.bool).scatter_(1, ids, True)
-    buckets = lambda probs: torch.cat([probs.gather(1, ids), probs.masked_fill(inside, 0.0).sum(-1, keepdim=True)], 1)  # noqa: E731
-    ours, theirs = buckets(p), buckets(q)
+    ours = in_buckets(dense_logits(hidden, student).softmax(-1), ids)
+    theirs = in_buckets(dense_logits(states, teacher).softmax(-1).detach(), ids)
     assert tails.double().exp().tolist() == pytest.approx(theirs[:, -1].tolist(), rel=1e-5)
-    kl = (ours * (ours / theirs).log()).sum(-1) if reverse else (theirs * (theirs / ours).log()).sum(-1)
-    loss = top_k_divergence_loss(hidden, student, ids, logprobs, tails, WEIGHTS, KL[reverse])[0]
-    check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
+    loss = top_k_divergence_loss(hidden, student, TopKTargets(ids, logprobs, tails), WEIGHTS, FORMS[form])[0]
+    check_equal(loss, (WEIGHTS.double() * dense_divergence(form, ours, theirs)).sum(), hidden, student)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_teachers_own_temperature_equals_dense_float64(reverse):
+@form
+def test_a_teachers_own_temperature_equals_dense_float64(form):
     hidden, student = make(D, 0)
     states, teacher = make(E, 5)
-    p = (dense_logits(hidden, student) / 0.7).log_softmax(-1)
-    q = (dense_logits(states, teacher) / 2.0).log_softmax(-1).detach()
-    kl = (p.exp() * (p - q)).sum(-1) if reverse else (q.exp() * (q - p)).sum(-1)
-    how = {"temperature": 0.7, "teacher_temperature": 2.0}
-    loss = divergence_loss(hidden, student, states, teacher, WEIGHTS, KL[reverse], **how)[0]
-    check_equal(loss, (WEIGHTS.double() * kl).sum(), hidden, student)
+    p = (dense_logits(hidden, student) / 0.7).softmax(-1)
+    q = (dense_logits(states, teacher) / 2.0).softmax(-1).detach()
+    loss = divergence_loss(hidden, student, ExactTargets(states, teacher, 2.0), WEIGHTS, FORMS[form], temperature=0.7)[0]
+    check_equal(loss, (WEIGHTS.double() * dense_divergence(form, p, q)).sum(), hidden, student)
+
+
+@pytest.mark.parametrize("k", [None, 5])
+@form
+def test_a_clamped_token_counts_its_clamp_and_has_no_gradient(form, k):
+    hidden, student = make(D, 0)
+    states, teacher = make(E, 5)
+    p, q = dense_logits(hidden, student).softmax(-1), dense_logits(states, teacher).softmax(-1).detach()
+    if k is None:
+        how = (divergence_loss, hidden, student, ExactTargets(states, teacher))
+    else:
+        targets = TopKTargets(*top_k_logprobs(states, teacher, k))
+        how, p, q = (top_k_divergence_loss, hidden, student, targets), in_buckets(p, targets.ids_NK), in_buckets(q, targets.ids_NK)
+    value = dense_divergence(form, p, q)
+    clamp = value.median().item() + 1e-3  # of no token to the digit
+    loss, figures = how[0](*how[1:], WEIGHTS, FORMS[form], clamp=clamp)
+    check_equal(loss, (WEIGHTS.double() * torch.where(value > clamp, clamp, value)).sum(), hidden, student)
+    assert figures["clamped"].tolist() == (value > clamp).float().tolist()
+    assert 10 < figures["clamped"].sum() < 27
+    torch.testing.assert_close(figures["kl"].double(), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [1e-3, 1 - 1e-3])
+def test_jsd_tends_to_a_kl_at_both_ends_and_never_exceeds_its_bound(beta):
+    """JSD / beta to the forward KL, JSD / (1 - beta) to the reverse one: the divergences that 0 and 1 stand for."""
+    hidden, student = make(D, 0, scale=0.2)
+    states, teacher = make(E, 5, scale=0.2)
+    of = lambda divergence: divergence_loss(hidden, student, ExactTargets(states, teacher), torch.ones(N), divergence)  # noqa: E731
+    found, expected = of(partial(jsd, beta=beta))[1]["kl"] / min(beta, 1 - beta), of(forward_kl if beta < 0.5 else reverse_kl)[1]["kl"]
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-4)
+    apart = three_tokens([1.0, 1e-30, 1e-30]), three_tokens([1e-30, 1.0, 1e-30])
+    assert kl(*apart, partial(jsd, beta=BETA)) == pytest.approx(-BETA * math.log(BETA) - (1 - BETA) * math.log(1 - BETA), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 1.7])
+@form
+def test_mixed_targets_equal_dense_float64(form, weight):
+    hidden, student = make(D, 0)
+    (states, teacher), (others, reference) = make(E, 5), make(E + 1, 6)
+    log_q, log_r = ((dense_logits(*model) / 0.8).log_softmax(-1).detach() for model in ((states, teacher), (others, reference)))
+    target = (log_r + weight * (log_q - log_r)).softmax(-1)
+    mixed = MixedTargets(ExactTargets(states, teacher, 0.8), ExactTargets(others, reference, 0.8), weight)
+    loss = divergence_loss(hidden, student, mixed, WEIGHTS, FORMS[form])[0]
+    check_equal(loss, (WEIGHTS.double() * dense_divergence(form, dense_logits(hidden, student).softmax(-1), target)).sum(), hidden, student)
+    if weight == 1.0:
+        alone = divergence_loss(hidden, student, ExactTargets(states, teacher, 0.8), WEIGHTS, FORMS[form])[0]
+        assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [None, 3, V])
+def test_watching_compares_the_most_likely_ids_and_changes_no_gradient(k):
+    hidden, student = make(D, 0)
+    states, teacher = make(E, 5)
+    watched = np.array([2, 3, 11, 30, 36])
+    how = (divergence_loss, hidden, student, ExactTargets(states, teacher))
+    if k:
+        how = (top_k_divergence_loss, hidden, student, TopKTargets(*top_k_logprobs(states, teacher, k)))
+    (loss, figures), (plain, _) = (how[0](*how[1:], WEIGHTS, reverse_kl, watched=at) for at in (watched, None))
+    for found, expected in zip(gradients(loss, hidden, student), gradients(plain, hidden, student), strict=True):
+        assert torch.equal(found, expected)
+    p, q = dense_logits(hidden, student).softmax(-1), dense_logits(states, teacher).softmax(-1)
+    compared = min(COMPARED_IDS, k or V)
+    for number, at in enumerate(watched):
+        ours, theirs = (set(probs[at].topk(compared).indices.tolist()) for probs in (p, q))
+        known = set(q[at].topk(k).indices.tolist()) if k else set(range(V))  # else a lower bound
+        assert figures["teacher_mass"][number].item() == pytest.approx(sum(q[at, i].item() for i in ours & known), rel=1e-4)
+        assert figures["student_mass"][number].item() == pytest.approx(sum(p[at, i].item() for i in theirs), rel=1e-4)
+        assert figures["top_k_overlap"][number].item() == pytest.approx(len(ours & theirs) / compared)
+    assert figures["watched"].tolist() == [1.0] * 5
