@@ -329,7 +329,7 @@ def _lineage(results: Sequence[Result]) -> Section | None:
         trees.append(
             tag(
                 "details",
-                tag("summary", tag("strong", result.name), tag("span", f"{number:,} distinct labels", class_="chip")),
+                tag("summary", tag("strong", result.name), " ", tag("span", f"{number:,} distinct labels", class_="chip")),
                 _tree(below),
                 tag("ul", rows, class_="notes") if rows else None,
                 tag("p", f"Unknown ancestry: {', '.join(unknown)}; what that has cost is not known.", class_="notes") if unknown else None,
@@ -345,12 +345,10 @@ def _tree(below: Sequence[Branch]) -> Markup:
         made_by = branch.record
         told = [f"{made_by['command']}, {branch.note}"] if made_by and branch.note else [branch.note] if branch.note else []
         chips = [made_by["command"], *costs(made_by)] if made_by and not branch.note else []
-        head = [
-            tag("span", branch.role, class_="role"),
-            tag("code", branch.name),
-            [tag("span", text, class_="chip labels" if text.endswith(" labels") else "chip") for text in chips],
-            [tag("span", text, class_="notes") for text in told],
-        ]
+        head = [tag("span", branch.role, class_="role"), " ", tag("code", branch.name)]
+        for text in (*chips, *told):
+            kind = "notes" if text in told else "chip labels" if text.endswith(" labels") else "chip"
+            head += [" ", tag("span", text, class_=kind)]
         given = settings(made_by) if made_by and not branch.note else ""
         items.append(
             tag(
@@ -453,7 +451,7 @@ def _settings_of(title: str, record: Mapping[str, Any], defaults: Mapping[str, A
     marked_table, rest_table = (_table(*table, "settings") if table[2] else None for table in tables)
     return tag(
         "details",
-        tag("summary", tag("strong", title), tag("span", f"{len(differing)} differ from the defaults", class_="chip")),
+        tag("summary", tag("strong", title), " ", tag("span", f"{len(differing)} differ from the defaults", class_="chip")),
         tag("p", ", ".join(about), class_="notes"),
         marked_table,
         tag("details", tag("summary", f"{len(others)} at their defaults"), rest_table) if rest_table else None,

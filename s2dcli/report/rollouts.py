@@ -134,4 +134,4 @@ def _swapped(found: Mapping[str, Any]) -> dict[str, Any]:
         return dict(found)
     ends = found["ci95"] and [-end for end in reversed(found["ci95"])]
     sides = {"a": found["b"], "b": found["a"], "wins": found["losses"], "losses": found["wins"], "k": found["k"][::-1]}
-    return {**found, **sides, "difference": -found["difference"], "ci95": ends}
+    return {**found, **sides, "difference": -found["difference"], "t": found["t"] and -found["t"], "ci95": ends}
