@@ -15,8 +15,8 @@ from s2dcli.report.markup import Markup, tag
 Point = tuple[float, float | None]  # None: not measured, a gap in the line
 
 WIDTH, HEIGHT = 280, 150  # of a chart, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 22  # margins of the plot
-WIDE, TALL = 560, 300  # of a scatter plot
+LEFT, RIGHT, TOP, BOTTOM = 48, 8, 8, 22  # margins of the plot
+WIDE, TALL, NAMES = 440, 260, 140  # of a scatter plot, and the room for names at its right
 BESIDE = 10  # distance between points of the same x, which stand beside each other
 LABEL_HEIGHT = 15  # distance between the names of two points
 MOST_POINTS = 300  # of a line; longer ones are drawn by the means of equal parts
@@ -67,8 +67,9 @@ def interval(value: float, low: float, high: float, label: str) -> Markup:
         tag("line", x1=across(0), x2=across(1), y1=8, y2=8, class_="axis"),
         [tag("line", x1=across(at), x2=across(at), y1=6, y2=10, class_="axis") for at in (0, 0.5, 1)],
         tag("line", x1=across(low), x2=across(high), y1=8, y2=8, class_="whisker"),
-        tag("circle", cx=across(value), cy=8, r=3.5, class_="dot"),
+        tag("circle", cx=across(value), cy=8, r=2.5, class_="dot"),
         viewBox="0 0 120 16",
+        class_="interval",
         width=120,
         height=16,
         role="img",
@@ -165,8 +166,8 @@ def scatter(title: str, x_title: str, points: Sequence[tuple[str, float, float, 
     """Return named rates with their intervals, (name, x, y, low, high), over a quantity x that starts at 0."""
     x_marks = ticks(0, max(x for _, x, *_ in points), 4)
     y_marks = [0.0, 0.25, 0.5, 0.75, 1.0]
-    left, bottom = 48, 42
-    across, up = Scale(0, x_marks[-1], left + 14, WIDE - 150), Scale(0, 1, TALL - bottom, 12)
+    left, bottom = 46, 42
+    across, up = Scale(0, x_marks[-1], left + 14, WIDE - NAMES), Scale(0, 1, TALL - bottom, 18)
     grid = [
         [
             tag("line", x1=left, x2=WIDE - 8, y1=up(y), y2=up(y), class_="grid"),
@@ -185,14 +186,14 @@ def scatter(title: str, x_title: str, points: Sequence[tuple[str, float, float, 
             height = min(float(up(y)), lowest)
             lowest = height - LABEL_HEIGHT
             marks.append(tag("line", x1=at, x2=at, y1=up(low), y2=up(high), class_="whisker"))
-            marks.append(tag("circle", cx=at, cy=up(y), r=4, class_="dot"))
+            marks.append(tag("circle", cx=at, cy=up(y), r=3.5, class_="dot"))
             marks.append(tag("line", x1=at + 4, x2=names_at - 2, y1=up(y), y2=f"{height:.1f}", class_="axis"))
             marks.append(tag("text", name, x=names_at, y=f"{height:.1f}", dy="0.35em", class_="name"))
     heard = f"{title}: " + "; ".join(f"{name} {percent(y)} with {x:g} labels" for name, x, y, _, _ in points)
     picture = tag(
         "svg",
         grid,
-        tag("text", x_title, x=(left + WIDE - 150) / 2, y=TALL - 6, text_anchor="middle"),
+        tag("text", x_title, x=(left + WIDE - NAMES) / 2, y=TALL - 6, text_anchor="middle"),
         marks,
         viewBox=f"0 0 {WIDE} {TALL}",
         role="img",

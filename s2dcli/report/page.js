@@ -83,7 +83,7 @@
       ["B \u2212 A", `${signed(both.difference)} \u00b1 ${percent(both.se)} points`],
     ];
     if (both.ci95) rows.push(["95 % interval", `${signed(both.ci95[0])} to ${signed(both.ci95[1])}`]);
-    if (both.p !== null) rows.push(["p", both.p < 0.001 ? both.p.toExponential(1) : both.p.toPrecision(2)]);
+    if (both.p !== null) rows.push(["p", both.p < 0.0001 ? "< 0.0001" : both.p.toPrecision(2)]);
     rows.push(["problems", `${both.wins} better in B, ${both.losses} worse, ${both.ties} equal`]);
     const facts = make("dl");
     for (const [name, value] of rows) {

@@ -25,7 +25,6 @@ labels that it has learnt from twice (replay); see `s2d lineage`.
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,7 +34,8 @@ from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.report.collect import pivot, read_results
 from s2dcli.report.katex import read_katex
-from s2dcli.report.page import Defaults, build_page, check_page, write_page
+from s2dcli.report.page import build_page, check_page, write_page
+from s2dcli.report.sections import Defaults
 from s2dcli.report.tables import as_csv, as_json, as_latex, as_markdown, headings
 from s2dcli.report.training import is_run_folder, stages_of
 
@@ -63,7 +63,8 @@ def report(
     latex: Annotated[bool, typer.Option("--latex", help="A LaTeX tabular (package booktabs).", rich_help_panel=FORMAT)] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.", rich_help_panel=FORMAT)] = False,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page for a browser.", rich_help_panel=PAGE)
+        str | None,
+        typer.Option("--html", metavar="FILE", help="Also write a page for a browser; - writes it alone.", rich_help_panel=PAGE),
     ] = None,
     page_size: Annotated[
         str, typer.Option("--page-size", metavar="SIZE", help="Size up to which the page holds rollouts.", rich_help_panel=PAGE)
@@ -82,6 +83,8 @@ def report(
         size = options.parse_size(page_size, "--page-size")
         if size < LEAST_PAGE:
             raise UsageError(f"{page_size} is too little for a page", where="--page-size", hint="100kB or more")
+        if jsonl.is_stream(html) and wanted:
+            raise UsageError(f"--html - and --{wanted[0]} both write to standard output", hint="--html FILE names a file")
         check_page(html, overwrite)
     else:
         options.refuse_given(context, {"page_size": "--page-size", "katex": "--katex", "overwrite": "--overwrite"}, "goes with --html FILE")
@@ -97,8 +100,8 @@ def report(
         content, held = build_page(results, cells, stages_of(results, trainings), _defaults(context), size, package)
         write_page(html, content)
         left_out = f", rollouts of {held.shown:,} of {len(held.seen):,} problems in it" if held.seen else ""
-        console.info(f"{html}: {len(content) / 1e6:.2f} MB{left_out}")
-    if not results:
+        console.info(f"{jsonl.output_name(html)}: {len(content) / 1e6:.2f} MB{left_out}")
+    if not results or (html and jsonl.is_stream(html)):
         return
 
     labels = headings(list(dict.fromkeys(result.column for result in results)))

@@ -210,11 +210,11 @@ def test_curves_are_those_of_the_metrics(work):
     for title, name in (("reward", "reward"), ("tokens a rollout", "mean_tokens"), ("entropy, nats a token", "entropy")):
         drawn = figure(text, title)
         points = [tuple(map(float, point.split(","))) for point in re.search(r'polyline points="([^"]*)"', drawn)[1].split()]
-        ticks = [(float(y), float(value.replace(",", ""))) for y, value in re.findall(r'<text x="35" y="([\d.]+)"[^>]*>([^<]*)<', drawn)]
+        ticks = [(float(y), float(value.replace(",", ""))) for y, value in re.findall(r'<text x="43" y="([\d.]+)"[^>]*>([^<]*)<', drawn)]
         (low, start), (high, end) = ticks[0], ticks[-1]
         read = [start + (y - low) / (high - low) * (end - start) for _, y in points]
         assert read == pytest.approx([row[name] for row in rows], abs=0.01 * (end - start))
-        assert [x for x, _ in points] == pytest.approx([40, 156, 272])
+        assert [x for x, _ in points] == pytest.approx([48, 160, 272])
     evals = read_jsonl(work.training / "evals.jsonl")
     drawn = figure(text, f"evaluation, avg@{evals[0]['k']}")
     assert f"{charts.percent(evals[-1]['avg_at_k'])} at step 3" in drawn
