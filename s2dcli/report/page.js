@@ -101,7 +101,7 @@
   const THINK = "</think>";
 
   const drawSample = (sample) => {
-    const [, truncated, tokens, extracted, text, error] = sample;
+    const [, truncated, tokens, extracted, text, error, reward] = sample;
     const verdict = verdictOf(sample);
     const details = make("details", undefined, `sample ${verdict.replace(" ", "-")}`);
     const head = make("summary");
@@ -110,7 +110,7 @@
     head.append(mark, make("span", verdict, "verdict"));
     const answer = make("span", extracted || "no answer", extracted ? "answer" : "answer none");
     head.append(extracted ? typeset(answer, true) : answer);
-    const notes = [tokens === null ? "" : `${tokens.toLocaleString("en")} tokens`, truncated ? "truncated" : ""].filter(Boolean);
+    const notes = [tokens === null ? "" : `${tokens.toLocaleString("en")} tokens`, truncated ? "truncated" : "", reward === undefined ? "" : `reward ${reward}`].filter(Boolean);
     head.append(make("span", notes.join(", "), "notes"));
     details.append(head);
     details.addEventListener("toggle", () => {

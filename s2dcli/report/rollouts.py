@@ -22,7 +22,7 @@ MOST_COMPARED = 12  # results of a column that are compared with each other: 66 
 # What JSON leaves as it is, and HTML does not
 _ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&"})
 
-Verdict = list[Any]  # [1 right, 0 wrong or None, truncated, tokens, extracted, text, error] of a sample
+Sample = list[Any]  # [1 right, 0 wrong or None, truncated, tokens, extracted, text, error], and without a label the reward
 
 
 def shortened(text: str) -> str:
@@ -44,6 +44,7 @@ class Rollouts:
     def __init__(self, room: int) -> None:
         self.room = room
         self.scores: list[dict[str, Sequence[float]]] = []  # of each result: problem -> its samples' scores
+        self.counts: list[int] = []  # of each result's rollouts
         self.seen: set[str] = set()  # problems of any result
         self._used = 0
         self._limit = ""  # problems from this sha256 on are left out; "" while there is room for all
@@ -53,7 +54,7 @@ class Rollouts:
 
     def read(self, result: Result) -> None:
         """Read a result's graded rollouts, if it has any. Raises DataError."""
-        scores, number = stats.Scores(), len(self.scores)
+        scores, number, count = stats.Scores(), len(self.scores), 0
         if result.graded:
             for line in read_counted(result.graded):
                 take_reward(line.record, line.where)
@@ -61,8 +62,10 @@ class Rollouts:
                 problem = take(line.record, "problem_sha256", str, line.where)
                 right = scores.add(problem, line.record)
                 self.seen.add(problem)
+                count += 1
                 if not self._limit or problem < self._limit:
                     self._keep(problem, number, line, right)
+        self.counts.append(count)
         self.scores.append(scores.by_problem() if scores.meaningful else {})
 
     def _keep(self, problem: str, number: int, line: VerdictLine, right: bool | None) -> None:
@@ -78,7 +81,9 @@ class Rollouts:
             raise DataError("fields of a rollout are missing or of the wrong type", where=line.where) from None
         tokens = record.get("completion_ids")
         counted = tokens if isinstance(tokens, int) else len(tokens) if isinstance(tokens, list) else None
-        sample: Verdict = [None if right is None else int(right), int(record["finish_reason"] == "length"), counted, *written]
+        sample: Sample = [None if right is None else int(right), int(record["finish_reason"] == "length"), counted, *written]
+        if right is None and record["reward"] is not None:
+            sample.append(record["reward"])
         if problem not in self._problems:
             self._problems[problem] = {**about, "samples": {}}
             self._sizes[problem] = 0

@@ -235,7 +235,7 @@ def rollouts_section(results: Sequence[Result], heads: Heads, rollouts: Rollouts
     note += f" Texts of more than {HEAD + TAIL:,} characters lack their middle. Differences are taken over all problems."
     if not shown:
         return "rollouts", "Rollouts", tag("p", note, class_="notes")
-    have = [number for number, scores in enumerate(rollouts.scores) if scores]
+    have = [number for number, count in enumerate(rollouts.counts) if count]
     first, second = _first_pair(results, have)
     groups = []
     for column, names in heads.items():
@@ -275,7 +275,7 @@ def rollouts_section(results: Sequence[Result], heads: Heads, rollouts: Rollouts
 
 def _first_pair(results: Sequence[Result], have: Sequence[int]) -> tuple[int, int | None]:
     """Return which results are shown at first: the last two of the first column that has rollouts."""
-    like = [number for number in have if results[number].column == results[have[0]].column] if have else [0]
+    like = [number for number in have if results[number].column == results[have[0]].column]
     return (like[-2], like[-1]) if len(like) > 1 else (like[0], None)
 
 

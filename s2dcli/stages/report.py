@@ -99,6 +99,8 @@ def report(
         package = read_katex(katex) if katex else None
         content, held = build_page(results, cells, stages_of(results, trainings), _defaults(context), size, package)
         write_page(html, content)
+        if len(content) > size:
+            console.warn(f"{jsonl.output_name(html)}: larger than --page-size {page_size}, without any rollouts")
         left_out = f", rollouts of {held.shown:,} of {len(held.seen):,} problems in it" if held.seen else ""
         console.info(f"{jsonl.output_name(html)}: {len(content) / 1e6:.2f} MB{left_out}")
     if not results or (html and jsonl.is_stream(html)):

@@ -433,12 +433,32 @@ def test_a_browser_shows_filters_and_themes_without_errors_or_requests(work, ope
 
 
 @needs_chromium
+def test_results_without_labels_or_rollouts_make_a_page_too(s2d, work, opened, tmp_path):
+    rows = [graded(problem, 0, None, reward=-1.5, verify_error="") for problem in range(3)]
+    path = write_jsonl(tmp_path / "shaped.jsonl", rows)
+    assert s2d("eval", "--rollouts", path, "-o", tmp_path / "shaped").code == 0
+    assert s2d("report", tmp_path / "shaped", "--html", tmp_path / "shaped.html").code == 0
+    tab = opened(tmp_path / "shaped.html")
+    assert "not graded" in tab.run("document.querySelector('.sample').textContent")
+    assert "reward -1.5" in tab.run("document.querySelector('.sample').textContent")
+    assert tab.troubles() == []
+    results = json.dumps(json.loads((work.folder / "a" / "results.json").read_text())).encode()
+    done = s2d("report", "-", "--html", "-", stdin=results)
+    assert done.code == 0, done.err
+    assert done.out.startswith(b"<!doctype html>")
+    assert b"Rollouts" not in done.out
+
+
+@needs_chromium
 @pytest.mark.skipif(not KATEX.exists(), reason="KaTeX is not there (make browser loads it)")
 def test_a_browser_typesets_math_and_nothing_else(s2d, work, opened):
     page = work.folder / "math.html"
     done = s2d("report", *work.runs, "--html", page, "--katex", KATEX)
     assert done.code == 0, done.err
     assert page.stat().st_size < 2_000_000
+    done = s2d("report", *work.runs, "--html", work.folder / "small.html", "--katex", KATEX, "--page-size", "100kB")
+    assert "larger than --page-size 100kB, without any rollouts" in done.err
+    assert "0 of 14 problems" in (work.folder / "small.html").read_text()
     tab = opened(page)
     tab.wait("!document.getElementById('viewer').hidden")
     tab.run("document.querySelectorAll('#problems details').forEach((each) => { each.open = true; })")

@@ -109,6 +109,16 @@ def test_csv_is_in_per_cent_with_the_error_in_a_column_of_its_own(report, result
     ]
 
 
+def test_latex_is_a_tabular_whose_special_characters_are_escaped(report, result):
+    runs = [result("a", name=r"100% of $x_1$ & {y} \ ~#^"), result("b", **GREEDY), result("c", **BRIDGE)]
+    lines = report(*runs, "--latex").out.splitlines()
+    assert lines[:2] == [f"% {note}" for note in (line.removeprefix("- ") for line in report(*runs).out.splitlines()[-2:])]
+    assert lines[2:5] == [r"\begin{tabular}{lrr}", r"\toprule", r" & test avg@4 (T=1) & test avg@1 (greedy) \\"]
+    name = r"100\% of \$x\_1\$ \& \{y\} \textbackslash{} \textasciitilde{}\#\textasciicircum{}"
+    assert lines[5:7] == [r"\midrule", rf"{name} & 59.3 $\pm$ 1.8 & - \\"]
+    assert lines[-3:] == [r"RL-teacher bridge & 77.3 $\pm$ 1.5 & - \\", r"\bottomrule", r"\end{tabular}"]
+
+
 def test_json_gives_fractions_and_null_for_what_is_missing(report, result):
     done = report(result("a"), result("b", **GREEDY), result("c", **BRIDGE), "--json")
     table = json.loads(done.out)
