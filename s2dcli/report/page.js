@@ -35,7 +35,7 @@
   // Math is typeset where KaTeX is in the page; what it cannot read stays as it is written
   const delimiters = [["$$", "$$", true], ["\\[", "\\]", true], ["\\(", "\\)", false], ["$", "$", false]]
     .map(([left, right, display]) => ({ left, right, display }));
-  const settings = { output: "html", throwOnError: true, strict: "ignore", trust: false, maxSize: 20, maxExpand: 1000 };
+  const settings = { output: "html", throwOnError: true, strict: "ignore", trust: false, errorColor: "currentcolor", maxSize: 20, maxExpand: 1000 };
   const typeset = (node, whole) => {
     if (!window.katex) return node;
     if (whole && /[\\^_]/.test(node.textContent)) {

@@ -119,7 +119,8 @@ def _figures(results: Sequence[Result], heads: Heads) -> Markup:
                 _count(length.get("0.95")),
                 _count(figures.get("seconds")),
             ]
-            rows.append(_row(result.name, [tag("td", names["avg_at_k"]), *(tag("td", value, class_="number") for value in values)]))
+            measured = tag("td", names["avg_at_k"], class_="words")
+            rows.append(_row(result.name, [measured, *(tag("td", value, class_="number") for value in values)]))
     return _table("All figures, rates in per cent", head, rows)
 
 
