@@ -12,7 +12,7 @@ from s2dcli import stats
 from s2dcli.errors import DataError
 from s2dcli.files.checkpoint import step_name
 from s2dcli.files.ledger import behind, manifest_of, title
-from s2dcli.files.manifest import MANIFEST, RECORDED, record_of, sha256_json
+from s2dcli.files.manifest import MANIFEST, RECORDED, read_manifest, record_of, sha256_json
 from s2dcli.files.output import complete_lines
 from s2dcli.files.run_folder import EVALS, METRICS
 from s2dcli.report import charts
@@ -33,6 +33,7 @@ CURVES = (
     ("grad_norm", "gradient norm", False),
 )
 LEAST_SHARE = 0.005  # of the time, for a phase to be drawn
+IDENTITY = ("command", "options", "inputs")  # what the manifests of one run's steps have in common
 SECONDS = "_seconds"  # ends the names of the phases' times in metrics.jsonl
 
 
@@ -86,9 +87,12 @@ def _look_up(name: str, stage: Stage) -> None:
     """Read the rows of a training where its record says it was written, if what lies there is the same run."""
     folder = Path(str(stage.record["options"].get("out") or ""))
     step = int(stage.record["counts"].get("steps", 0))
-    places = [folder / step_name(step) / MANIFEST, folder / MANIFEST]
+    own, saved = folder / MANIFEST, folder / step_name(step) / MANIFEST
     try:
-        same = any(place.is_file() and record_of(place, {}) == name for place in places)
+        same = saved.is_file() and record_of(saved, {}) == name
+        if not same and own.is_file():  # a step may be gone (--keep-last), or be one of more by now
+            manifest = read_manifest(own)
+            same = all(manifest[field] == stage.record[field] for field in IDENTITY)
     except DataError:  # of another version
         same = False
     if same and (folder / METRICS).is_file():
