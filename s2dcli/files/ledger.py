@@ -6,15 +6,27 @@ supervised target. Evaluating spends nothing, but figures on problems that were 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from s2dcli.errors import DataError
 from s2dcli.files.checkpoint import latest_step
-from s2dcli.files.manifest import MANIFEST, UNKNOWN, describe, read_manifest, sidecar
+from s2dcli.files.manifest import MANIFEST, UNKNOWN, describe, flag, read_manifest, sidecar
 
 Record = Mapping[str, Any]
+UNITS = {"updates": "updates", "problems": "problems", "rollouts": "rollouts", "tokens": "tokens", "seconds": "s"}
+
+
+class Branch(NamedTuple):
+    """A parent or input in a lineage: what it was to the stage that used it, its name, what made it, and what that came from."""
+
+    role: str  # "input" for a file
+    name: str
+    record: Record | None  # None where s2d did not make it
+    note: str  # why there is no record, or no more is shown
+    branches: list[Branch]
 
 
 def manifest_of(name: str) -> dict[str, Any]:
@@ -37,6 +49,45 @@ def title(record: Record) -> str:
     """Return how a stage's run is called in a message: its command and where it wrote to."""
     out = record["options"].get("out")
     return f"{record['command']} {out}" if out else record["command"]
+
+
+def costs(record: Record) -> list[str]:
+    """Return what a stage's run has done, each count with its unit, and the labels it has spent."""
+    counts = [f"{record['counts'][count]:,.0f} {unit}" for count, unit in UNITS.items() if record["counts"].get(count)]
+    return [*counts, *([f"{len(record['labels'])} labels"] if record["labels"] else [])]
+
+
+def settings(record: Record) -> str:
+    """Return the options that were given, but for those that name files and models."""
+    named = {item.get("path", item.get("name")) for item in (*record["inputs"], *record["parents"])}
+    return " ".join(
+        flag(name) if value is True else f"{flag(name)} {value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in record["options"].items()
+        if name in record["given"] and (not isinstance(value, str) or value not in named)
+    )
+
+
+def branches(record: Record, ancestors: Mapping[str, Record], shown: set[str] | None = None) -> list[Branch]:
+    """Return what a stage's run came from, and what that came from in turn; what was shown already is not shown again."""
+    shown = set() if shown is None else shown
+    items = [(parent["role"], f"{parent['name'] or '(no name)'}{_at_step(parent)}", parent) for parent in record["parents"]]
+    items += [("input", item["path"], item) for item in record["inputs"]]
+    found = []
+    for role, name, item in items:
+        made_by = ancestors.get(item["record"])
+        if made_by is None:
+            unmade = "unknown ancestry" if item["record"] == UNKNOWN else "not made by s2d" if "role" in item else ""
+            found.append(Branch(role, name, None, unmade, []))
+        elif item["record"] in shown:
+            found.append(Branch(role, name, made_by, "as above", []))
+        else:
+            shown.add(item["record"])
+            found.append(Branch(role, name, made_by, "", branches(made_by, ancestors, shown)))
+    return found
+
+
+def _at_step(parent: Mapping[str, Any]) -> str:
+    return f" at step {parent['step']}" if parent["step"] else ""
 
 
 def behind(record: Record, ancestors: Mapping[str, Record]) -> dict[str, Record]:

@@ -90,7 +90,7 @@ def describe(
         "schema": SCHEMA,
         "complete": False,
         "command": command,
-        "options": {name: _plain(value) for name, value in options.items()},
+        "options": {name: plain(value) for name, value in options.items()},
         "given": [name for name in options if name not in NEVER_COMPARED and _is_given(name)],
         "versions": {"s2d": __version__, "python": platform.python_version(), **_versions()},
         "commit": _commit(),
@@ -216,13 +216,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return an option's value as a manifest keeps it."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, str | Path):
         return without_credentials(str(value))
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

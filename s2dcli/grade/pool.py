@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import re
 import select
 import socket
 import subprocess
@@ -32,6 +31,7 @@ from s2dcli.files.records import Rollout
 from s2dcli.grade import answer, wire
 from s2dcli.grade.extract import asks_for_order, opens_thinking, text_of_answer, text_of_completion
 from s2dcli.grade.rewards import MATH, Reward, parse_all
+from s2dcli.options import parse_size
 from s2dcli.stats import verdict
 
 WINDOW_ROWS = 2048  # rows that may be under way at a time
@@ -54,19 +54,14 @@ importlib.import_module(sys.argv[1]).main()
 """
 _LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
 _PACKAGE = Path(__file__).resolve().parents[1] / "__init__.py"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
-def parse_size(text: str | int) -> int:
-    """Return the bytes that `2GiB`, `500MB` or `1073741824` stands for. Raises UsageError."""
-    match = _SIZE.fullmatch(str(text).strip())
-    if not match:
-        raise UsageError(f"invalid size {text!r}", where="--memory-limit", hint="write it as 2GiB or 800MB")
-    number, prefix, binary = match.groups()
-    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+def parse_memory(text: str | int) -> int:
+    """Return the bytes of `--memory-limit`. Raises UsageError."""
+    size = parse_size(str(text), "--memory-limit")
     if not LEAST_MEMORY <= size <= MOST_MEMORY:
         raise UsageError(f"{text} is out of range for the memory of a grading process", where="--memory-limit", hint="256MiB to 1024TiB")
-    return int(size)
+    return size
 
 
 def check_settings(
@@ -76,7 +71,7 @@ def check_settings(
     parsed = parse_all(list(rewards))
     if not 0 < timeout <= MOST_SECONDS:
         raise UsageError(f"a timeout of {timeout:g} s is out of range", where="--timeout", hint=f"at most {MOST_SECONDS:g} seconds")
-    parse_size(memory_limit)
+    parse_memory(memory_limit)
     if extract not in EXTRACT_MODES:
         raise UsageError(f"extract is strict or lenient, not {extract!r}")
     return parsed
@@ -152,7 +147,7 @@ class Grader:
             "rewards": [reward.name for reward in self.rewards],
             "workers": workers or available_cpus(),
             "timeout": float(timeout),
-            "memory_limit": parse_size(memory_limit),
+            "memory_limit": parse_memory(memory_limit),
             "extract": extract,
             "libraries": sorted({str(importlib.metadata.distribution(name).locate_file("")) for name in _LIBRARIES}),
             # Where the user's own functions lie. Nothing else is ever imported from there.

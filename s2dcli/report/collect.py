@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from s2dcli import console, stats
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
-from s2dcli.files.eval_folder import results_path
-from s2dcli.files.ledger import warnings
+from s2dcli.files.eval_folder import GRADED, results_path
+from s2dcli.files.ledger import distinct_labels, unknown_parents, warnings
 from s2dcli.files.manifest import MANIFEST, read_manifest
 from s2dcli.files.records import take
 
@@ -44,6 +44,17 @@ class Result(NamedTuple):
     truncated: float
     mean_reward: float | None
     mean_reward_se: float | None
+    figures: dict[str, Any]  # all that results.json says
+    manifest: dict[str, Any] | None = None  # of the evaluation; None for results without one
+    graded: str = ""  # the graded rollouts that it sums up, "" where there are none
+    cautions: tuple[str, ...] = ()  # what its reader has to know
+
+    @property
+    def labels(self) -> int | None:
+        """Number of distinct labels that the measured checkpoint's lineage has cost; None where that is not known."""
+        if self.manifest is None or unknown_parents(self.manifest):
+            return None
+        return len(distinct_labels(self.manifest))
 
 
 def read_results(run: str) -> Iterator[Result]:
@@ -53,11 +64,14 @@ def read_results(run: str) -> Iterator[Result]:
         return
     path = results_path(run)
     with jsonl.open_input(path, "eval results") as stream:
-        yield _result(str(path), jsonl.parse_line(stream.read(), str(path)))
-    manifest = path.with_name(MANIFEST)
-    if manifest.is_file():
-        for caution in warnings(read_manifest(manifest)):
-            console.warn(f"{path.parent}: {caution}")
+        result = _result(str(path), jsonl.parse_line(stream.read(), str(path)))
+    described, graded = path.with_name(MANIFEST), path.with_name(GRADED)
+    manifest = read_manifest(described) if described.is_file() else None
+    found = tuple(warnings(manifest)) if manifest else ()
+    for caution in found:
+        console.warn(f"{path.parent}: {caution}")
+    graded_path = str(graded) if graded.is_file() else ""
+    yield result._replace(manifest=manifest, graded=graded_path, cautions=(*result.cautions, *found))
 
 
 def _result(where: str, record: dict) -> Result:
@@ -88,10 +102,11 @@ def _result(where: str, record: dict) -> Result:
     )
     unknown = [field for fields in (RIGHT, REWARD) if record.get(fields[0], 0) is None for field in fields]
     figures = {field: None if field in unknown else number(field) for field in (*RIGHT, "truncated", *REWARD)}
-    for caution in stats.cautions({**figures, "ungraded": whole("ungraded", 0)}):
+    cautions = tuple(stats.cautions({**figures, "ungraded": whole("ungraded", 0)}))
+    for caution in cautions:
         console.warn(f"{where}: {caution}")
     name, model, checkpoint = (take(record, field, str, where) for field in ("name", "model", "checkpoint"))
-    return Result(where, _one_line(name), model, checkpoint, column, **figures)
+    return Result(where, _one_line(name), model, checkpoint, column, **figures, figures=record, cautions=cautions)
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables of collected results: markdown and CSV in per cent, JSON in fractions."""
+"""Tables of collected results: markdown, LaTeX and CSV in per cent, JSON in fractions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import io
 
 from s2dcli import console
 from s2dcli.report.collect import REWARD, RIGHT, Column, Result
+
+LABELS = "labels"  # heading of the distinct labels that a row has cost
+# What LaTeX does not take as it is
+_LATEX = {character: rf"\{character}" for character in "&%$#_{}"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 
 
 def headings(columns: list[Column]) -> dict[Column, dict[str, str]]:
@@ -28,8 +34,8 @@ def headings(columns: list[Column]) -> dict[Column, dict[str, str]]:
     return labels
 
 
-def as_markdown(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str, str]], figures: list[str]) -> str:
-    """Return an aligned markdown table in per cent, and below it one line for each column."""
+def _cells(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str, str]], figures: list[str]) -> list[list[str]]:
+    """Return the table in per cent, its first row the headings."""
 
     def cell(result: Result | None, figure: str) -> str:
         if result is None or getattr(result, figure) is None:
@@ -39,12 +45,49 @@ def as_markdown(cells: dict[str, dict[Column, Result]], labels: dict[Column, dic
         spread = f" ± {100 * result.se:.1f}" if figure == "avg_at_k" else ""
         return f"{100 * getattr(result, figure):.1f}{spread}"
 
-    table = [["", *(heads[figure] for heads in labels.values() for figure in figures)]]
+    spent = labels_of(cells) if len(figures) > 1 else {}
+    table = [["", *(heads[figure] for heads in labels.values() for figure in figures), *([LABELS] if spent else [])]]
     for name, row in cells.items():
-        table.append([name, *(cell(row.get(column), figure) for column in labels for figure in figures)])
+        last = ["-" if spent[name] is None else str(spent[name])] if spent else []
+        table.append([name, *(cell(row.get(column), figure) for column in labels for figure in figures), *last])
+    return table
+
+
+def labels_of(cells: dict[str, dict[Column, Result]]) -> dict[str, int | None]:
+    """Return the distinct labels that each row has cost; {} where none of them is known."""
+    known = {name: [result.labels for result in row.values() if result.labels is not None] for name, row in cells.items()}
+    found = {name: max(numbers, default=None) for name, numbers in known.items()}
+    return found if any(number is not None for number in found.values()) else {}
+
+
+def notes(labels: dict[Column, dict[str, str]]) -> list[str]:
+    """Return what is to be said of each column."""
     note = "± is the standard error over problems, not over retrained checkpoints"
     columns = ((heads["avg_at_k"], f"{column.problems} problems, k = {column.k}") for column, heads in labels.items())
-    return console.markdown(table) + "\n" + "".join(f"- {head}: per cent; {size}; {note}.\n" for head, size in columns)
+    return [f"{head}: per cent; {size}; {note}." for head, size in columns]
+
+
+def as_markdown(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str, str]], figures: list[str]) -> str:
+    """Return an aligned markdown table in per cent, and below it one line for each column."""
+    return console.markdown(_cells(cells, labels, figures)) + "\n" + "".join(f"- {note}\n" for note in notes(labels))
+
+
+def as_latex(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str, str]], figures: list[str]) -> str:
+    """Return a LaTeX tabular in the rules of the package booktabs, in per cent; the notes are comments."""
+    head, *rows = ([escape_latex(cell) for cell in row] for row in _cells(cells, labels, figures))
+    lines = [
+        *(f"% {note}" for note in notes(labels)),
+        rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+        *(r"\toprule", " & ".join(head) + r" \\", r"\midrule"),
+        *(" & ".join(row) + r" \\" for row in rows),
+        *(r"\bottomrule", r"\end{tabular}"),
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def escape_latex(text: str) -> str:
+    """Return text as LaTeX typesets it: its special characters escaped, ± in math mode."""
+    return "".join(_LATEX.get(character, character) for character in " ".join(console.printable(text).split()))
 
 
 def as_csv(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str, str]], figures: list[str]) -> str:
@@ -53,7 +96,8 @@ def as_csv(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str
     writer = csv.writer(text, lineterminator="\n")
     fields = ["avg_at_k", "se", *figures[1:]]
     heads = [head["avg_at_k"] + " se" if field == "se" else head[field] for head in labels.values() for field in fields]
-    writer.writerow(["name", *heads])
+    spent = labels_of(cells) if len(figures) > 1 else {}
+    writer.writerow(["name", *heads, *([LABELS] if spent else [])])
 
     def cell(result: Result | None, field: str) -> str:
         value = getattr(result, field, None)
@@ -61,7 +105,7 @@ def as_csv(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[str
 
     for name, row in cells.items():
         values = [cell(row.get(column), field) for column in labels for field in fields]
-        writer.writerow([name, *values])
+        writer.writerow([name, *values, *([spent[name]] if spent else [])])
     return text.getvalue()
 
 
@@ -72,7 +116,8 @@ def as_json(cells: dict[str, dict[Column, Result]], labels: dict[Column, dict[st
         if result is None:
             return None
         figures = {field: getattr(result, field) for field in (*RIGHT, "truncated", *REWARD)}
-        return {**figures, "model": result.model, "checkpoint": result.checkpoint, "file": result.where}
+        more = {"labels": result.labels, "model": result.model, "checkpoint": result.checkpoint, "file": result.where}
+        return {**figures, "ci95": result.figures.get("ci95"), **more}
 
     names = {column: heads["avg_at_k"] for column, heads in labels.items()}
     return {

@@ -13,7 +13,7 @@ import pytest
 
 from s2dcli.errors import UsageError
 from s2dcli.grade import answer
-from s2dcli.grade.pool import Grader, check_reward, parse_size
+from s2dcli.grade.pool import Grader, check_reward, parse_memory
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["reward", "rewards", "label", "extracted", "verifier", "verify_error"]
@@ -266,8 +266,8 @@ def test_settings_that_make_no_sense_are_usage_errors(functions):
     for name in ("python:no_such_module:f", "python:my_rewards:no_such_function"):
         with Grader([name], workers=1) as grader, pytest.raises(UsageError, match="no_such"):
             list(grader.grade([row("1", "1")]))
-    assert parse_size("2GiB") == 2 << 30
-    assert parse_size("800MB") == 800_000_000
+    assert parse_memory("2GiB") == 2 << 30
+    assert parse_memory("800MB") == 800_000_000
 
 
 def test_failures_of_rewards_are_counted_by_kind_with_the_first_in_words(functions):

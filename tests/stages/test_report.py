@@ -101,7 +101,7 @@ def test_unlike_settings_never_share_a_column(report, result):
 
 
 def test_csv_is_in_per_cent_with_the_error_in_a_column_of_its_own(report, result):
-    done = report(result("a"), result("b", **GREEDY), result("c", **BRIDGE), "--format", "csv")
+    done = report(result("a"), result("b", **GREEDY), result("c", **BRIDGE), "--csv")
     assert list(csv.reader(io.StringIO(done.out))) == [
         ["name", "test avg@4 (T=1)", "test avg@4 (T=1) se", "test avg@1 (greedy)", "test avg@1 (greedy) se"],
         ["direct GRPO", "59.3000", "1.8000", "87.0000", "1.9000"],
@@ -109,8 +109,18 @@ def test_csv_is_in_per_cent_with_the_error_in_a_column_of_its_own(report, result
     ]
 
 
+def test_latex_is_a_tabular_whose_special_characters_are_escaped(report, result):
+    runs = [result("a", name=r"100% of $x_1$ & {y} \ ~#^"), result("b", **GREEDY), result("c", **BRIDGE)]
+    lines = report(*runs, "--latex").out.splitlines()
+    assert lines[:2] == [f"% {note}" for note in (line.removeprefix("- ") for line in report(*runs).out.splitlines()[-2:])]
+    assert lines[2:5] == [r"\begin{tabular}{lrr}", r"\toprule", r" & test avg@4 (T=1) & test avg@1 (greedy) \\"]
+    name = r"100\% of \$x\_1\$ \& \{y\} \textbackslash{} \textasciitilde{}\#\textasciicircum{}"
+    assert lines[5:7] == [r"\midrule", rf"{name} & 59.3 $\pm$ 1.8 & - \\"]
+    assert lines[-3:] == [r"RL-teacher bridge & 77.3 $\pm$ 1.5 & - \\", r"\bottomrule", r"\end{tabular}"]
+
+
 def test_json_gives_fractions_and_null_for_what_is_missing(report, result):
-    done = report(result("a"), result("b", **GREEDY), result("c", **BRIDGE), "--format", "json")
+    done = report(result("a"), result("b", **GREEDY), result("c", **BRIDGE), "--json")
     table = json.loads(done.out)
     assert [column["label"] for column in table["columns"]] == ["test avg@4 (T=1)", "test avg@1 (greedy)"]
     first, second = (row["cells"] for row in table["rows"])
@@ -188,16 +198,16 @@ def test_rewards_without_a_notion_of_right_are_shown_beside_the_rates(report, re
     assert head[-1] == "test mean reward (T=1)"
     assert first[1:] == ["59.3 ± 1.8", "90.0", "1.2", "0.593 ± 0.018"]
     assert second[1:] == ["-", "-", "1.2", "-7.5 ± 0.25"]
-    assert report(plain, shaped, "--columns", "all", "--format", "csv").out.splitlines()[2] == "shaped,,,,1.2000,-7.5"
-    cells = json.loads(report(plain, shaped, "--format", "json").out)["rows"][1]["cells"]["test avg@4 (T=1)"]
+    assert report(plain, shaped, "--columns", "all", "--csv").out.splitlines()[2] == "shaped,,,,1.2000,-7.5"
+    cells = json.loads(report(plain, shaped, "--json").out)["rows"][1]["cells"]["test avg@4 (T=1)"]
     assert (cells["avg_at_k"], cells["mean_reward"]) == (None, -7.5)
     assert "mean reward" not in report(plain, "--columns", "all").out
 
 
-@pytest.mark.parametrize("form", ["markdown", "csv", "json"])
+@pytest.mark.parametrize("form", ["markdown", "csv", "json", "latex"])
 def test_control_characters_never_reach_the_terminal(report, result, form):
     name = result("a", name="evil\x1b[2J|\r\nname\x9b", dataset="te\x07st\t")
-    done = report(name, "--format", form)
+    done = report(name, f"--{form}")
     assert done.code == 0
     assert not {char for char in done.out + done.err if (ord(char) < 32 and char != "\n") or 127 <= ord(char) < 160}
     assert "evil" in done.out
