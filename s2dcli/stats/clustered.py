@@ -110,7 +110,7 @@ def auc(by_problem: Mapping[str, Labelled]) -> dict[str, Any]:
 def within_groups_auc(by_problem: Mapping[str, Labelled]) -> dict[str, Any]:
     """Return the mean over problems of the AUC among a problem's own samples, of those that have both right and wrong ones.
 
-    value, se, ci95, groups (number of such problems), reason. That easy problems have high scores and right answers counts for nothing here.
+    value, se, ci95, groups (number of such problems), reason. An easy problem's high scores count for nothing.
     """
     values = []
     for samples in by_problem.values():
