@@ -9,8 +9,9 @@
 Accuracy decides whether to distil, never the KL: a teacher that is near the student may have nothing to teach. What
 distillation can bring is what the teacher is ahead by, its *lead*; what a reward can bring is what some of a group's k
 samples solve beyond their average, pass@k - avg@k, the *headroom* of the policy that gets it. Where the teacher's own
-headroom exceeds its lead, labels are worth more on it than a transfer is now. KL and shared mass (C2) then only decide
-whether a warm-up comes before on-policy distillation. pass@k is no bound of what RL reaches, and the teacher's accuracy none of
+headroom is known to exceed its lead, labels are worth more on it than a transfer is now; else a lead that is known is taken
+first, for distillation spends no label. KL and shared mass (C2) then only decide whether a warm-up comes before on-policy
+distillation. pass@k is no bound of what RL reaches, and the teacher's accuracy none of
 what distillation does: the rule names the route to try first.
 """
 
@@ -125,14 +126,14 @@ def _distillation(evidence: Evidence) -> Verdict:
     ahead = (
         f"the teacher is right more often than the student, {_accuracies(evidence)}: a lead of {points(evidence.lead)}, "
         f"beside {points(evidence.headroom)} that RL could find in the teacher's own samples (pass@{k} - avg@{k})"
+        + ("" if evidence.balance["resolved"] else "; which is more is not resolved, and distillation spends no label")
     )
     holds = "holds" if close else "does not hold"
     distance = (
         f"C2 {holds}: KL(student || teacher) is {with_error(kl)} nats a token (at most {CLOSE_KL:g} is near), "
         f"and {percent(mass)} of the mass is on the shared top {evidence.top_k} (at least {SHARED_MASS:.0%} is near)"
     )
-    settled = _leads(evidence) and (evidence.balance["resolved"] or not _learnable(evidence))
-    steps = [Step(ahead, settled), Step(distance, near if close else far), *_shaped(evidence)]
+    steps = [Step(ahead, _leads(evidence)), Step(distance, near if close else far), *_shaped(evidence)]
     return Verdict(Route.distil if close else Route.warm_up, steps)
 
 

@@ -116,7 +116,8 @@ def test_a_lead_that_is_not_resolved_is_none_to_distil():
     assert not found.resolved
     ahead = {**open_, "ci95": [0.01, 0.03], "p": 0.01, "resolved": True}
     found = favoured(replace(evidence(WEAK, WEAKER), lead=ahead, balance=open_))
-    assert (found.route, found.resolved) == (Route.distil, False)
+    assert (found.route, found.resolved) == (Route.distil, True)
+    assert "which is more is not resolved" in found.steps[0].found
 
 
 def test_a_log_ratio_that_favours_wrong_answers_contradicts_distillation():
