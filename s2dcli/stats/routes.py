@@ -143,8 +143,8 @@ def _reinforcement(evidence: Evidence) -> Verdict:
     informative = {who: found.value > INFORMATIVE for who, found in mixed.items()}
     settled = {who: found.side(INFORMATIVE) is not None for who, found in mixed.items()}
     behind = (
-        f"this teacher has little to give as it is: it is ahead of the student by {points(lead)}, {_accuracies(evidence)}, "
-        f"and RL could find {points(evidence.headroom)} in its own samples (pass@{k} - avg@{k})"
+        f"what this teacher could give now is its lead of {points(lead)}, {_accuracies(evidence)}; "
+        f"RL could find {points(evidence.headroom)} in its own samples (pass@{k} - avg@{k})"
     )
     shares = " and ".join(f"{percent(found)} of the {who}'s" for who, found in mixed.items())
     groups = f"of the groups of {k} samples {shares} have right and wrong answers"
@@ -158,7 +158,7 @@ def _reinforcement(evidence: Evidence) -> Verdict:
     if not all(informative.values()):
         return Verdict(Route.rl_teacher if informative["teacher"] else Route.rl_student, steps)
     ahead = reach["value"] > 0 if reach["resolved"] else _leads(evidence)
-    further = f"within {k} samples the teacher solves {points(reach)} more of the problems than the student (pass@{k})"
+    further = f"within {k} samples the teacher solves more of the problems than the student by {points(reach)} (pass@{k})"
     return Verdict(Route.rl_teacher if ahead else Route.rl_student, [*steps, Step(further, bool(reach["resolved"]))])
 
 

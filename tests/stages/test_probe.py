@@ -13,7 +13,7 @@ from conftest import read_jsonl, write_jsonl
 from fake_vllm import FakeVllm, completion
 from faults import contents
 
-from s2dcli import stats
+from s2dcli import console, stats
 
 SAMPLING = ["--max-tokens", 16, "--reward", "exact", "--workers", 1]
 K = 5  # --top-k
@@ -275,3 +275,52 @@ def test_a_teacher_on_a_server_is_compared_by_its_top_k(s2d, toy, base, problems
     assert result["c2"]["overlap"]["value"] == pytest.approx(exact["c2"]["overlap"]["value"], abs=1e-3)
     assert result["c2"]["shared_mass"]["teacher"]["value"] == pytest.approx(exact["c2"]["shared_mass"]["teacher"]["value"], abs=1e-4)
     assert result["c1"]["auc"]["value"] == pytest.approx(exact["c1"]["auc"]["value"], abs=0.01)
+
+
+def test_verdicts_of_toy_pairs_are_what_happened(s2d, toy, tmp_path):
+    """A teacher that has learnt to be careful is five times farther from the student than the one at the start, and the one to distil."""
+
+    def run(*arguments, stdin=b""):
+        result = s2d(*arguments, stdin=stdin)
+        assert result.code == 0, result.err
+        return result
+
+    def verdict(teacher, student, number, n):
+        held_out = b"".join((toy / "problems" / "validation.jsonl").read_bytes().splitlines(keepends=True)[:number])
+        found = run("probe", "--teacher", teacher, "--student", student, "-n", n, *SAMPLING, stdin=held_out)
+        return found.result, found.result["verdict"]["route"], found.result["verdict"]["resolved"]
+
+    lines = (toy / "problems" / "1H.jsonl").read_bytes().splitlines(keepends=True)[:256]
+    (tmp_path / "problems.jsonl").write_bytes(b"".join(lines))
+    sampling = [tmp_path / "problems.jsonl", "--max-tokens", 16, "-o"]
+    run("rollout", "-m", toy / "teacher", "-n", 4, *sampling, tmp_path / "all.jsonl")
+    stepwise = [row for row in read_jsonl(tmp_path / "all.jsonl") if row["completion"][0]["content"].startswith("=")]
+    training = ["--mini-batch-size", 64, "--rollouts", write_jsonl(tmp_path / "stepwise.jsonl", stepwise)]
+    careful, warmed = tmp_path / "careful", tmp_path / "warmed"
+    run("fkl-warmup", "--hard-labels", "--student", toy / "teacher", "--steps", 20, "--lr", 1e-3, *training, "-o", careful)
+    run("rollout", "-m", careful, "-n", 2, *sampling, tmp_path / "careful.jsonl")
+    training = ["--teacher", careful, "--rollouts", tmp_path / "careful.jsonl", "--mini-batch-size", 64]
+    run("fkl-warmup", "--student", toy / "student", "--steps", 40, "--lr", 2e-3, *training, "-o", warmed)
+
+    start, route, resolved = verdict(toy / "teacher", toy / "student", 60, 8)
+    assert (route, resolved) == ("rl-teacher", True)
+    far, route, resolved = verdict(careful, toy / "student", 40, 4)
+    assert (route, resolved) == ("warm-up", True)
+    assert far["c2"]["kl"]["value"] > 4 * start["c2"]["kl"]["value"]
+    near, route, resolved = verdict(careful, warmed, 40, 4)
+    assert (route, resolved) == ("distil", True)
+    assert near["student"]["avg_at_k"] > far["student"]["avg_at_k"] + 0.2  # the warm-up brought what it was to bring
+    _, route, resolved = verdict(toy / "teacher", warmed, 40, 4)
+    assert (route, resolved) == ("rl-student", True)  # though the first teacher is near, it is now the worse of the two
+
+
+def test_a_terminal_is_shown_the_verdict_with_its_reasons(probed):
+    _, result = probed
+    shown = dict(console.probe_table(result))
+    assert shown["student"].startswith(f"{result['models']['student']}: avg@4 ")
+    assert " ± " in shown["C2 KL"]
+    assert "within groups" in shown["C1 AUC"]
+    assert shown["verdict"].startswith(result["verdict"]["route"])
+    nothing = {"value": None, "se": None, "ci95": None, "groups": 0, "reason": "no right answer among 12"}
+    shown = dict(console.probe_table({**result, "c1": {"auc": nothing, "within_groups": nothing}}))
+    assert "no right answer among 12" in shown["C1 AUC"]
