@@ -15,7 +15,7 @@ import typer
 
 from s2dcli import __version__, console, help, options, world
 from s2dcli.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, S2DError
-from s2dcli.stages import compare, fkl_warmup, grpo, lineage, opd, prepare, report, rollout, score, verify
+from s2dcli.stages import compare, fkl_warmup, grpo, lineage, opd, prepare, probe, report, rollout, score, verify
 from s2dcli.stages import eval as eval_stage
 
 app = typer.Typer(
@@ -140,6 +140,7 @@ TRAINERS = {"grpo", "fkl-warmup", "opd"}
 HELPERS = {
     "prepare": prepare.prepare,
     "score": score.score,
+    "probe": probe.probe,
     "report": report.report,
     "compare": compare.compare,
     "lineage": lineage.lineage,

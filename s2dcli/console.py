@@ -299,6 +299,47 @@ def eval_table(result: dict) -> list[tuple[str, str]]:
     ]
 
 
+def probe_table(result: dict) -> list[tuple[str, str]]:
+    """A probe's result: either model, the conditions C1 and C2, and the verdict with its reasons."""
+    k, c1, c2, verdict = result["k"], result["c1"], result["c2"], result["verdict"]
+
+    def answers(role: str) -> str:
+        found, mixed = result[role], result[role]["mixed_groups"]
+        shown = f"avg@{k} {_with_error(found['avg_at_k'], found['se'])}, pass@{k} {found['pass_at_k']:.1%}"
+        return f"{result['models'][role]}: {shown}, mixed groups {_with_error(mixed['value'], mixed['se'])}"
+
+    def number(found: dict | None, style: str = ".3g") -> str:
+        if found is None or found["value"] is None:
+            return f"- ({found['reason']})" if found else "-"
+        return format(found["value"], style) + ("" if found["se"] is None else f" ± {found['se']:.2g}")
+
+    separated = []
+    if c1:
+        base, whole, within = result["models"]["base teacher"], c1["auc"], c1["within_groups"]
+        separated = [
+            ("C1 AUC", f"{number(whole)}; within groups {number(within)} over {within['groups']} groups; log-ratio to {base}"),
+        ]
+    quantiles = ", ".join(f"{float(part):.0%} {value:.3g}" for part, value in c2["kl_quantiles"].items() if part in ("0.5", "0.95", "1"))
+    thirds = ", ".join(f"{name} {number(found)}" for name, found in c2["kl_by_position"].items())
+    support = "exact" if c2["estimator"] == "full" else f"over the teacher's top {c2['top_k']} and one bucket"
+    mass = ", ".join(f"{_with_error(found['value'], found['se'])} of the {role}'s" for role, found in c2["shared_mass"].items())
+    return [
+        ("problems", f"{result['problems']:,}, {k} samples of each; ± over problems"),
+        ("student", answers("student")),
+        ("teacher", answers("teacher")),
+        *separated,
+        ("C2 KL", f"{number(c2['kl'])} nats a token, {support}"),
+        ("  quantiles", quantiles),
+        ("  thirds", thirds),
+        (f"  top {c2['top_k']}", f"{_with_error(c2['overlap']['value'], c2['overlap']['se'])} of the ids shared; mass on these: {mass}"),
+        ("labels", f"{result['labels']['measured']:,} measured with, none spent"),
+        ("verdict", f"{verdict['route']}. {verdict['text']}"),
+        *(("  because" if number == 0 else "  and", reason) for number, reason in enumerate(verdict["why"])),
+        *(("  open", reason) for reason in verdict["not_resolved"]),
+        *([("  surer", verdict["surer"])] if verdict["surer"] else []),
+    ]
+
+
 def _with_error(value: float, se: float | None) -> str:
     return f"{value:.1%}" if se is None else f"{value:.1%} ± {se:.1%}"
 

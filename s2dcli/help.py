@@ -31,7 +31,8 @@ LAST_PANELS = ("Output", "Memory", "Engine", GENERAL)
 WHOLE_PAGE = 24  # options up to which `--help` shows all of them
 # Parameters that `--help` shows where a command has more options than that, beside those that are required.
 COMMON = """
-    model teacher student problems rollouts cache out num_samples k keep top_k temperature max_tokens max_prompt_tokens engine shard
+    model teacher student base_teacher problems rollouts teacher_rollouts cache out num_samples k keep top_k temperature max_tokens
+    max_prompt_tokens engine shard
     loss kl_coef estimator hard_labels only_correct reward preset export steps epochs problems_per_step mini_batch_size lr
     tokens_per_batch lora_rank dtype device chat_template save_every eval_problems eval_every dry_run overwrite resume seed quiet
     verbose help_all help
@@ -62,7 +63,8 @@ _MEANT = """
 """
 _MEANT_COMMANDS = """
     rollout: generate sample infer; verify: grade check; grpo: rl ppo train; fkl-warmup: warmup; fkl-warmup --hard-labels: sft;
-    opd: distill distil gkd; score: cache logits logprobs; eval: evaluate test benchmark; prepare: data preprocess convert; compare: diff
+    opd: distill distil gkd; score: cache logits logprobs; eval: evaluate test benchmark; prepare: data preprocess convert; compare: diff;
+    probe: diagnose preflight
 """
 
 

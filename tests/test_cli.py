@@ -31,7 +31,7 @@ HEAVY = [
     "pyarrow",
     "numpy",
 ]
-COMMANDS = ["rollout", "verify", "grpo", "fkl-warmup", "opd", "eval", "prepare", "score", "report", "compare", "lineage"]
+COMMANDS = ["rollout", "verify", "grpo", "fkl-warmup", "opd", "eval", "prepare", "score", "probe", "report", "compare", "lineage"]
 
 PROBE = """
 import sys

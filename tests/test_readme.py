@@ -17,7 +17,7 @@ BLOCK = re.compile(r"(<!-- not run by the tests: [^>]+-->\n)?```bash\n(.*?)```",
 def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
     script = "set -euo pipefail\n" + "\n".join(body for skipped, body in blocks if not skipped)
-    commands = {"prepare", "rollout", "verify", "eval", "report", "score", "grpo", "fkl-warmup", "opd", "compare", "lineage"}
+    commands = {"prepare", "rollout", "verify", "eval", "report", "score", "probe", "grpo", "fkl-warmup", "opd", "compare", "lineage"}
     assert commands <= set(re.findall(r"s2d ([a-z-]+)", script))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     with warm_commands(tmp_path / "bin", ZYGOTE) as environment:

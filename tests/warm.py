@@ -1,7 +1,7 @@
 """`s2d` and `python` for scripts under test: commands are forked from a warm process instead of importing torch for seconds each.
 
-    with warm_commands(tmp_path / "bin") as environment:
-        subprocess.run(["bash", script], env=environment)
+with warm_commands(tmp_path / "bin") as environment:
+    subprocess.run(["bash", script], env=environment)
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from s2dcli.exports import formats
 from s2dcli.exports.evaluated import HUB_ID, Evaluated
 from s2dcli.files import jsonl
 from s2dcli.files.atomic import disk_errors
-from s2dcli.files.eval_folder import EXPORT, GRADED, RESULTS, EvalFolder
+from s2dcli.files.eval_folder import EXPORT, GRADED, PROBLEMS, RESULTS, EvalFolder
 from s2dcli.files.ledger import warnings
 from s2dcli.files.manifest import name_samplers
 from s2dcli.files.records import Problem, read_problems, read_verdicts, require_labels
@@ -153,7 +153,7 @@ class Evaluation:
             name_samplers(manifest, [{"sampler": seen.sampler}])
         if folder:
             writer.sync()
-            folder.write_problems(summary.rows())
+            folder.write_rows(PROBLEMS, summary.rows())
             counts = {"problems": figures["problems"], "rollouts": figures["problems"] * figures["k"], "tokens": figures["tokens"]}
             folder.finish(results, counts={**counts, "seconds": seconds}, measured=sorted(measured))
         for caution in (*stats.cautions(figures), *warnings(manifest, measured)):

@@ -52,7 +52,7 @@ class ServedTeacher:
         the sampled tokens come with the `top_k` ids around them. Raises ModelError or EngineError.
         """
         self.engine, self.top_k, self.baseline = engine, top_k, baseline
-        self._canaries = _Canaries(engine, out, proved=_has_same_texts(engine, tokenizer))
+        self._canaries = _Canaries(engine, out, proved=has_same_texts(engine, tokenizer))
         self._found: dict[Row, Scores] = {}
         self._due: Counter[Row] = Counter()  # how often a row's targets will be asked for
         self._failure: Exception | None = None
@@ -155,13 +155,8 @@ class _Canaries:
         """Keep the first rows. Raises ModelError where they are less likely than by chance and nothing else speaks for the tokenizer."""
         if len(self._rows) == CANARIES:
             return
-        mean = float(scores.sampled_T.mean())
-        if not self.proved and mean < -math.log(self.engine.vocabulary):
-            raise ModelError(
-                f"the teacher finds the rollouts less likely than chance ({mean:.1f} nats a token): its ids mean other tokens",
-                where=", ".join(server.url for server in self.engine.servers),
-                hint="teacher and student must share one tokenizer",
-            )
+        if not self.proved:
+            require_likely(self.engine, scores)
         length = min(CANARY_TOKENS, len(row.completion_ids))
         self._rows.append(Row(row.prompt_ids, row.completion_ids[:length]))
         self._logprobs.append(scores.sampled_T[:length].tolist())
@@ -173,7 +168,18 @@ class _Canaries:
             write_json(self.path, {"rows": kept})
 
 
-def _has_same_texts(engine: ServerEngine, tokenizer: PreTrainedTokenizerBase) -> bool:
+def require_likely(engine: ServerEngine, scores: Scores) -> None:
+    """Raise ModelError if a row is less likely to a teacher than by chance."""
+    mean = float(scores.sampled_T.mean())
+    if mean < -math.log(engine.vocabulary):
+        raise ModelError(
+            f"the teacher finds the rollouts less likely than chance ({mean:.1f} nats a token): its ids mean other tokens",
+            where=", ".join(server.url for server in engine.servers),
+            hint="teacher and student must share one tokenizer",
+        )
+
+
+def has_same_texts(engine: ServerEngine, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether all servers were seen to decode every id to the same text as `tokenizer`. Raises ModelError, naming the first that differs.
 
     False where one was started without a tokenizer: its teacher is judged by its log-probs alone.

@@ -60,14 +60,14 @@ class EvalFolder(OutputFolder):
     def result(self) -> dict[str, Any]:
         return read_json(self.folder / RESULTS)
 
-    def lines(self, count: int | None = None) -> Iterator[CompleteLine]:
+    def lines(self, count: int | None = None, name: str = GRADED) -> Iterator[CompleteLine]:
         """Yield the complete lines of the graded rollouts, `count` of them at most."""
-        return complete_lines(self.folder / GRADED, count)
+        return complete_lines(self.folder / name, count)
 
     @contextmanager
-    def open_rollouts(self, done: int = 0) -> Iterator[jsonl.Writer]:
+    def open_rollouts(self, done: int = 0, name: str = GRADED) -> Iterator[jsonl.Writer]:
         """Open the graded rollouts, to continue after `done` of them."""
-        path = self.folder / GRADED
+        path = self.folder / name
         with disk_errors("write", path):
             if path.exists():
                 truncate_after(path, done)
@@ -75,9 +75,9 @@ class EvalFolder(OutputFolder):
             yield writer
             writer.sync()
 
-    def write_problems(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write what was counted of each problem."""
-        path = self.folder / PROBLEMS
+    def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Write a file of rows, which appears when it is whole. Raises DataError."""
+        path = self.folder / name
         with disk_errors("write", path), whole_file(path) as file:
             file.writelines(map(jsonl.dumps, rows))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -19,13 +21,21 @@ Reader = Callable[[torch.Tensor, Head, MicroBatch], tuple[torch.Tensor, ...]]
 
 
 def read(
-    policy: Policy, rows: Sequence[Row], reader: Reader, *, tokens_per_batch: int, pad_id: int, deal: bool = False
+    policy: Policy,
+    rows: Sequence[Row],
+    reader: Reader,
+    *,
+    tokens_per_batch: int,
+    pad_id: int,
+    deal: bool = False,
+    others: Sequence[Policy] = (),
 ) -> Iterator[tuple[Row, tuple[np.ndarray, ...]]]:
     """Yield each row with what `reader` returned for its completion tokens, [T, ...], as micro-batches are done, without gradient.
 
-    Rows without completion tokens do not appear. With `deal` several processes share the work on their common rows.
+    Rows without completion tokens do not appear. `others`: models that `reader` gives the micro-batches to. With `deal`
+    several processes share the work on their common rows.
     """
-    found = _read(policy, rows, reader, tokens_per_batch, pad_id, deal)
+    found = _read(policy, rows, reader, tokens_per_batch, pad_id, deal, others)
     if deal and world.size() > 1:
         numbers = {row: number for number, row in enumerate(rows)}
         everyones = world.gather([(numbers[row], parts) for row, parts in found])
@@ -35,10 +45,10 @@ def read(
 
 
 def _read(
-    policy: Policy, rows: Sequence[Row], reader: Reader, tokens_per_batch: int, pad_id: int, deal: bool
+    policy: Policy, rows: Sequence[Row], reader: Reader, tokens_per_batch: int, pad_id: int, deal: bool, others: Sequence[Policy]
 ) -> Iterator[tuple[Row, tuple[np.ndarray, ...]]]:
     device = next(policy.parameters()).device
-    paths = fast_paths(policy.model)
+    paths = functools.reduce(operator.and_, (fast_paths(model.model) for model in (policy, *others)))
     # Sharded models are run in step: as many micro-batches in each process, and once for each.
     layout = {"share_prompts": paths.share_prompts and not policy.sharded, "pack": paths.pack, "deal": deal}
     filler = min((row for row in rows if len(row.completion_ids)), key=len, default=None) if policy.sharded else None

@@ -2,10 +2,12 @@
 
 basic    means, standard errors over problems, pass@k, intervals        pairs    two results on the same problems
 student  Student's t                                                    crossed  two routes, several training seeds of each
-summary  what an evaluation reports
+summary  what an evaluation reports                                     clustered  tokens and samples of problems: ratios, AUC
+routes   which route the evidence about a pair favours
 """
 
 from s2dcli.stats.basic import avg_at_k, mean, pass_at_k, score_interval, standard_error, variance_parts
+from s2dcli.stats.clustered import Estimate
 from s2dcli.stats.crossed import route_difference
 from s2dcli.stats.pairs import holm, paired_difference, sign_flip_test
 from s2dcli.stats.student import POWER, SIGNIFICANT, t_quantile, t_test
@@ -31,6 +33,7 @@ __all__ = [
     "NO_NOTION_HINT",
     "POWER",
     "SIGNIFICANT",
+    "Estimate",
     "Figures",
     "Scores",
     "Summary",
