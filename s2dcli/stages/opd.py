@@ -81,7 +81,7 @@ def opd(
 
     console.starting()
     from s2dcli.assembly.order import Order
-    from s2dcli.assembly.sampling import make_tasks, tasks_of_step
+    from s2dcli.assembly.sampling import make_tasks
     from s2dcli.assembly.training import TrainingSetup
     from s2dcli.engines.base import SamplingParams
     from s2dcli.models.batching import split
@@ -104,6 +104,7 @@ def opd(
         loading=loading,
         running=running,
         offload=offload,
+        ahead=sampling.async_depth,
         cache=cache,
         served=teacher if served else None,
     )
@@ -128,7 +129,7 @@ def opd(
             if stored:
                 groups = [on_disk[index] for index in order.batch(step.number)]
             else:
-                groups = opened.sample(step, tasks_of_step(tasks, order.batch(step.number), step.number), sampling.num_samples)
+                groups = opened.sample_step(step, order, tasks, sampling.num_samples)
             rows = [row for group in groups for row in group]
             with step.phase("score"):
                 source.begin(rows)
@@ -149,7 +150,7 @@ def _refuse_contradictions(context: typer.Context, given: dict[str, Any], *, ser
     if given["rollouts"] is not None:
         if given["problems"] != jsonl.STDIN:
             raise UsageError("both PROBLEMS and --rollouts were given", hint="give one of them")
-        names = {"num_samples": "-n", "max_prompt_tokens": "--max-prompt-tokens"}
+        names = {"num_samples": "-n", "max_prompt_tokens": "--max-prompt-tokens", "async_depth": "--async-depth"}
         if not given["eval_problems"]:
             names |= {"engine": "--engine", "max_tokens": "--max-tokens"}
         options.refuse_given(context, names, "applies to sampling, and --rollouts samples nothing")
