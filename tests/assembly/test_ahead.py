@@ -1,10 +1,10 @@
 """--async-depth 1: sampling one step ahead, from weights of which it is said how old they are, with the bytes of an undisturbed run."""
 
+import json
 import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from conftest import read_jsonl, start, wait
@@ -25,29 +25,29 @@ def server(toy):
 def command(toy, few, server):
     sampling = [few, "--steps", STEPS, "--problems-per-step", 3, "-n", 3, "--max-tokens", TOKENS]
     more = [*sampling, "--engine", server.url, "--parity-rows", 2, "--async-depth", 1, "--lr", "1e-2", "--save-every", 2, "--keep-rollouts"]
+    graded = ["--reward", "exact", "--workers", 1, "--eval-problems", few, "--eval-every", 3, "--eval-samples", 1]
     commands = {
-        "grpo": ["grpo", "-m", toy / "teacher", *more, "--eval-problems", few, "--eval-every", 3, "--eval-samples", 1],
+        "grpo": ["grpo", "-m", toy / "teacher", *more, *graded],
         "opd": ["opd", "--student", toy / "teacher", "--teacher", toy / "student", *more, "--lora-rank", 2, "--estimator", "sampled"],
     }
     return {name: [str(arg) for arg in args] for name, args in commands.items()}
 
 
-@pytest.mark.parametrize("name", ["grpo", "opd"])
-def test_a_killed_run_that_goes_on_equals_an_undisturbed_one(s2d, command, server, tmp_path, name):
+def test_a_killed_run_that_goes_on_equals_an_undisturbed_one(s2d, command, tmp_path):
     """Also in what its first steps sample, which are those of weights that are gone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    assert s2d(*command[name], *OUT, cwd=whole).code == 0
+    assert s2d(*command["grpo"], *OUT, cwd=whole).code == 0
     with open(os.devnull, "r+b") as null, open(killed / "log", "wb") as log:
-        pid = start([*command[name], *OUT], null.fileno(), log.fileno(), log.fileno(), killed)
+        pid = start([*command["grpo"], *OUT], null.fileno(), log.fileno(), log.fileno(), killed)
         while not (killed / "run" / "step-000002").exists():
             assert not os.waitpid(pid, os.WNOHANG)[0], (killed / "log").read_text()
             time.sleep(0.005)
         os.killpg(pid, signal.SIGKILL)
         assert wait(pid) == -signal.SIGKILL
     assert (killed / "run" / "phases" / "step-000003" / "rollouts.jsonl").exists()
-    resumed = s2d(*command[name], *OUT, "--resume", cwd=killed)
+    resumed = s2d(*command["grpo"], *OUT, "--resume", cwd=killed)
     assert resumed.code == 0, resumed.err
     assert differing(whole / "run", killed / "run") == []
     assert contents(whole / "run")
@@ -55,6 +55,7 @@ def test_a_killed_run_that_goes_on_equals_an_undisturbed_one(s2d, command, serve
     updates = [row["updates"] for row in rows]  # none where no group of a step has rewards that differ
     assert sum(updates[:-1]) >= 2
     assert [row["off_policy_steps"] for row in rows] == [0, *updates[:-1]]
+    assert json.loads((whole / "run" / "s2d.json").read_text())["options"]["correction"] == "mask"
 
 
 def test_rollouts_name_the_weights_that_have_sampled_them(s2d, command, server, toy, tmp_path):
@@ -84,13 +85,13 @@ def test_rollouts_name_the_weights_that_have_sampled_them(s2d, command, server, 
 
 
 def test_a_step_does_not_wait_for_the_samples_of_the_next(s2d, command, server, tmp_path, monkeypatch):
-    """The server holds what is asked for during step 2 until that step is over."""
+    """The server holds what is asked for during step 2 until that step is over. (Seeds of the parity gate are small.)"""
     loads, held = server.loads, threading.Event()
 
     def hold(body):
         metrics = tmp_path / "run" / "metrics.jsonl"
         end = time.monotonic() + 60
-        while server.loads == loads + 2 and body["max_tokens"] == TOKENS and body["seed"] > 1 and time.monotonic() < end:
+        while server.loads == loads + 2 and body["seed"] > 1 and time.monotonic() < end:
             if metrics.exists() and metrics.read_bytes().count(b"\n") >= 2:
                 held.set()
                 break
@@ -103,26 +104,20 @@ def test_a_step_does_not_wait_for_the_samples_of_the_next(s2d, command, server, 
     assert held.is_set()
 
 
-def test_what_fails_ahead_ends_the_run_and_what_was_interrupted_is_sampled_again(s2d, command, server, tmp_path, monkeypatch):
+def test_a_batch_whose_server_was_interrupted_is_sampled_again(s2d, command, server, tmp_path, monkeypatch):
     loads, failures = server.loads, []
 
-    def fail(body, answer):
-        if server.loads == loads + 2 and body["max_tokens"] == TOKENS and body["seed"] > 1 and not failures:
+    def fail_once(body):
+        if server.loads == loads + 2 and body["seed"] > 1 and not failures:
             failures.append(body)
-            return answer
+            return 503, b"{}"
         return server.complete(body)
 
-    monkeypatch.setattr(server, "answer", lambda body: fail(body, (503, b"{}")))
+    monkeypatch.setattr(server, "answer", fail_once)
     result = s2d(*command["opd"], *OUT, cwd=tmp_path)
     assert result.code == 0, result.err
     assert "interrupted while it sampled ahead" in result.err
     assert [row["off_policy_steps"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 0, 1]
-
-    loads, failures[:] = server.loads, []
-    monkeypatch.setattr(server, "answer", lambda body: fail(body, (400, b'{"error": {"message": "no"}}')))
-    result = s2d(*command["opd"], "-q", "-o", tmp_path / "failed")
-    assert (result.code, len(result.err.splitlines())) == (1, 1), result.err
-    assert "refused a request: 400 no" in result.err
 
 
 @pytest.mark.parametrize(
@@ -151,10 +146,3 @@ def test_stored_rollouts_are_not_sampled_ahead(s2d, toy, tmp_path):
     for stage in (["grpo", "-m"], ["opd", "--teacher", toy / "teacher", "--student"]):
         result = s2d(*stage, toy / "student", "--rollouts", tmp_path / "graded.jsonl", "--async-depth", 1, "-o", tmp_path / "run")
         assert (result.code, "--async-depth applies to sampling" in result.err) == (2, True), result.err
-
-
-def test_the_correction_is_recorded_as_it_was_resolved(s2d, command, tmp_path):
-    for more, expected in (([], "mask"), (["--correction", "truncate", "--correction-floor", 0.1], "truncate")):
-        out = tmp_path / expected
-        assert s2d(*command["grpo"], *more, "--steps", 1, "-o", out).code == 0
-        assert f'"correction": "{expected}"' in Path(out / "s2d.json").read_text()
