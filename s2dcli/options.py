@@ -401,6 +401,14 @@ class RolloutOptions:
     max_tokens: MaxTokens = 1024
     max_prompt_tokens: MaxPromptTokens = None
     temperature: Annotated[float, _sampling("Temperature of sampling and of all probabilities in the loss.", min=1e-3)] = 1.0
+    async_depth: Annotated[
+        int,
+        _sampling(
+            "Steps that sampling runs ahead (vLLM, servers): 1 samples while the step before learns, from weights one step old.",
+            min=0,
+            max=1,
+        ),
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

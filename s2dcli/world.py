@@ -16,8 +16,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 # What accelerate launch and torchrun tell each process that they start
 _TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_TOLD_TOO = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE")
 # What accelerate passes on of plans that are made for its own training loop: variable, what it asks for, what to do
 _REFUSED = (
     ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed", "--use_fsdp --fsdp_version 2 shards the same"),
@@ -46,19 +47,39 @@ IDLE, INTERVAL, PROBES = 10, 5, 3
 GRACE = 5.0  # seconds in which an error of the network, and the news of what caused it, find each other
 
 
+_environment: MutableMapping[str, str] = os.environ  # or a copy of it, while a library is not to see what is told in it
+
+
 def rank() -> int:
     """Number of this process, from 0."""
-    return int(os.environ["RANK"]) if size() > 1 else 0
+    return int(_environment["RANK"]) if size() > 1 else 0
 
 
 def local_rank() -> int:
     """Number of this process on its host, from 0."""
-    return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
+    return int(_environment["LOCAL_RANK"]) if size() > 1 else 0
 
 
 def size() -> int:
     """How many processes there are."""
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _TOLD) else 1
+    return int(_environment["WORLD_SIZE"]) if all(name in _environment for name in _TOLD) else 1
+
+
+@contextmanager
+def hidden(**more: str) -> Iterator[None]:
+    """Within this, child processes and libraries are told nothing of the other processes, and `more` of the environment."""
+    global _environment
+    _environment = dict(os.environ)
+    try:
+        for name in (*_TOLD, *_TOLD_TOO):
+            os.environ.pop(name, None)
+        os.environ.update(more)
+        yield
+    finally:
+        for name in more:
+            os.environ.pop(name, None)
+        os.environ.update(_environment)
+        _environment = os.environ
 
 
 def is_main() -> bool:

@@ -48,7 +48,7 @@ class FakeVllm:
                 if self.path == "/v1/completions":
                     self.reply(fake.answer(body))
                 else:
-                    self.reply({"success": True})
+                    self.reply(fake.command(self.path, body))
 
             def reply(self, content: Any) -> None:
                 status, content = content if isinstance(content, tuple) else (200, content)
@@ -65,6 +65,10 @@ class FakeVllm:
         self.http.daemon_threads = True
         self.address = f"127.0.0.1:{self.http.server_port}"
         self.url = f"http://{self.address}"
+
+    def command(self, path: str, body: dict) -> Any:
+        """Return the answer to a request for something else than a completion."""
+        return {"success": True}
 
     def __enter__(self) -> FakeVllm:
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

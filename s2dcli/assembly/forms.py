@@ -105,7 +105,7 @@ def check_opd(context: typer.Context, given: Mapping[str, Any], distilling: OnPo
     if given["rollouts"] is not None:
         if given["problems"] != jsonl.STDIN:
             raise UsageError("both PROBLEMS and --rollouts were given", hint="give one of them")
-        names = {"num_samples": "-n", "max_prompt_tokens": "--max-prompt-tokens"}
+        names = {"num_samples": "-n", "max_prompt_tokens": "--max-prompt-tokens", "async_depth": "--async-depth"}
         if not given["eval_problems"]:
             names |= {"engine": "--engine", "max_tokens": "--max-tokens"}
         refuse_given(context, names, "applies to sampling, and --rollouts samples nothing")

@@ -8,6 +8,8 @@ shard is then the same problems and seeds, whose log-probs may differ in the las
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from s2dcli.models.sharding import Replica
 
 LOGPROB_DECIMALS = 6
+GIVE_UP_SECONDS = 10.0  # for vLLM to come to its next token
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,15 @@ def open_sampler(
     *,
     seed: int,
     training: LoadedModel | None = None,
+    ahead: bool = False,
 ) -> Sampler:
     """Open the engine that `--engine` names as a sampler of a checkpoint.
 
     `training` is that checkpoint's model when it is trained here: the transformers engine samples from
-    it and so follows it, others have to be told (`Sampler.follow`). Raises EngineError, ModelError or UsageError.
+    it and so follows it, others have to be told (`Sampler.follow`); `ahead`: they sample while it learns.
+    Raises EngineError, ModelError or UsageError.
     """
-    engine, gate = open_engine(checkpoint, encoder.tokenizer, sampling, loading, training=training)
+    engine, gate = open_engine(checkpoint, encoder.tokenizer, sampling, loading, training=training, ahead=ahead)
     identity = {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
@@ -178,11 +183,14 @@ class Sampler:
         self.batch_tokens = batch_tokens
         self.gate = gate
         self._sync: WeightSync | ReplicaSync | None = None
+        self._ahead: Ahead | None = None
 
     def __enter__(self) -> Sampler:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._ahead:
+            self._ahead.give_up()
         self.engine.close()
 
     def follow(self, source: WeightSource) -> None:
@@ -195,6 +203,10 @@ class Sampler:
         if self.gate is None:
             self._sync = ReplicaSync(replica, policy)
 
+    def interrupted(self) -> bool:
+        """Whether the engine may have lost the weights that it began to sample from."""
+        return isinstance(self._sync, WeightSync) and self._sync.interrupted()
+
     def prove(self, tasks: Sequence[Task], score: Score) -> None:
         """Compare a hosted engine with a model that scores its tokens. Raises EngineError if they differ."""
         if self.gate:
@@ -202,25 +214,39 @@ class Sampler:
 
     def sample(self, tasks: Sequence[Task], num_samples: int) -> Iterator[list[Rollout]]:
         """Yield one group of `num_samples` rollouts per task, in order; of several processes each samples a part of the tasks, for all."""
-        mine = tasks[len(tasks) * world.rank() // world.size() : len(tasks) * (world.rank() + 1) // world.size()]
-        groups = self.sample_batches(plan(mine, num_samples, self.params.max_tokens, self.batch_tokens), num_samples)
+        groups = self.sample_batches(self._share(tasks, num_samples), num_samples)
         return groups if world.size() == 1 else chain.from_iterable(world.gather(list(groups)))
+
+    def start(self, tasks: Sequence[Task], num_samples: int) -> Ahead:
+        """Begin to sample what `sample` yields, from the weights as they are now; nothing else may be sampled until it is taken."""
+        batches = self._begin(self._share(tasks, num_samples))
+        self._ahead = Ahead(self, batches, num_samples)
+        return self._ahead
+
+    def _share(self, tasks: Sequence[Task], num_samples: int) -> list[list[Task]]:
+        """Return the planned batches of this process's part of the tasks."""
+        mine = tasks[len(tasks) * world.rank() // world.size() : len(tasks) * (world.rank() + 1) // world.size()]
+        return plan(mine, num_samples, self.params.max_tokens, self.batch_tokens)
 
     def sample_batches(self, batches: Sequence[Sequence[Task]], num_samples: int, done: int = 0) -> Iterator[list[Rollout]]:
         """Yield the groups of planned batches, in order; the first `done` rows are there already and left out."""
-        if not self.engine.whole_batches:
-            batches = [[task for batch in batches for task in batch]]
-        if self.engine.max_length is not None:
-            self._require_room([task for batch in batches for task in batch])
-        if self._sync:
-            self._sync.begin([task.prompt_ids for batch in batches[:1] for task in batch], self.params)
-        for batch in batches:
+        for batch in self._begin(batches):
             rows = len(batch) * num_samples
             if done < rows:
                 yield from self.sample_batch(batch, num_samples, skip=max(0, done))
             done -= rows
         if self._sync:
             self._sync.end(self.params)
+
+    def _begin(self, batches: Sequence[Sequence[Task]]) -> Sequence[Sequence[Task]]:
+        """Make the engine ready for planned batches, with the weights that it should have; returns them as it takes them."""
+        if not self.engine.whole_batches:
+            batches = [[task for batch in batches for task in batch]]
+        if self.engine.max_length is not None:
+            self._require_room([task for batch in batches for task in batch])
+        if self._sync:
+            self._sync.begin([task.prompt_ids for batch in batches[:1] for task in batch], self.params)
+        return batches
 
     def sample_batch(self, batch: Sequence[Task], num_samples: int, skip: int = 0) -> Iterator[list[Rollout]]:
         """Yield the groups of one batch, in order, each as soon as it and its predecessors are done.
@@ -277,3 +303,37 @@ class Sampler:
             template_sha256=self.encoder.template_sha256,
             reasoning_open=task.reasoning_open,
         )
+
+
+class Ahead:
+    """Groups that a thread has a hosted engine sample, while the model whose weights it has learns on."""
+
+    def __init__(self, sampler: Sampler, batches: Sequence[Sequence[Task]], num_samples: int) -> None:
+        self.seconds = 0.0  # that sampling took
+        self._sampler = sampler
+        self._groups: list[list[Rollout]] = []
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._sample, args=(batches, num_samples), daemon=True)
+        self._thread.start()
+
+    def take(self) -> list[list[Rollout]] | None:
+        """Wait for the groups, of several processes those of all; None if the engine may have lost its weights. Raises EngineError."""
+        self._thread.join()
+        if self._failure:
+            raise self._failure
+        if self._sampler.interrupted():
+            return None
+        return list(chain.from_iterable(world.gather(self._groups)))
+
+    def give_up(self) -> None:
+        """Stop sampling, unless that is done. The engine can only be closed then."""
+        self._sampler.engine.give_up()
+        self._thread.join(GIVE_UP_SECONDS)
+
+    def _sample(self, batches: Sequence[Sequence[Task]], num_samples: int) -> None:
+        started = time.perf_counter()
+        try:
+            self._groups = [group for batch in batches for group in self._sampler.sample_batch(batch, num_samples)]
+        except Exception as error:  # raised where the groups are waited for
+            self._failure = error
+        self.seconds = time.perf_counter() - started

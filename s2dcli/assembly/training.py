@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from s2dcli import console, stats, world
+from s2dcli.assembly.ahead import AheadBatches
 from s2dcli.assembly.forms import Teachers, require_sources
 from s2dcli.assembly.loading import load_reference, load_trained, require_shardable
 from s2dcli.assembly.order import Order
 from s2dcli.assembly.pairs import open_cache, require_same_pair, warn_of_other_teacher
 from s2dcli.assembly.plan import device_bytes, memory_plan
 from s2dcli.assembly.rollouts import StoredRollouts
-from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler
+from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler, tasks_of_step
 from s2dcli.engines.base import SamplingParams
+from s2dcli.engines.opening import require_ahead
 from s2dcli.errors import GradingError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
@@ -75,18 +77,22 @@ class TrainingSetup:
         loading: ModelOptions,
         running: RunOptions,
         offload: bool = False,
+        ahead: int = 0,
         teachers: Teachers | None = None,
     ) -> None:
         """`options` are all of the command's, as they are recorded; `checkpoints` maps roles to names, the trained one first.
 
-        The `teachers`' checkpoints are frozen models beside those. Raises DataError, ModelError or UsageError.
+        `ahead`: steps that sampling runs ahead. The `teachers`' checkpoints are frozen models beside those. Raises DataError,
+        ModelError or UsageError.
         """
-        self.stage, self.options, self.out, self.params, self.offload = stage, options, out, params, offload
+        self.stage, self.options, self.out, self.params, self.offload, self.ahead = stage, options, out, params, offload, ahead
         self.teachers = teachers or Teachers()
         if teachers:
             self.options = {**options, "teacher": teachers.told}
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
         require_shardable(training, offload=offload)
+        if ahead:
+            require_ahead(engine, loading.device)
         self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in {**checkpoints, **self.teachers.checkpoints}.items()}
         self.parent, *others = self.parents.values()
         cache = self.teachers.cache
@@ -140,6 +146,12 @@ class TrainingSetup:
                 f"{'--phases on' if turns is Phases.on else 'a teacher on a server'} is for one process, and there are {world.size()}"
             )
         phased = turns is Phases.on or (turns is Phases.auto and world.size() == 1 and not self._fits(held, samples=samples))
+        if phased and self.ahead:
+            why = "--phases on lets" if turns is Phases.on else "all models at once do not fit, so"
+            raise UsageError(
+                f"--async-depth 1 samples while the student learns, and {why} them take turns",
+                hint="leave out --async-depth" + ("" if turns is Phases.on else ", or --phases off"),
+            )
         if self.running.dry_run:
             if not world.is_main():
                 return None
@@ -179,7 +191,7 @@ class TrainingSetup:
             keep_last=self.running.keep_last,
             keep_states=self.running.keep_states,
             may_change=MAY_CHANGE_ON_RESUME,
-            may_extend=self.training.schedule is Schedule.constant,
+            may_extend=self.training.schedule is Schedule.constant and not self.ahead,  # the last step samples nothing ahead
             overwrite=self.running.overwrite,
             resume=self.running.resume,
         )
@@ -244,6 +256,7 @@ class Training:
         self.loaded: LoadedModel
         self.run: TrainingRun
         self._sampler: Sampler
+        self._ahead: AheadBatches | None = None
         self._grader: Grader
 
     def __enter__(self) -> TrainingRun:
@@ -261,7 +274,14 @@ class Training:
             self.run = TrainingRun(self.folder, self.policy, self.loaded, setup.training, setup.running, **how)
             if self.samples:
                 sampler = open_sampler(
-                    setup.parent, setup.encoder, setup.params, setup.engine, setup.loading, seed=setup.running.seed, training=self.loaded
+                    setup.parent,
+                    setup.encoder,
+                    setup.params,
+                    setup.engine,
+                    setup.loading,
+                    seed=setup.running.seed,
+                    training=self.loaded,
+                    ahead=bool(setup.ahead),
                 )
                 self._sampler = held.enter_context(sampler)
                 self._sampler.follow(self.run)
@@ -283,6 +303,21 @@ class Training:
         setup = self.setup
         return load_reference(self.policy, self.loaded, setup.loading, setup.training, offload=setup.offload)
 
+    def sample_step(self, step: Step, order: Order, tasks: Sequence[Task], num_samples: int) -> list[Group]:
+        """Return what `sample` does of the tasks of a step; with --async-depth 1 they were sampled during the one before."""
+        chosen = tasks_of_step(tasks, order.batch(step.number), step.number)
+        if not self.setup.ahead:
+            step.log(off_policy_steps=0)
+            return self.sample(step, chosen, num_samples)
+        if self._ahead is None:
+            self._ahead = AheadBatches(self._sampler, self.run, num_samples)
+            self.run.before_saving = self._ahead.keep
+        last = step.number == order.steps
+        following = [] if last else tasks_of_step(tasks, order.batch(step.number + 1), step.number + 1)
+        with step.phase("sample"):
+            groups = self._ahead.batch(step, chosen, following)
+        return self._graded(step, groups)
+
     def sample(self, step: Step, tasks: Sequence[Task], num_samples: int) -> list[Group]:
         """Sample a group of rollouts per task, under the weights as they are now.
 
@@ -291,6 +326,10 @@ class Training:
         with step.phase("sample"):
             self._sampler.identity = self.run.identity(step)
             groups = self._sample(step, tasks, num_samples)
+        return self._graded(step, groups)
+
+    def _graded(self, step: Step, groups: list[list[Rollout]]) -> list[Group]:
+        """Return groups as training rows, graded where the setup has GradingOptions."""
         rollouts = [rollout for group in groups for rollout in group]
         step.sampled_tokens += sum(len(rollout.completion_ids) for rollout in rollouts)
         if self.setup.grading:
@@ -337,6 +376,8 @@ class Training:
         return maker.row(rollout, record.get("reward"), record if self.keep_rollouts else None)
 
     def _evaluate(self) -> dict[str, Any]:
+        if self._ahead:
+            self._ahead.settle()
         groups = self._sampler.sample(self.setup.eval_tasks, self.setup.running.eval_samples)
         return world.from_main(self._figures, [row.to_record() for group in groups for row in group])
 

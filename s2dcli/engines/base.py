@@ -120,6 +120,9 @@ class HostedEngine(Engine, Protocol):
         The engine is awake and generates nothing meanwhile; the folder may be removed after the call. Raises EngineError.
         """
 
+    def give_up(self) -> None:
+        """End the `generate` that another thread waits for, without what is missing. Nothing but `close` follows."""
+
     def sleep(self) -> None:
         """Free the GPU for a trainer on it until `wake`. Weights are kept, caches need not be."""
 

@@ -44,8 +44,11 @@ def check_engine(sampling: ScoringOptions, *, training: bool = False, teacher: s
     """
     served = {SERVER} if is_served(teacher) and server_urls(teacher, "--teacher") else set()
     _refuse_ignored(sampling, _kinds(sampling.engine) | served)
-    if training and sampling.engine == VLLM:
-        _refuse_several()
+    if training and world.size() > 1 and (sampling.tensor_parallel_size or 1) > 1:
+        raise UsageError(
+            f"--tensor-parallel-size {sampling.tensor_parallel_size}: each of the {world.size()} processes has one GPU",
+            hint="leave it out, or start vllm serve with it and give --engine http://HOST:PORT,...",
+        )
     if training and sampling.parity_rows == 0:
         raise UsageError("--parity-rows 0: a trainer does not sample from weights without proof", hint="1 or more")
 
@@ -57,12 +60,14 @@ def open_engine(
     loading: ModelOptions,
     *,
     training: LoadedModel | None = None,
+    ahead: bool = False,
     top_k: int = 0,
 ) -> tuple[Engine, ParityGate | None]:
     """Open the engine that `--engine` names, with a checkpoint's weights; a hosted one comes with its parity gate.
 
-    `training` is that checkpoint's model when it is trained here: the transformers engine samples from it. `top_k`:
-    log-probs of a token that a hosted engine is to give where it scores. Raises EngineError, ModelError or UsageError.
+    `training` is that checkpoint's model when it is trained here: the transformers engine samples from it, and others sample
+    `ahead`, while it learns. `top_k`: log-probs of a token that a hosted engine is to give where it scores.
+    Raises EngineError, ModelError or UsageError.
     """
     check_engine(sampling, training=training is not None)
     kind = engine_kind(sampling, loading.device)
@@ -74,8 +79,8 @@ def open_engine(
         dtype = training.compute_dtype if training else pick_dtype(loading.dtype, pick_device(loading.device))
         gate = ParityGate(dtype, sampling.parity_rows or PARITY_ROWS, sampling.parity_tolerance)
         if kind == VLLM:
-            _refuse_several()
-            engine = _vllm(checkpoint, tokenizer, sampling, loading, dtype, beside_trainer=training is not None, top_k=top_k)
+            beside_trainer = training is not None
+            engine = _vllm(checkpoint, tokenizer, sampling, loading, dtype, beside_trainer=beside_trainer, ahead=ahead, top_k=top_k)
         else:
             engine = _server(checkpoint, tokenizer, sampling, loading)
     if sampling.engine == AUTO:
@@ -109,14 +114,6 @@ def is_served(name: str | None) -> bool:
     return name is not None and name.startswith(("http://", "https://"))
 
 
-def _refuse_several() -> None:
-    if world.size() > 1:
-        raise UsageError(
-            f"vLLM within the trainer is for one process, and there are {world.size()}",
-            hint="start vllm serve and give --engine http://HOST:PORT,..., or --engine transformers",
-        )
-
-
 def _kinds(name: str) -> set[str]:
     """Return the kinds of engine that `--engine` may mean: `auto` leaves a choice. Raises UsageError."""
     vllm_installed = importlib.util.find_spec("vllm") is not None
@@ -131,6 +128,15 @@ def _kinds(name: str) -> set[str]:
         return {SERVER}
     known = [AUTO, TRANSFORMERS, VLLM]
     raise UsageError(f"no such engine: {name!r}{nearest(name, known)}", hint=f"--engine {', '.join(known)} or http://HOST:PORT,...")
+
+
+def require_ahead(sampling: ScoringOptions, device: str) -> None:
+    """Raise UsageError if the engine cannot sample while the model in training is updated."""
+    if engine_kind(sampling, device) == TRANSFORMERS:
+        raise UsageError(
+            "--async-depth 1: the transformers engine samples from the very weights that are updated, so it has to wait for them",
+            hint="--engine vllm, or http://HOST:PORT of a running vllm serve",
+        )
 
 
 def engine_kind(sampling: ScoringOptions, device: str) -> str:
@@ -208,11 +214,13 @@ def _vllm(
     dtype: torch.dtype,
     *,
     beside_trainer: bool,
+    ahead: bool,
     top_k: int,
 ) -> HostedEngine:
     from s2dcli.engines.vllm import VllmEngine
 
-    if pick_device(loading.device).index:
+    gpu = pick_device(loading.device).index
+    if gpu and world.size() == 1:
         raise UsageError(f"--device {loading.device}: vLLM takes the first GPUs that it sees", hint="choose them by CUDA_VISIBLE_DEVICES")
     return VllmEngine(
         checkpoint.folder,
@@ -225,6 +233,8 @@ def _vllm(
         max_model_len=sampling.max_model_len,
         trust_remote_code=loading.trust_remote_code,
         beside_trainer=beside_trainer,
+        ahead=ahead,
+        gpu=gpu,
         max_logprobs=top_k,
     )
 

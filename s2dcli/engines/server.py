@@ -417,6 +417,9 @@ class ServerEngine:
             if not isinstance(answer, dict) or answer.get("success") is not True:
                 raise EngineError("did not drop its prefix cache, which holds states of the old weights", where=server.url)
 
+    def give_up(self) -> None:
+        """Nothing to end: servers drop requests when this process is gone."""
+
     def sleep(self) -> None:
         """Nothing to free: a server's GPUs are its own."""
 

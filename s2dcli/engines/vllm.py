@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2dcli import console
+from s2dcli import console, world
 from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams, Scores
 from s2dcli.errors import EngineError, UsageError
 
@@ -75,19 +75,22 @@ class VllmEngine:
         max_model_len: int | None = None,
         trust_remote_code: bool = False,
         beside_trainer: bool = False,
+        ahead: bool = False,
+        gpu: int | None = None,
         max_logprobs: int = 0,
     ) -> None:
         """`unused`: ids below `vocabulary` that no token has; these and the ids beyond it are never sampled.
 
         `max_model_len` None is what the model can take or, if less, what fits into the cache.
-        `beside_trainer`: sleeps between uses, on the GPU of a model in training. `max_logprobs`: largest `top_k` of `score`.
-        Raises EngineError if
-        vLLM does not start, UsageError if it cannot be imported.
+        `beside_trainer`: shares the GPU of a model in training, and sleeps between uses unless it samples `ahead`.
+        `gpu`: number of the GPU that is this process's, where there are several processes, each with an engine of its own.
+        `max_logprobs`: largest `top_k` of `score`. Raises EngineError if vLLM does not start, UsageError if it cannot be imported.
         """
         import torch
 
         on_gpu = torch.cuda.is_available()
-        _set_environment(on_gpu)
+        several = world.size() > 1
+        _set_environment(on_gpu, several)
         try:
             from vllm import LLM
         except ModuleNotFoundError as error:
@@ -104,11 +107,12 @@ class VllmEngine:
             options["kv_cache_memory_bytes"] = (
                 int(gpu_memory_utilization * memory) if gpu_memory_utilization else min(CPU_CACHE_BYTES, memory // 4)
             )
-        self.sleeps = beside_trainer and on_gpu
+        self.sleeps = beside_trainer and on_gpu and not ahead
+        self._given_up = False
         self.eos_ids = sorted(set(eos_ids))
         self.vocabulary, self.unused = vocabulary, frozenset(unused)
         # Processes of vLLM's own write to our descriptors, and tell there why they failed; in one process exceptions do.
-        with nullcontext() if on_gpu else console.muted():
+        with nullcontext() if on_gpu or several else console.muted(), _alone(gpu) if several else nullcontext():
             try:
                 self.llm = LLM(
                     model=str(folder),
@@ -172,7 +176,7 @@ class VllmEngine:
         todo = enumerate(prompts)
         waiting: set[str] = set()
         try:
-            while True:
+            while not self._given_up:
                 for index, (ids, params) in islice(todo, self.window - len(waiting)):
                     waiting.add(str(index))
                     engine.add_request(str(index), {"prompt_token_ids": ids}, params)
@@ -214,6 +218,10 @@ class VllmEngine:
         if not self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache, which holds states of the old weights")
 
+    def give_up(self) -> None:
+        """End the `generate` that another thread waits for, at its next token."""
+        self._given_up = True
+
     def sleep(self) -> None:
         """Leave the GPU to the trainer: weights go to main memory, the cache is dropped."""
         if self.sleeps:
@@ -227,14 +235,25 @@ class VllmEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def _set_environment(on_gpu: bool) -> None:
+def _alone(gpu: int | None) -> AbstractContextManager[None]:
+    """Keep vLLM's processes from joining the trainer's, and on this process's GPU."""
+    if gpu is None:
+        return world.hidden()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return world.hidden(CUDA_VISIBLE_DEVICES=seen.split(",")[gpu] if seen else str(gpu))
+
+
+def _set_environment(on_gpu: bool, several: bool) -> None:
     """Set what vLLM reads from the environment alone; what the user has set stays."""
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if not console.verbose():
         defaults["VLLM_LOGGING_LEVEL"] = "ERROR"
     if not on_gpu:
-        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # starts in seconds
+        # Within this process it starts in seconds, but would take the group of the trainer's processes for its own.
+        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if several else "0"
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # this process's threads are the trainer's too
+    if several:
+        defaults["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # there are threads by now
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

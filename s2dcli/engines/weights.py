@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from s2dcli import console, world
 from s2dcli.engines.base import HostedEngine, Request, SamplingParams
-from s2dcli.errors import EngineError
+from s2dcli.errors import DataError, EngineError
 from s2dcli.files.atomic import disk_errors, temporary
 from s2dcli.stats import mean
 
@@ -82,9 +82,10 @@ class ParityGate:
         requests = [Request(prompts[row % len(prompts)], seed=row) for row in range(self.rows if prompts else 0)]
         samples = dict(engine.generate(requests, how))
         sampled = [(request.prompt_ids, samples[row].completion_ids, samples[row].logprobs) for row, request in enumerate(requests)]
-        # Of several processes each has asked the engine that it samples from, and all score together.
-        theirs = {Row(prompt, completion): logprobs for part in world.gather(sampled) for prompt, completion, logprobs in part}
-        return self.compare(engine.name, theirs, score, params.temperature or 1.0, "sample from")
+        # Of several processes each has asked the engine that it samples from; all score together, and each one is held to its tolerance.
+        parts = [{Row(prompt, completion): logprobs for prompt, completion, logprobs in part} for part in world.gather(sampled)]
+        ours = dict(score([row for part in parts for row in part], params.temperature or 1.0))
+        return max(self.compare(engine.name, theirs, ours, "sample from") for theirs in parts if theirs)
 
     def check_scores(self, engine: HostedEngine, score: Score, rows: Sequence[Row]) -> float:
         """Have an engine score some tokens, and score them too; returns what `check` does. Raises EngineError likewise."""
@@ -92,11 +93,11 @@ class ParityGate:
 
         rows = [Row(row.prompt_ids, row.completion_ids[:PARITY_TOKENS]) for row in rows[: self.rows]]
         theirs = {rows[index]: scores.sampled_T.tolist() for index, scores in engine.score(rows, 1)}
-        return self.compare(engine.name, theirs, score, 1.0, "score with")
+        return self.compare(engine.name, theirs, dict(score(list(theirs), 1.0)), "score with")
 
-    def compare(self, name: str, theirs: Mapping[Row, Sequence[float]], score: Score, temperature: float, work: str) -> float:
-        """Score rows of which an engine gave log-probs; returns the mean difference in nats. Raises EngineError beyond the tolerance."""
-        gaps = [abs(a - b) for row, ours in score(list(theirs), temperature) for a, b in zip(ours.tolist(), theirs[row], strict=True)]
+    def compare(self, name: str, theirs: Mapping[Row, Sequence[float]], ours: Mapping[Row, np.ndarray], work: str) -> float:
+        """Return the mean difference of an engine's log-probs and the model's, in nats. Raises EngineError beyond the tolerance."""
+        gaps = [abs(a - b) for row, logprobs in theirs.items() for a, b in zip(ours[row].tolist(), logprobs, strict=True)]
         gap, tolerance = mean(gaps), self.tolerance or TOLERANCE[str(self.dtype).removeprefix("torch.")]
         console.detail(f"{name}: log-probs differ by {gap:.2g} nats on average, {max(gaps):.2g} at most, from the model's")
         if not gap <= tolerance:  # also if it is not a number
@@ -133,29 +134,43 @@ class WeightSync:
         self.interruptions = self.engine.interruptions
         self.prompts = list(prompts[-self.gate.rows :])
 
+    def interrupted(self) -> bool:
+        """Whether an engine, of this or another process, may have lost its weights since `begin`."""
+        return any(world.gather(self.engine.interruptions != self.interruptions))
+
     def end(self, params: SamplingParams) -> None:
         """Let the engine sleep; if it was interrupted, check first that it still has these weights. Raises EngineError."""
-        if any(world.gather(self.engine.interruptions != self.interruptions)):
+        if self.interrupted():
             self.gate.check(self.engine, self.source.score, self.prompts, params)
         self.engine.sleep()
 
     def transfer(self) -> None:
         """Have the engine load the model's current weights. Raises EngineError, or DataError if they cannot be written.
 
-        Of several processes, which sample from the same servers, the main one does; the others wait.
+        Of several processes the main one writes them, once. Either it tells the servers, which all sample from, or each
+        process has an engine of its own read them.
         """
-        if world.is_main():
-            self._transfer()
-        else:
-            self.source.write_weights(None, self.gate.dtype)
-        world.broadcast(None)
-
-    def _transfer(self) -> None:
         size = self.source.weights_bytes(self.gate.dtype)
-        with disk_errors("transfer the weights", self.source.out), _transfer_folder(self.source.out, size, self.engine.local) as folder:
+        with disk_errors("transfer the weights", self.source.out), _shared_folder(self.source.out, size, self.engine.local) as folder:
             with disk_errors("write the weights", folder):
-                self.source.write_weights(folder, self.gate.dtype)
-            self.engine.load_weights(folder)
+                self.source.write_weights(folder if world.is_main() else None, self.gate.dtype)
+            world.gather(None)  # they are written
+            if world.is_main() or self.engine.local:
+                self.engine.load_weights(folder)
+            world.gather(None)  # they are read
+
+
+@contextmanager
+def _shared_folder(out: Path, size: int, local: bool) -> Iterator[Path]:
+    """Have the main process make a folder (see `_transfer_folder`) that all see where they read it. Raises OSError or DataError."""
+    for in_memory in (True, False) if local else (False,):
+        with ExitStack() as held:
+            mine = held.enter_context(_transfer_folder(out, size, in_memory)) if world.is_main() else None
+            folder = world.broadcast(mine)
+            if not local or all(world.gather(folder.is_dir())):
+                yield folder
+                return
+    raise DataError("not every process sees this folder, in which weights are handed over", where=str(out), hint="put it on a shared disk")
 
 
 @contextmanager

@@ -134,6 +134,8 @@ class RunFolder(OutputFolder):
 
     def write_phase(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Write the rollouts of a step for a restart. Raises DataError."""
+        if not world.is_main():
+            return
         path = self.phase(step) / PHASE_ROLLOUTS
         with disk_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ and all rollouts of a step are one mini-batch unless --mini-batch-size says othe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -34,7 +33,7 @@ from s2dcli.files.records import read_problems, require_labels
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.options import Correction
 from s2dcli.train.advantages import is_mixed
-from s2dcli.train.presets import KlIn, ObjectiveOptions
+from s2dcli.train.presets import KlIn, ObjectiveOptions, check_correction
 
 if TYPE_CHECKING:
     from s2dcli.train.loop import Step
@@ -45,6 +44,7 @@ SAMPLING_ONLY = {
     "num_samples": "-n",
     "max_tokens": "--max-tokens",
     "max_prompt_tokens": "--max-prompt-tokens",
+    "async_depth": "--async-depth",
     "dynamic_sampling": "--dynamic-sampling",
     "correction": "--correction",
     "reward": "--reward",
@@ -88,7 +88,7 @@ def grpo(
         sampling = replace(sampling, max_tokens=stored.max_tokens())
     items = [] if stored else require_labels(read_problems(problems))
     eval_problems = read_problems(running.eval_problems) if running.eval_problems else []
-    objective = objective.resolved(sampling.max_tokens)
+    objective = objective.resolved(sampling)
     given |= options.flatten({"objective": objective, "sampling": sampling})
 
     console.starting()
@@ -116,6 +116,7 @@ def grpo(
         loading=loading,
         running=running,
         offload=offload,
+        ahead=sampling.async_depth,
     )
     tasks = make_tasks(items, setup.encoder, sampling.max_prompt_tokens) if items else []
     on_disk = stored.groups() if stored else []
@@ -143,17 +144,14 @@ def grpo(
     with opened as run:
         reference = opened.load_reference() if objective.kl_coef else None
 
-        def sample(step: Step, chosen: Sequence[int]) -> list[Group]:
-            return opened.sample(step, tasks_of_step(tasks, chosen, step.number), sampling.num_samples)
-
         for step in run:
             chosen, extra, resampled = order.batch(step.number), order.extra(step.number), 0
-            groups = draw(on_disk, chosen) if stored else sample(step, chosen)
+            groups = draw(on_disk, chosen) if stored else opened.sample_step(step, order, tasks, sampling.num_samples)
             run.labels.update(group[0].problem_sha256 for group in groups)
             for _ in range(objective.dynamic_sampling):
                 flat = [slot for slot, group in enumerate(groups) if not _teaches(group, objective)]
                 others = list(islice(extra, len(flat)))
-                fresh = sample(step, others) if others else []
+                fresh = opened.sample(step, tasks_of_step(tasks, others, step.number), sampling.num_samples) if others else []
                 resampled += len(fresh)
                 for slot, group in zip(flat, fresh, strict=False):  # fewer when the problems are used up
                     groups[slot] = group if _teaches(group, objective) else groups[slot]
@@ -264,13 +262,13 @@ def _refuse_contradictions(context: typer.Context, given: dict[str, Any]) -> Non
         options.refuse_given(context, SAMPLING_ONLY, "applies to sampling, and --rollouts samples nothing")
     elif num_samples == 1:
         raise UsageError("-n 1 makes groups of one, whose advantage is always 0", hint="-n 2 or more")
+    corrected = check_correction(given["correction"], given["async_depth"], given["dynamic_sampling"])
     if kl_coef and given["kl_in"] is KlIn.loss and given["kl_estimator"] is options.KlEstimator.k1:
         raise UsageError("--kl-estimator k1 in the loss has an expected gradient of zero", hint="k2 or k3, or --kl-in reward")
     for needed, missing, names in (
         ("--eval-problems", rollouts is not None and not eval_problems, ["engine", "workers", "timeout", "memory_limit"]),
         ("--kl-coef", not kl_coef, ["kl_in", "kl_estimator"]),
-        ("--correction", given["correction"] is Correction.none, ["correction_level", "correction_cap", "correction_floor"]),
-        ("--correction mask", given["correction"] is not Correction.mask, ["correction_floor"]),
+        ("--correction", not corrected, ["correction_level", "correction_cap", "correction_floor"]),
         ("--truncated penalty", given["truncated"] is not options.Truncated.penalty, ["overlong_buffer"]),
     ):
         if missing:

@@ -69,7 +69,7 @@ def opd(
     console.starting()
     from s2dcli.assembly.distillation import Watch, opd_objective
     from s2dcli.assembly.order import Order
-    from s2dcli.assembly.sampling import make_tasks, tasks_of_step
+    from s2dcli.assembly.sampling import make_tasks
     from s2dcli.assembly.training import TrainingSetup
     from s2dcli.engines.base import SamplingParams
     from s2dcli.models.batching import split
@@ -89,14 +89,15 @@ def opd(
         loading=loading,
         running=running,
         offload=offload,
+        ahead=sampling.async_depth,
         teachers=teachers,
     )
     tasks = make_tasks(items, setup.encoder, sampling.max_prompt_tokens) if items else []
     on_disk = stored.groups() if stored else []
     order = Order(len(tasks) or len(on_disk), batches.problems_per_step, seed=running.seed, steps=batches.steps, epochs=batches.epochs)
-    per_item = len(on_disk[0]) if stored else sampling.num_samples
     longest = max(len(row.completion_ids) for row in stored.rows) if stored else sampling.max_tokens
     learnt = tokens_learnt_from(distilling, longest)
+    per_item = len(on_disk[0]) if stored else sampling.num_samples
     opened = setup.start(order, per_item, ("sample", "score", "update"), problems=items, tasks=tasks, stored=stored, turns=phases)
     if opened is None:
         return
@@ -105,10 +106,8 @@ def opd(
         objective = opd_objective(opened, distilling, sampling.temperature, stored.rows if stored else ())
         watch = Watch(run, distilling, objective, None if stored else longest)
         for step in run:
-            if stored:
-                groups = [on_disk[index] for index in order.batch(step.number)]
-            else:
-                groups = opened.sample(step, tasks_of_step(tasks, order.batch(step.number), step.number), sampling.num_samples)
+            chosen = order.batch(step.number)
+            groups = [on_disk[index] for index in chosen] if stored else opened.sample_step(step, order, tasks, sampling.num_samples)
             whole = [row for group in groups for row in group]
             rows = cut(whole, distilling.loss_tokens)
             with step.phase("score"):

@@ -94,6 +94,7 @@ class Step:
     num_failed: int = 0  # of these, whose rewards failed
     grader_errors: Counter[str] = field(default_factory=Counter)  # failures of rewards by kind
     seconds: dict[str, float] = field(default_factory=dict)
+    sampling_seconds: float = 0.0  # that sampling took where the step only waited for it
     sums: dict[str, float] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
     positions: int = 0  # that went through the model to be trained on, padding included
@@ -128,8 +129,12 @@ class Step:
         count = self.sums.get(among, 0.0) if among else self.tokens
         return self.sums[name] / count if name in self.sums and count else None
 
-    def per_second(self, count: int, phase: str) -> float:
-        return count / self.seconds[phase] if self.seconds[phase] else 0.0
+    def rates(self) -> dict[str, float]:
+        """Tokens per second of the parts that handle tokens."""
+        timed = {"update": (self.tokens, self.seconds["update"])}
+        if "sample" in self.seconds:
+            timed["sample"] = self.sampled_tokens, self.sampling_seconds or self.seconds["sample"]
+        return {f"{part}_tokens_per_second": tokens / seconds if seconds else 0.0 for part, (tokens, seconds) in timed.items()}
 
 
 class TrainingRun:
@@ -159,6 +164,7 @@ class TrainingRun:
         self.folder, self.policy, self.loaded, self.training, self.running = folder, policy, loaded, training, running
         self.phases, self.card = tuple(phases), card
         self.evaluate: Callable[[], dict[str, Any]] | None = None  # returns figures; also called before the first step
+        self.before_saving: Callable[[int], None] | None = None  # given the step
         self.dtype = saved_dtype(loaded.checkpoint) if running.save_dtype is Dtype.auto else getattr(torch, running.save_dtype)
         self.number = 0  # of the step under way
         self._compared: list[TrainingRow] = []  # of the last step, on which a checkpoint is compared with the live policy
@@ -315,8 +321,7 @@ class TrainingRun:
             "padding": step.padding / max(1, step.positions),
             **step.metrics,
             "labels": len(self.labels),
-            "update_tokens_per_second": step.per_second(step.tokens, "update"),
-            **({"sample_tokens_per_second": step.per_second(step.sampled_tokens, "sample")} if "sample" in self.phases else {}),
+            **step.rates(),
             **{f"{phase}_seconds": seconds for phase, seconds in step.seconds.items()},
             **{f"{phase}_share": seconds / max(total, sum(step.seconds.values())) for phase, seconds in step.seconds.items()},
             "save_seconds": self._save_seconds,
@@ -337,6 +342,8 @@ class TrainingRun:
 
     def _save(self, number: int) -> None:
         started = time.perf_counter()
+        if self.before_saving:
+            self.before_saving(number)
 
         def fill(draft: Path | None) -> dict[str, Any]:
             model, adapter = self.policy.model, self.policy.adapter

@@ -89,8 +89,8 @@ def importance_weights(
 
     The ratio is exp(trainer - sampler) of each token, or of its sequence: the exponential of the sum of the log-ratios
     (the exact ratio, TRL's), or of their mean, which does not grow with the length (GSPO's). truncate: min(ratio, cap)
-    (truncated importance sampling, Ionides 2008); mask: the ratio where it lies within [floor, cap], else 0 (IcePop,
-    arXiv 2510.18855); `floor` is 1 / cap unless given.
+    (truncated importance sampling, Ionides 2008), and no less than `floor` if given; mask: the ratio where it lies within
+    [floor, cap], else 0 (IcePop, arXiv 2510.18855), with `floor` 1 / cap unless given.
     """
     log_ratios = trainer.astype(np.float64) - sampler
     if level is not CorrectionLevel.token:
@@ -98,5 +98,5 @@ def importance_weights(
         log_ratios = np.full(len(trainer), log_ratio)
     ratios = np.exp(np.minimum(log_ratios, MAX_LOG_RATIO))
     if kind is Correction.truncate:
-        return np.minimum(ratios, cap)
+        return np.clip(ratios, floor, cap)
     return np.where((ratios >= (1 / cap if floor is None else floor)) & (ratios <= cap), ratios, 0.0)

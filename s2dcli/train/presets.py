@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from s2dcli import options
+from s2dcli.errors import UsageError
 
 
 class Preset(StrEnum):
@@ -79,19 +80,39 @@ class ObjectiveOptions:
     overlong_buffer: Annotated[
         int | None, _knob("Tokens before the limit over which that penalty falls to -1.", min=1, show_default="a fifth")
     ] = None
-    correction: Annotated[options.Correction, _knob("Importance correction of sampler/trainer mismatch: none, truncate or mask.")] = (
-        options.Correction.none
-    )
+    correction: Annotated[
+        options.Correction | None,
+        _knob("Importance correction of sampler/trainer mismatch: none, truncate or mask.", show_default="none; with --async-depth 1 mask"),
+    ] = None
     correction_level: Annotated[
         options.CorrectionLevel, _knob("Ratio of that correction: per token, or per sequence (mean or sum of its log-ratios).")
     ] = options.CorrectionLevel.token
     correction_cap: Annotated[float, _knob("Largest ratio: truncated to it, or masked beyond it.", min=1.0)] = 2.0
     correction_floor: Annotated[
-        float | None, _knob("Smallest ratio: masked below it.", min=0.0, max=1.0, show_default="1 / --correction-cap")
+        float | None,
+        _knob("Smallest ratio: truncated to it, or masked below it.", min=0.0, max=1.0, show_default="mask: 1 / --correction-cap"),
     ] = None
     dynamic_sampling: Annotated[int, _knob("Rounds of resampling: replace groups whose rewards are all equal.", min=0)] = 0
 
-    def resolved(self, max_tokens: int) -> ObjectiveOptions:
+    def resolved(self, sampling: options.RolloutOptions) -> ObjectiveOptions:
         """Return it with the preset's values where none were given."""
         missing = {name: value for name, value in PRESETS[self.loss].items() if getattr(self, name) is None}
-        return replace(self, **missing, overlong_buffer=self.overlong_buffer or max(1, max_tokens // 5))
+        if self.correction is None:
+            missing["correction"] = options.Correction.mask if sampling.async_depth else options.Correction.none
+        return replace(self, **missing, overlong_buffer=self.overlong_buffer or max(1, sampling.max_tokens // 5))
+
+
+def check_correction(given: options.Correction | None, async_depth: int, dynamic_sampling: int) -> bool:
+    """Return whether there is an importance correction. Raises UsageError for sampling ahead without one, or with what excludes it."""
+    corrected = given is not options.Correction.none and (given is not None or async_depth > 0)
+    if async_depth and not corrected:
+        raise UsageError(
+            "--async-depth 1 learns from rollouts of older weights, whose gradient is biased without an importance correction",
+            hint="--correction mask (the default with it) or truncate",
+        )
+    if async_depth and dynamic_sampling:
+        raise UsageError(
+            "--dynamic-sampling samples when a step's rewards are known; with --async-depth 1 the engine is busy with the next step then",
+            hint="leave one of them out",
+        )
+    return corrected

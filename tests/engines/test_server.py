@@ -243,6 +243,18 @@ def test_trainers_move_the_servers_weights_with_their_own(s2d, toy, few, server,
     assert stale.code == 1
 
 
+def test_two_processes_sample_ahead_from_one_server(launch, toy, few, server, tmp_path):
+    """Both prove its weights; the main one hands them over."""
+    out = tmp_path / "run"
+    pair = ["--teacher", toy / "teacher", "--student", toy / "student"]
+    how = ["--steps", 3, "--lr", 1e-2, *SAMPLING, "--problems-per-step", 4, "--engine", server.url, "--async-depth", 1, "-v"]
+    results = launch(2, "opd", *pair, few, *how, "-o", out, sharded=True).wait()
+    assert [result.code for result in results] == [0, 0], results[0].err
+    assert results[0].err.count("log-probs differ by") == 4  # two a check, of the first weights and of those after the first step
+    assert [row["off_policy_steps"] for row in read_jsonl(out / "metrics.jsonl")] == [0, 1, 1]
+    assert not list(out.glob(".weights*"))
+
+
 def test_a_server_that_was_killed_and_started_again_costs_no_row(toy, tmp_path, server):
     """The rows are all there, once each, in order."""
     problems = tmp_path / "problems.jsonl"

@@ -5,11 +5,15 @@ import signal
 import stat
 from types import SimpleNamespace
 
+import numpy as np
+import processes
 import pytest
 import torch
 
+from s2dcli import world
 from s2dcli.engines import weights
-from s2dcli.engines.weights import WeightSync
+from s2dcli.engines.base import Sample, SamplingParams
+from s2dcli.engines.weights import ParityGate, WeightSync
 from s2dcli.errors import DataError, EngineError
 
 LOCAL = True
@@ -139,3 +143,48 @@ def test_entries_that_somebody_has_planted_neither_stop_a_transfer_nor_are_follo
     monkeypatch.setattr(os, "geteuid", lambda: -1)
     weights.remove_abandoned()
     assert (memory / f"{weights.PREFIX}theirs").is_dir()
+
+
+def hand_over(out):
+    """In one of several processes: what its engine was given, which folder that was, and whether it is gone."""
+
+    class Sharded(Source):
+        def write_weights(self, folder, dtype):
+            assert (folder is not None) == world.is_main()
+            if folder:
+                super().write_weights(folder, dtype)
+
+    engine = Engine()
+    transfer(engine, Sharded(out))
+    [(folder, _, content)] = engine.loaded
+    return folder, content, folder.exists()
+
+
+def test_the_main_process_writes_once_what_the_engines_of_all_processes_read(tmp_path):
+    (first, *content), *others = processes.in_each(2, hand_over, tmp_path / "run")
+    assert content == [b"w", False]
+    assert others == [(first, b"w", False)]
+    assert first.parent == weights.MEMORY_DISK
+
+
+def one_rank_is_wrong():
+    """The error of a gate in a process whose own engine is right, where another's is not."""
+    apart = 0.006 * world.rank()  # on average over both half of this: the tolerance in float32 is 0.001, and 0.005 here
+
+    class Sampler:
+        name = "vllm"
+
+        def generate(self, requests, params):
+            return ((index, Sample([3], [-1.0 - apart], "stop")) for index, _ in enumerate(requests))
+
+    gate = ParityGate(torch.float32, rows=2, tolerance=0.005)
+    score = lambda rows, temperature: ((row, np.array([-1.0])) for row in rows)  # noqa: E731
+    try:
+        gate.check(Sampler(), score, [[5, 6]], SamplingParams(1.0, 1.0, 0, 4))
+    except EngineError as error:
+        return str(error)
+
+
+def test_each_process_is_held_to_the_tolerance():
+    for error in processes.in_each(2, one_rank_is_wrong):
+        assert "vllm does not sample from the weights that it should: over 2 tokens its log-probs are 0.006 nats off" in error

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sysconfig
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +18,11 @@ CONFIGS, SLURM = ROOT / "examples" / "configs", ROOT / "examples" / "slurm"
 HAS_SCORE = importlib.util.find_spec("s2dcli.stages.score") is not None
 
 
-def needs(linter: str):
-    return pytest.mark.skipif(shutil.which(linter) is None, reason=f"{linter} is not installed")
+def linted(linter: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a linter that the extra `test` has put beside this Python."""
+    command = shutil.which(linter, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+    assert command, f"{linter} is not installed: pip install -e '.[test]'"
+    return subprocess.run([command, *map(str, arguments)], cwd=SLURM, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -141,23 +145,27 @@ def test_a_failed_job_is_not_run_again(cluster, tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
-@needs("shellcheck")
-def test_shellcheck_finds_nothing():
-    scripts = sorted([*SLURM.glob("*.sh"), *(ROOT / "examples").glob("*.sh")])
-    found = subprocess.run(["shellcheck", *scripts], cwd=SLURM, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout
+def test_linters_find_nothing():
+    scripts = [ROOT / ".ci" / "run", *sorted((ROOT / "examples").rglob("*.sh")), *sorted((ROOT / "tests").rglob("*.sh"))]
+    for command in (["shellcheck", *scripts], ["hadolint", ROOT / "Dockerfile"], ["docker-compose", "-f", ROOT / "compose.yaml", "config"]):
+        found = linted(*command)
+        assert (found.returncode, found.stderr) == (0, ""), found.stdout + found.stderr
 
 
-@needs("hadolint")
-def test_hadolint_finds_nothing():
-    found = subprocess.run(["hadolint", ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout
-
-
-@needs("docker-compose")
-def test_compose_accepts_its_file():
-    found = subprocess.run(["docker-compose", "-f", "compose.yaml", "config", "-q"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+def test_linters_find_what_is_wrong(tmp_path):
+    """So they are there and run."""
+    wrong = {"run.sh": "#!/bin/bash\necho $1\n", "Dockerfile": "FROM debian\n", "compose.yaml": "services:\n  a:\n    imagee: b\n"}
+    for name, text in wrong.items():
+        (tmp_path / name).write_text(text)
+    found = [
+        linted("shellcheck", tmp_path / "run.sh"),
+        linted("hadolint", tmp_path / "Dockerfile"),
+        linted("docker-compose", "-f", tmp_path / "compose.yaml", "config"),
+    ]
+    assert all(result.returncode for result in found)
+    assert "SC2086" in found[0].stdout
+    assert "DL3006" in found[1].stdout
+    assert "imagee" in found[2].stderr
 
 
 def test_sampler_and_trainer_share_data_and_not_a_gpu():

@@ -123,6 +123,8 @@ def test_importance_weights_by_hand():
     assert mean.tolist() == pytest.approx([math.sqrt(0.75)] * 2)
     total = importance_weights(trainer, sampler, Correction.mask, CorrectionLevel.sequence_sum, cap=2.0)
     assert total.tolist() == pytest.approx([0.75] * 2)
+    both = importance_weights(trainer, sampler, Correction.truncate, CorrectionLevel.token, 2.0, 0.5)
+    assert both.tolist() == pytest.approx([2.0, 0.5])
     # IcePop's two bounds: 3 and 0.25 against [0.2, 5] and [0.5, 5]
     for floor, kept in ((0.2, [3.0, 0.25]), (0.5, [3.0, 0.0])):
         assert importance_weights(trainer, sampler, Correction.mask, CorrectionLevel.token, 5.0, floor).tolist() == pytest.approx(kept)
