@@ -281,7 +281,7 @@ class RunFolder(OutputFolder):
             file.writelines(map(jsonl.dumps, records))
 
     def _standing(self) -> dict[str, Any]:
-        return {"counts": self.counts, "labels": sorted(self.labels)}
+        return {"counts": self.counts, "planned_steps": self.steps, "labels": sorted(self.labels)}
 
     def _point_to_step(self) -> None:
         with whole_file(self.folder / LATEST) as file:
