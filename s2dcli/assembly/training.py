@@ -55,6 +55,7 @@ from s2dcli.report.card import Card, carried_over
 from s2dcli.train.loop import Step, TrainingRun
 from s2dcli.train.rows import Group, RowMaker, TrainingRow
 from s2dcli.train.teachers import CachedTeacher, LiveTeacher, Teacher
+from s2dcli.train.tracking import Trackers, parse_trackers
 
 # Of a device's memory that the plan may fill: Python, torch and CUDA come on top of it.
 FIT_SHARE = 0.9
@@ -90,6 +91,7 @@ class TrainingSetup:
         self.served = served
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
         require_shardable(training, offload=offload)
+        self.trackers = parse_trackers(running.track)
         self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in checkpoints.items()}
         self.parent, *others = self.parents.values()
         self.inputs = [*inputs, *([cache] if cache else []), *([running.eval_problems] if running.eval_problems else []), *loading.files]
@@ -260,6 +262,8 @@ class Training:
             )
             how = {"phases": self.phases, "card": self._card}
             self.run = TrainingRun(self.folder, self.policy, self.loaded, setup.training, setup.running, **how)
+            if setup.trackers and world.is_main():
+                self.run.trackers = held.enter_context(Trackers(setup.trackers, self.folder, self.folder.manifest["options"]))
             if self.samples:
                 sampler = open_sampler(
                     setup.parent, setup.encoder, setup.params, setup.engine, setup.loading, seed=setup.running.seed, training=self.loaded
