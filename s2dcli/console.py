@@ -194,7 +194,7 @@ def _figures(row: dict, evaluation: dict | None, count: int = len(_FIGURES)) -> 
     return [(labels.get(name, label), _written(row[name], style)) for label, name, style in _FIGURES[:count] if name in row]
 
 
-def _shares(row: dict) -> str:
+def shares(row: dict) -> str:
     """Write the share of a step's time, and of the last save's, that each phase took."""
     seconds = {name.removesuffix("_seconds"): value for name, value in row.items() if name.endswith("_seconds")}
     total = max(row["seconds"], sum(seconds.values())) or 1.0
@@ -210,7 +210,6 @@ def training(steps: int) -> Iterator[Callable[..., None]]:
     """
     started = logged = -LOG_INTERVAL
     before = None  # the step before the first one that is shown
-    known = {"step", *(name for _, name, _ in _FIGURES)}
     columns = (TextColumn("step"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
     bar = Progress(*columns, console=stderr, expand=True)
     task = bar.add_task("step", total=steps, left="")
@@ -222,16 +221,34 @@ def training(steps: int) -> Iterator[Callable[..., None]]:
             if before is None:
                 before, started = step - 1, now - row["seconds"]
             left = f"{timedelta(seconds=round((steps - step) * (now - started) / (step - before)))} left"
-            others = [(name, _written(value)) for name, value in row.items() if name not in known] if verbose() else []
             if live:
                 bar.update(task, completed=step, left=left)
-                live.update(Group(bar, _grid(_figures(row, evaluation), CELL), Text(_shares(row), "dim"), _grid(others, CELL_OF_FIELD)))
+                others = _grid(_others(row), CELL_OF_FIELD)
+                live.update(Group(bar, _grid(_figures(row, evaluation), CELL), Text(shares(row), "dim"), others))
             elif step in (1, steps) or now - logged >= LOG_INTERVAL:
                 logged = now
-                figures = [*_figures(row, evaluation, None if verbose() else BRIEF), *others]
-                info(f"step {step}/{steps}: {', '.join(map(' '.join, figures))}, {left} ({_shares(row)})")
+                info(step_line(row, evaluation, steps, left))
 
         yield show
+
+
+def _others(row: dict) -> list[tuple[str, str]]:
+    """Return the fields of a step that are not among its figures, if `-v` asks for them."""
+    known = {"step", *(name for _, name, _ in _FIGURES)}
+    return [(name, _written(value)) for name, value in row.items() if name not in known] if verbose() else []
+
+
+def step_line(row: dict, evaluation: dict | None, steps: int | str, left: str) -> str:
+    """Return a step of a training run, and how long the run has left, as one line."""
+    figures = [*_figures(row, evaluation, None if verbose() else BRIEF), *_others(row)]
+    return f"step {row['step']}/{steps}: {', '.join(filter(None, (*map(' '.join, figures), left)))} ({shares(row)})"
+
+
+@contextmanager
+def screen() -> Iterator[Callable[[str], None]]:
+    """Show a text on a terminal in place of the one before; yields what shows it. Its last text stays."""
+    with Live(console=stderr, auto_refresh=False) as live:
+        yield lambda text: live.update(Text(printable(text), no_wrap=True, overflow="crop"), refresh=True)
 
 
 def _grid(cells: list[tuple[str, str]], width: int) -> Table:

@@ -542,6 +542,10 @@ class RunOptions:
     eval_every: Annotated[int, _output("Steps between evaluations; also before the first step and after the last.", min=1)] = 50
     eval_samples: Annotated[int, _output("Samples per problem (k) in these evaluations.", min=1)] = 4
     no_card: Annotated[bool, _output("Write no model card (README.md) beside the weights.", "--no-card")] = False
+    track: Annotated[
+        list[str] | None,
+        _output("Also log to these trackers; several by commas, or repeatable.", "--track", metavar="tensorboard|wandb|trackio,..."),
+    ] = None
     dry_run: Annotated[bool, _output("Check inputs and print the plan; load no weights.", "--dry-run")] = False
     overwrite: Overwrite = False
     resume: Resume = False
@@ -585,6 +589,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "keep_rollouts",
         "eval_every",
         "no_card",
+        "track",
     }
 )
 

@@ -211,7 +211,7 @@ USAGE_ERRORS = {
     "--foo": "no option --foo; see s2d --help",
     "grpo --modle x": "no option --modle; did you mean --model?",
     "grpo --zzz x": "no option --zzz; see s2d grpo --help-all",
-    "opd --beta 0.1": "no option --beta; see s2d opd --help-all",
+    "opd --beta 0.1": "no option --beta; use --jsd-beta",
 }
 MEANINGS = {
     "grpo": {

@@ -53,6 +53,7 @@ from s2dcli.options import (
 from s2dcli.report.card import Card, carried_over
 from s2dcli.train.loop import Step, TrainingRun
 from s2dcli.train.rows import Group, RowMaker, TrainingRow
+from s2dcli.train.tracking import Trackers, parse_trackers
 
 # Of a device's memory that the plan may fill: Python, torch and CUDA come on top of it.
 FIT_SHARE = 0.9
@@ -93,6 +94,7 @@ class TrainingSetup:
         require_shardable(training, offload=offload)
         if ahead:
             require_ahead(engine, loading.device)
+        self.trackers = parse_trackers(running.track)
         self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in {**checkpoints, **self.teachers.checkpoints}.items()}
         self.parent, *others = self.parents.values()
         cache = self.teachers.cache
@@ -272,6 +274,8 @@ class Training:
             )
             how = {"phases": self.phases, "card": self._card}
             self.run = TrainingRun(self.folder, self.policy, self.loaded, setup.training, setup.running, **how)
+            if setup.trackers and world.is_main():
+                self.run.trackers = held.enter_context(Trackers(setup.trackers, self.folder, self.folder.manifest["options"]))
             if self.samples:
                 sampler = open_sampler(
                     setup.parent,

@@ -8,10 +8,13 @@ import json
 import os
 import platform
 import stat
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from s2dcli import console
 from s2dcli.errors import UsageError
@@ -76,6 +79,45 @@ def _take(path: Path, output: Path) -> int:
         if os.path.lexists(path) and os.path.samestat(os.fstat(descriptor), os.lstat(path)):
             return descriptor
         os.close(descriptor)  # its owner has just removed it: there is a newer one, or none
+
+
+class Owner(NamedTuple):
+    """What a lock file says of the process that made it; `runs` is None where that cannot be known from here."""
+
+    pid: int
+    host: str
+    runs: bool | None
+
+
+def owner_of(output: Path) -> Owner | None:
+    """Return who writes to an output, or did when it was killed, without taking the lock; None if there is no lock file."""
+    try:
+        descriptor = os.open(lock_of(output), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        said = json.loads(os.pread(descriptor, LARGEST, 0))
+        pid, host = int(said["pid"]), str(said["host"])
+    except (ValueError, KeyError, TypeError, OSError):  # it is just being written
+        pid, host = 0, ""
+    try:
+        held = _is_held(descriptor)
+    finally:
+        os.close(descriptor)
+    here = host == platform.node()
+    return Owner(pid, host, True if held else False if held is not None and here else None)
+
+
+def _is_held(descriptor: int) -> bool | None:
+    """Whether another process holds a lock; None where the system does not tell. On another host's disk a False may be wrong."""
+    if sys.platform != "linux":
+        return None
+    flock = "hhqqi4x"  # struct flock of fcntl.h: type, whence, start, length, pid
+    try:
+        found = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(flock, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        return None
+    return struct.unpack(flock, found)[0] != fcntl.F_UNLCK
 
 
 def _is_ours(descriptor: int) -> bool:

@@ -33,6 +33,8 @@ EVALS = "evals.jsonl"
 PROBLEMS = "problems.jsonl"
 ROLLOUTS = "rollouts"
 TEACHER = "teacher.json"
+TENSORBOARD = "tensorboard"
+TRACKED = "track.json"  # names of the run with its trackers
 PHASES = "phases"
 PHASE_ROLLOUTS = "rollouts.jsonl"
 
@@ -47,6 +49,7 @@ class RunFolder(OutputFolder):
     FILES = (
         *(PROBLEMS, METRICS, EVALS, LATEST, f"{ROLLOUTS}/step-*.jsonl", f"step-*/{MANIFEST}"),
         *(f"{PHASES}/step-*/*", f"{PHASES}/step-*/*/*"),  # of steps that are not saved yet
+        *(f"{TENSORBOARD}/*", f"{TENSORBOARD}/*/*", TRACKED),
         TEACHER,  # what a teacher on servers first said
         ".weights/*",  # for a hosted engine to load
     )
@@ -283,7 +286,7 @@ class RunFolder(OutputFolder):
             file.writelines(map(jsonl.dumps, records))
 
     def _standing(self) -> dict[str, Any]:
-        return {"counts": self.counts, "labels": sorted(self.labels)}
+        return {"counts": self.counts, "planned_steps": self.steps, "labels": sorted(self.labels)}
 
     def _point_to_step(self) -> None:
         with whole_file(self.folder / LATEST) as file:

@@ -18,6 +18,12 @@ every stage in the lineage whose run folder is still where it was, the lineage, 
 searched and compared between two results. A RUN may be a trainer's folder there. Rollouts fill the page up to --page-size; of more, a
 sample of the problems is kept, and the page says how many. --katex typesets their math, with KaTeX from its npm package.
 
+--watch follows a run of grpo, opd or fkl-warmup while it trains: curves, rates and the time left on a terminal, a JSON line for each step
+elsewhere. It reads the files of the run folder only, so it works from another machine on a shared disk:
+
+    s2d report --watch runs/teacher
+    s2d report --watch runs/teacher | jq .reward
+
 Problems that the measured checkpoint's lineage has learnt from are warned of (contamination), and so are
 labels that it has learnt from twice (replay); see `s2d lineage`.
 """
@@ -25,6 +31,7 @@ labels that it has learnt from twice (replay); see `s2d lineage`.
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +45,7 @@ from s2dcli.report.page import build_page, check_page, write_page
 from s2dcli.report.sections import Defaults
 from s2dcli.report.tables import as_csv, as_json, as_latex, as_markdown, headings
 from s2dcli.report.training import is_run_folder, stages_of
+from s2dcli.report.watch import follow
 
 Columns = StrEnum("Columns", "main all")
 FORMATS = {"csv": as_csv, "latex": as_latex, "markdown": as_markdown}
@@ -74,8 +82,17 @@ def report(
         typer.Option("--katex", metavar="PACKAGE", help="Typeset math: KaTeX's npm package, folder or .tgz.", rich_help_panel=PAGE),
     ] = None,
     overwrite: options.Overwrite = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow a training run, from its files alone, until it ends.")] = False,
 ) -> None:
-    """Print the table of several eval results, or write a page about them."""
+    """Print the table of several eval results, write a page about them, or follow a training run."""
+    if watch:
+        names = ("columns", "markdown", "csv", "latex", "json", "html", "page_size", "katex", "overwrite")
+        given = {name: "--" + name.replace("_", "-") for name in names}
+        options.refuse_given(context, given, "applies to results, and --watch shows a run")
+        if len(runs) != 1 or jsonl.is_stream(runs[0]):
+            raise UsageError("--watch follows one run folder", hint="name it alone")
+        follow(Path(runs[0]))
+        return
     wanted = [name for name, given in {"csv": csv, "latex": latex, "markdown": markdown, "json": json}.items() if given]
     if len(wanted) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in wanted)} exclude each other")

@@ -40,6 +40,7 @@ from s2dcli.report.card import Card
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.rows import TrainingRow
 from s2dcli.train.saving import CHECKED_ROWS, MUCH_KL, MUCH_LOST, rounding_loss, saved_kl
+from s2dcli.train.tracking import Trackers
 
 
 def learning_rate(step: int, steps: int, training: TrainingOptions) -> float:
@@ -163,6 +164,7 @@ class TrainingRun:
         """
         self.folder, self.policy, self.loaded, self.training, self.running = folder, policy, loaded, training, running
         self.phases, self.card = tuple(phases), card
+        self.trackers: Trackers | None = None
         self.evaluate: Callable[[], dict[str, Any]] | None = None  # returns figures; also called before the first step
         self.before_saving: Callable[[int], None] | None = None  # given the step
         self.dtype = saved_dtype(loaded.checkpoint) if running.save_dtype is Dtype.auto else getattr(torch, running.save_dtype)
@@ -192,6 +194,8 @@ class TrainingRun:
                 yield step
                 row = self._row(step)
                 self.folder.add_row(row)
+                if self.trackers:
+                    self.trackers.log(row)
                 show(row, self.folder.last_eval)
                 if number % self.running.eval_every == 0 or number == steps:
                     self._evaluate(number)
@@ -338,6 +342,8 @@ class TrainingRun:
             return
         row = {"step": number, "weights": "live", **self.evaluate()}  # those in training, before they are rounded to be saved
         self.folder.add_eval(row)
+        if self.trackers:
+            self.trackers.log(row, "eval/")
         console.info(f"step {number}: {stats.in_words(row)}")
 
     def _save(self, number: int) -> None:
