@@ -17,6 +17,33 @@
   for (const input of themes) input.addEventListener("change", () => { setTheme(input.value); remember(input.value); });
   byId("themes").hidden = false;
 
+  // Curves: the value at the step under the pointer, in place of the last one
+  const inverse = (text) => {
+    const [low, high, start, end] = text.split(" ").map(Number);
+    return (position) => low + ((position - start) / (end - start)) * (high - low);
+  };
+  for (const chart of document.querySelectorAll("svg[data-x]")) {
+    const curves = [...chart.querySelectorAll(".curve")].map((each) => each.getAttribute("points")).join(" ");
+    const points = curves ? curves.split(" ").map((pair) => pair.split(",").map(Number)) : [];
+    const toStep = inverse(chart.dataset.x), toValue = inverse(chart.dataset.y);
+    const told = chart.parentNode.querySelector(".last"), last = told.textContent, cursor = chart.querySelector(".cursor");
+    const written = (value) => ("rate" in chart.dataset ? `${(100 * value).toPrecision(3)} %` : Number(value.toPrecision(3)).toString());
+    chart.addEventListener("pointermove", (event) => {
+      if (!points.length) return;
+      const box = chart.getBoundingClientRect();
+      const at = ((event.clientX - box.left) / box.width) * chart.viewBox.baseVal.width;
+      const [x, y] = points.reduce((best, point) => (Math.abs(point[0] - at) < Math.abs(best[0] - at) ? point : best));
+      cursor.setAttribute("x1", x);
+      cursor.setAttribute("x2", x);
+      cursor.removeAttribute("hidden");
+      told.textContent = `step ${Math.round(toStep(x))}: ${written(toValue(y))}`;
+    });
+    chart.addEventListener("pointerleave", () => {
+      cursor.setAttribute("hidden", "");
+      told.textContent = last;
+    });
+  }
+
   const holder = byId("data");
   if (!holder) return;
   const { results, problems, differences } = JSON.parse(holder.textContent);

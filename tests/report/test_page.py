@@ -430,6 +430,16 @@ def test_a_browser_shows_filters_and_themes_without_errors_or_requests(work, ope
     tab.scheme("light")
     assert tab.run("getComputedStyle(document.body).backgroundColor") == papers[1]
 
+    # The pointer reads a curve
+    rows = read_jsonl(work.training / "metrics.jsonl")
+    where = "[...document.querySelectorAll('.chart')].find((each) => each.textContent.startsWith('tokens a rollout'))"
+    tab.run(f"{where}.scrollIntoView({{ behavior: 'instant', block: 'center' }})")
+    left, top, width, height = tab.run(f"(({{ x, y, width, height }}) => [x, y, width, height])({where}.lastChild.getBoundingClientRect())")
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=left + 0.57 * width, y=top + height / 2)
+    step, value = re.fullmatch(r"step (\d+): ([\d.]+)", tab.run(f"{where}.querySelector('.last').textContent")).groups()
+    assert step == "2"
+    assert float(value) == pytest.approx(rows[1]["mean_tokens"], rel=0.01)
+
     # A phone: nothing is wider than the screen but what scrolls by itself
     tab.size(360, 740, mobile=True)
     assert tab.run("document.scrollingElement.scrollWidth") <= 360
