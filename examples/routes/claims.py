@@ -52,12 +52,19 @@ def main(folder: str, way: str = "sampled") -> None:
         if found is None:
             print(f"| {claim} | 0 | | | | | not run | |")
             continue
-        low, high = found["ci95"]
+        low, high = found["ci95"] or (0.0, 0.0)  # none where no problem differs
         verdict = "holds" if low > 0 else "does not hold" if high < 0 else "not resolved"
-        detectable = "-" if found["detectable"] is None else f"{100 * found['detectable']:.1f}"
-        interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
-        figures = [found["count"], found["problems"], f"{100 * found['difference']:+.1f}", interval, f"{found['p']:.2g}", verdict, detectable]
-        print(f"| {claim} | {' | '.join(map(str, figures))} |")
+        cells = [
+            claim,
+            found["count"],
+            found["problems"],
+            f"{100 * found['difference']:+.1f}",
+            f"{100 * low:+.1f} to {100 * high:+.1f}",
+            f"{found['p']:.2g}",
+            verdict,
+            "-" if found["detectable"] is None else f"{100 * found['detectable']:.1f}",
+        ]
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 if __name__ == "__main__":
