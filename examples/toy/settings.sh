@@ -1,0 +1,30 @@
+# The toy family on a CPU, for ../routes: about a minute a route. One thread: more would only wait for each other.
+# shellcheck shell=bash disable=SC2034  # read by routes/common.sh
+toy=${TOY:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)} # another family: TOY=FOLDER of pretrain.py
+export OMP_NUM_THREADS=1
+
+teacher=$toy/teacher
+student=$toy/student
+half1=$toy/problems/1H.jsonl
+half2=$toy/problems/2H.jsonl
+both=$out/both.jsonl
+tests=("$toy/problems/test.jsonl")
+mkdir -p "$out"
+[ -e "$both" ] || cat "$half1" "$half2" > "$both"
+
+launch=(s2d)
+sampler=()
+sampling=(--max-tokens 16)
+samples=(-n 2)
+grading=(--workers 1)
+cache=(--keep hidden)
+trainer=(--adam-beta2 0.95)
+grpo=(--problems-per-step 32 -n 8 --warmup-steps 5)
+cold_rl=(--steps 200 --lr 1e-4)
+teacher_rl=(--steps 60 --lr 2e-4)
+student_rl=(--steps 80 --lr 1e-4)
+warmup=(--steps 150 --mini-batch-size 128 --lr 2e-3 --schedule cosine --min-lr-ratio 0.1 --warmup-steps 10)
+opd=(--steps 60 --problems-per-step 128 -n 1 --lr 1e-3 --schedule cosine --min-lr-ratio 0.1 --warmup-steps 10)
+evaluations=(sampled greedy)
+eval_sampled=(-k 4 --max-tokens 16)
+eval_greedy=(--temperature 0 --max-tokens 16)
