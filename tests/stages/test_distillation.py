@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 import torch
+import typer
 from conftest import read_jsonl, write_jsonl
+
+from s2dcli.errors import UsageError
+from s2dcli.options import expand
+from s2dcli.stages.fkl_warmup import fkl_warmup
+from s2dcli.stages.opd import opd
 
 SHORT = ["--steps", 2, "--problems-per-step", 8, "-n", 2, "--max-tokens", 16, "--lr", "1e-3", "-q"]
 
@@ -141,10 +147,9 @@ def test_the_first_divergence_equals_a_dense_float64_one(
 
 def test_clamping_is_told(s2d, toy, mixed, tmp_path):
     arguments = ["--teacher", toy / "teacher", "--student", toy / "student", mixed, *SHORT, "--clamp", 0.05]
-    for estimator in ("full", "sampled"):
-        result = s2d("opd", *arguments, "-o", tmp_path / estimator, "--estimator", estimator).result
-        assert 0.1 < result["clamped"] < 0.95
-        assert abs(result["loss"]) < 0.05
+    result = s2d("opd", *arguments, "-o", tmp_path / "run").result
+    assert 0.1 < result["clamped"] < 0.95
+    assert result["loss"] < 0.05 < result["kl"]
 
 
 @pytest.mark.parametrize(
@@ -170,24 +175,18 @@ def test_phases_learn_what_models_side_by_side_do(s2d, toy, mixed, tmp_path, opt
 
 def test_a_cache_gives_a_baseline_and_other_divergences(s2d, toy, rollouts, cache, tmp_path):
     stored = ["--student", toy / "student", "--rollouts", rollouts, "--cache", cache, "--lr", "1e-3", "-q"]
-    for number, more in enumerate(
-        (["--estimator", "sampled", "--baseline", "kl"], ["--estimator", "top-k", "--top-k", 5, "--divergence", "jsd"])
-    ):
-        result = s2d("opd", *stored, *more, "-o", tmp_path / str(number))
-        assert result.code == 0, result.err
-        assert 0.5 < result.result["student_mass"] <= 1.0
-    result = s2d("fkl-warmup", *stored, "--divergence", "jsd", "--loss-tokens", 3, "-o", tmp_path / "warm")
-    assert 0 < result.result["jsd"] < 0.7
+    result = s2d("opd", *stored, "--estimator", "sampled", "--baseline", "kl", "-o", tmp_path / "opd").result
+    assert 0.5 < result["student_mass"] <= 1.0
+    assert 0 < s2d("fkl-warmup", *stored, "--divergence", "jsd", "--loss-tokens", 3, "-o", tmp_path / "warmup").result["jsd"] < 0.7
 
 
 def test_a_changed_list_of_teachers_is_refused_on_resume(s2d, toy, mixed, tmp_path):
     teachers = lambda second: ["--teacher", f"toy-arithmetic={toy / 'teacher'}", "--teacher", f"other={second}"]  # noqa: E731
     arguments = ["--student", toy / "student", mixed, *SHORT, "-o", tmp_path / "run"]
-    assert s2d("opd", *teachers(toy / "student"), *arguments).code == 0
+    assert s2d("opd", *teachers(toy / "student"), *arguments, "--steps", 1).code == 0
     result = s2d("opd", *teachers(toy / "teacher"), *arguments, "--resume")
-    assert result.code == 2 or result.code == 1
+    assert result.code == 2
     assert "--teacher was" in result.err
-    assert "teacher:other" in s2d("lineage", tmp_path / "run").out.decode()
 
 
 @pytest.mark.parametrize(
@@ -200,34 +199,52 @@ def test_a_changed_list_of_teachers_is_refused_on_resume(s2d, toy, mixed, tmp_pa
         ("opd", ["--estimator", "sampled", "--divergence", "jsd"], "estimate KL(student || teacher) alone; --estimator full or top-k"),
         ("opd", ["--clamp", 0], "no token would have a gradient"),
         ("opd", ["--divergence", "jsd", "--clamp", 0.7], "the divergence of --jsd-beta 0.5 never exceeds 0.693 nats"),
-        ("opd", ["--loss-tokens", 16], "--loss-tokens 16: completions have 16 tokens at most"),
         ("opd", ["--task-reward-weight", 2], "--task-reward-weight needs the teacher before its RL; --reference CKPT"),
         ("opd", ["--reference", "{toy}/teacher"], "--reference is the other end of --task-reward-weight"),
         ("opd", ["--reference", "{toy}/teacher", "--task-reward-weight", 0], "nothing of the teacher would be learnt"),
         ("opd", ["--reference", "{toy}/teacher", "--task-reward-weight", 2, "--estimator", "top-k"], "mixes two whole distributions"),
         ("opd", ["served", "--reference", "{toy}/teacher", "--task-reward-weight", 2], "mixes two whole distributions"),
         ("opd", ["served", "--estimator", "sampled", "--teacher-temperature", 2], "the teacher's temperature is 2: a server scores at"),
-        ("opd", ["cached", "--estimator", "top-k", "--top-k", 5, "--teacher-temperature", 2], "at temperature 1, 2 is needed"),
-        ("opd", ["cached", "--reference", "{toy}/teacher", "--task-reward-weight", 2], "needs a cache of the whole distribution"),
-        ("opd", ["cached", "--estimator", "top-k", "--top-k", 5, "--loss-tokens", 16], "completions have"),
         ("opd", ["--teacher", "more={toy}/teacher"], "of several teachers each is a model in memory, NAME=CKPT"),
-        ("opd", ["several"], "problem 'validation-000' comes from 'toy-arithmetic', which has no teacher; math, other have one"),
-        ("fkl-warmup", ["several"], "sample 0 of group 'validation-000' comes from 'toy-arithmetic', which has no teacher"),
         ("fkl-warmup", ["--jsd-beta", 0.3], "--jsd-beta requires --divergence jsd"),
         ("fkl-warmup", ["--divergence", "jsd", "--clamp", 0.7], "never exceeds 0.693 nats"),
-        ("fkl-warmup", ["--loss-tokens", 17], "--loss-tokens 17: completions have"),
         ("fkl-warmup", ["hard", "--clamp", 1], "--clamp applies to a teacher's distributions; --hard-labels has none"),
         ("fkl-warmup", ["hard", "--divergence", "jsd"], "--divergence applies to a teacher's distributions"),
         ("fkl-warmup", ["hard", "--teacher-temperature", 1], "--teacher-temperature applies to a teacher's distributions"),
+    ],
+)  # fmt: skip
+def test_options_that_exclude_each_other_or_would_be_ignored(tmp_path, monkeypatch, command, options, message):
+    """They are refused before any file is looked at."""
+    monkeypatch.chdir(tmp_path)
+    teachers = {"served": ["--teacher", "http://127.0.0.1:9"], "hard": ["--hard-labels"]}
+    kind, options = (options[0], options[1:]) if options[0] in teachers else ("", options)
+    data = ["--rollouts", "r.jsonl"] if command == "fkl-warmup" else ["p.jsonl", "--max-tokens", 16]
+    app = typer.Typer()
+    for name, stage in (("opd", opd), ("fkl-warmup", fkl_warmup)):
+        app.command(name)(expand(stage))
+    given = [command, *teachers.get(kind, ["--teacher", "t"]), "--student", "s", *data, *options]
+    with pytest.raises(UsageError) as caught:
+        app([str(part).format(toy="toy") for part in given], standalone_mode=False)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("opd", ["--loss-tokens", 16], "--loss-tokens 16: completions have 16 tokens at most"),
+        ("opd", ["cached", "--estimator", "top-k", "--top-k", 5, "--teacher-temperature", 2], "at temperature 1, 2 is needed"),
+        ("opd", ["cached", "--reference", "{toy}/teacher", "--task-reward-weight", 2], "needs a cache of the whole distribution"),
+        ("opd", ["cached", "--estimator", "top-k", "--top-k", 5, "--loss-tokens", 16], "completions have"),
+        ("opd", ["several"], "problem 'validation-000' comes from 'toy-arithmetic', which has no teacher; math, other have one"),
+        ("fkl-warmup", ["several"], "sample 0 of group 'validation-000' comes from 'toy-arithmetic', which has no teacher"),
+        ("fkl-warmup", ["--loss-tokens", 17], "--loss-tokens 17: completions have"),
         ("fkl-warmup", ["cached", "--teacher-temperature", 2], "the cache holds probabilities at temperature 1, 2 is needed"),
     ],
 )  # fmt: skip
-def test_options_that_exclude_each_other_or_would_be_ignored(s2d, toy, mixed, rollouts, cache, tmp_path, command, options, message):
+def test_what_the_data_do_not_allow(s2d, toy, mixed, rollouts, cache, tmp_path, command, options, message):
     teachers = {
-        "served": ["--teacher", "http://127.0.0.1:9"],
         "cached": ["--cache", cache],
         "several": ["--teacher", f"math={toy / 'teacher'}", "--teacher", f"other={toy / 'teacher'}"],
-        "hard": ["--hard-labels"],
     }
     kind, options = (options[0], options[1:]) if options[0] in teachers else ("", options)
     teacher = teachers.get(kind, ["--teacher", toy / "teacher"])
@@ -235,7 +252,7 @@ def test_options_that_exclude_each_other_or_would_be_ignored(s2d, toy, mixed, ro
     more = [str(option).format(toy=toy) for option in options]
     result = s2d(command, *teacher, "--student", toy / "student", *data, *more, "-o", tmp_path / "run", "-q")
     assert result.code == (1 if "has no teacher" in message else 2), result.err
-    assert message in result.err.replace("\n", " ")
+    assert message in result.err
     assert len(result.err.splitlines()) == 1, result.err
     assert not (tmp_path / "run").exists()
 
