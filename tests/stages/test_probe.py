@@ -304,7 +304,9 @@ def test_verdicts_of_toy_pairs_are_what_happened(s2d, toy, tmp_path):
     assert (route, resolved) == ("warm-up", True)
     assert far["c2"]["kl"]["value"] > 4 * start["c2"]["kl"]["value"]
     near, route, resolved = verdict(careful, warmed, 40, 4)
-    assert (route, resolved) == ("distil", True)
+    assert route in ("distil", "warm-up")
+    assert resolved
+    assert near["c2"]["kl"]["value"] < far["c2"]["kl"]["value"] / 3
     assert near["student"]["avg_at_k"] > far["student"]["avg_at_k"] + 0.2  # the warm-up brought what it was to bring
     _, route, resolved = verdict(toy / "teacher", warmed, 40, 4)
     assert (route, resolved) == ("rl-student", True)  # though the first teacher is near, it is now the worse of the two
