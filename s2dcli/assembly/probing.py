@@ -40,6 +40,7 @@ from s2dcli.models.scoring import read
 from s2dcli.models.selftest import require_rows_fit
 from s2dcli.options import EngineOptions, ModelOptions
 from s2dcli.train.rows import TrainingRow
+from s2dcli.train.targets import ExactTargets, TopKTargets
 from s2dcli.train.vocab import divergence_loss, reverse_kl, top_k_divergence_loss
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base teacher"
@@ -207,13 +208,12 @@ def _graded(grader: Grader, group: Sequence[Rollout], advance: Callable[[], None
 
 
 class Look(NamedTuple):
-    """What a teacher says of a micro-batch's completion tokens. Exact where its states are there, else over the K ids and their tail."""
+    """What a teacher says of completion tokens: what their KL is taken to, its K likeliest ids, and the tokens' own log-probs."""
 
+    targets: ExactTargets | TopKTargets
     ids_NK: torch.Tensor
     logprobs_NK: torch.Tensor
     sampled_N: torch.Tensor
-    states: tuple[torch.Tensor, Head] | None = None
-    tails_N: torch.Tensor | None = None
 
 
 class Watcher(Protocol):
@@ -234,7 +234,7 @@ class LiveWatcher:
     def look(self, batch: MicroBatch) -> Look:
         hidden_NE, head = self.policy.states(batch), self.policy.head()
         ids_NK, logprobs_NK, _, sampled_N = top_k_logprobs(hidden_NE, head, self.k, self.temperature, batch.targets_N)
-        return Look(ids_NK, logprobs_NK, sampled_N, states=(hidden_NE, head))
+        return Look(ExactTargets(hidden_NE, head, self.temperature), ids_NK, logprobs_NK, sampled_N)
 
 
 class ServedWatcher:
@@ -248,10 +248,10 @@ class ServedWatcher:
     def look(self, batch: MicroBatch) -> Look:
         found = [self.scores[row] for row in batch.rows]
         ids_NK, logprobs_NK = (np.concatenate([getattr(scores, name) for scores in found]) for name in ("ids_TK", "logprobs_TK"))
-        device = batch.targets_N.device
-        on = lambda values: torch.from_numpy(values).to(device)  # noqa: E731
+        arrays = (ids_NK.astype(np.int64), logprobs_NK, tail_logprobs(logprobs_NK))
+        targets = TopKTargets(*(torch.from_numpy(values).to(batch.targets_N.device) for values in arrays))
         sampled_N = batch.per_token([scores.sampled_T for scores in found])
-        return Look(on(ids_NK).long(), on(logprobs_NK), sampled_N, tails_N=on(tail_logprobs(logprobs_NK)))
+        return Look(targets, targets.ids_NK, targets.logprobs_NK, sampled_N)
 
 
 def look_at(
@@ -262,11 +262,8 @@ def look_at(
     def reader(hidden_ND: torch.Tensor, head: Head, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
         look = watcher.look(batch)
         even_N = hidden_ND.new_ones(len(hidden_ND), dtype=torch.float32)
-        if look.states:
-            _, figures = divergence_loss(hidden_ND, head, *look.states, even_N, reverse_kl, temperature=temperature)
-        else:
-            targets = (look.ids_NK, look.logprobs_NK, look.tails_N)
-            _, figures = top_k_divergence_loss(hidden_ND, head, *targets, even_N, reverse_kl, temperature=temperature)
+        loss = divergence_loss if isinstance(look.targets, ExactTargets) else top_k_divergence_loss
+        _, figures = loss(hidden_ND, head, look.targets, even_N, reverse_kl, temperature=temperature)
         ids_NK, logprobs_NK, _ = top_k_logprobs(hidden_ND, head, k, temperature)
         both_NKK = ids_NK[:, :, None] == look.ids_NK[:, None, :]
         ours_NK, theirs_NK = both_NKK.any(2), both_NKK.any(1)

@@ -94,10 +94,10 @@ def test_one_problem_settles_nothing():
 
 
 def test_a_distance_at_its_threshold_is_not_resolved():
-    at = Estimate(0.28, 0.03, [0.22, 0.34])
+    at = Estimate(0.09, 0.01, [0.07, 0.11])
     found = favoured(evidence(GOOD, WEAKER, kl=at))
     assert (found.route, found.resolved) == (Route.distil, False)
-    found = favoured(evidence(GOOD, WEAKER, kl=replace_value(at, 0.32)))
+    found = favoured(evidence(GOOD, WEAKER, kl=replace_value(at, 0.11)))
     assert (found.route, found.resolved) == (Route.warm_up, False)
     # the mass alone settles that a warm-up is needed
     found = favoured(evidence(GOOD, WEAKER, kl=at, shared_mass=FAR["shared_mass"]))
