@@ -272,7 +272,7 @@ class Training:
             self.loaded, self.policy = load_trained(
                 setup.parent, setup.loading, setup.training, seed=setup.running.seed, tokenizer=setup.tokenizer
             )
-            how = {"phases": self.phases, "card": self._card}
+            how = {"phases": self.phases, "write_card": self._card and self._card.write}
             self.run = TrainingRun(self.folder, self.policy, self.loaded, setup.training, setup.running, **how)
             if setup.trackers and world.is_main():
                 self.run.trackers = held.enter_context(Trackers(setup.trackers, self.folder, self.folder.manifest["options"]))

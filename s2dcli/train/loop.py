@@ -36,7 +36,6 @@ from s2dcli.models.scoring import score
 from s2dcli.models.selftest import fast_paths
 from s2dcli.models.sharding import whole_state
 from s2dcli.options import Dtype, RunOptions, Schedule, TrainingOptions, parse_cadence
-from s2dcli.report.card import Card
 from s2dcli.train.optimizer import MasterOptimizer
 from s2dcli.train.rows import TrainingRow
 from s2dcli.train.saving import CHECKED_ROWS, MUCH_KL, MUCH_LOST, rounding_loss, saved_kl
@@ -155,15 +154,15 @@ class TrainingRun:
         running: RunOptions,
         *,
         phases: Sequence[str],
-        card: Card | None = None,
+        write_card: Callable[[Path, dict[str, Any], list[dict[str, Any]]], None] | None = None,
     ) -> None:
         """Make an optimizer, and restore it and `policy` to the last whole step that `folder` holds.
 
-        `loaded` is the model in training as it came from disk; `phases` names the parts of a step to be timed; every
-        checkpoint gets its `card`.
+        `loaded` is the model in training as it came from disk; `phases` names the parts of a step to be timed;
+        `write_card(folder, manifest, evaluations)` writes the model card of a checkpoint.
         """
         self.folder, self.policy, self.loaded, self.training, self.running = folder, policy, loaded, training, running
-        self.phases, self.card = tuple(phases), card
+        self.phases, self.write_card = tuple(phases), write_card
         self.trackers: Trackers | None = None
         self.evaluate: Callable[[], dict[str, Any]] | None = None  # returns figures; also called before the first step
         self.before_saving: Callable[[int], None] | None = None  # given the step
@@ -363,8 +362,8 @@ class TrainingRun:
                 for _ in self.optimizer.state():
                     pass
             found = {"saved": self._check_saved(draft, state, last=number == self.folder.steps)}
-            if draft and self.card:
-                self.card.write(draft, {**self.folder.described(), **found}, self.folder.evals())
+            if draft and self.write_card:
+                self.write_card(draft, {**self.folder.described(), **found}, self.folder.evals())
             return found
 
         self.folder.save(number, self.counts, self.labels, fill)
