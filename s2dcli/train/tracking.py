@@ -122,7 +122,8 @@ class Trackers:
             tracker.start()
             if not step:
                 tracker.store_init_configuration(config)
-        if url := getattr(tracker.tracker, "url", None):
+            url = getattr(tracker.tracker, "url", None)
+        if url:
             console.info(f"{name}: {url}")
         return tracker
 
