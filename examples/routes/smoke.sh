@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Every command of every route on tiny models, in minutes on a CPU, to see that it runs:  smoke.sh ARCHITECTURE SETTINGS OUT
+# Every command of every route on tiny models, in minutes on a CPU, to see that it runs:  smoke.sh ARCHITECTURE SETTINGS OUT [ROUTE...]
 #
 # ARCHITECTURE (qwen3 or llama) is that of two random models with the toy family's tokenizer, which first learn from samples of the toy
-# teacher how an answer looks. SETTINGS keeps its options; models, problems, lengths and counts are replaced.
+# teacher how an answer looks. SETTINGS keeps its options; models, problems, lengths and counts are replaced. ROUTE is a script's name
+# (r3-full); without any, all run.
 set -euo pipefail
 
-if [ $# -ne 3 ]; then
-    echo "usage: $0 qwen3|llama SETTINGS OUT" >&2
+if [ $# -lt 3 ]; then
+    echo "usage: $0 qwen3|llama SETTINGS OUT [ROUTE...]" >&2
     exit 2
 fi
 here=$(cd "$(dirname "$0")" && pwd)
@@ -47,4 +48,9 @@ for way in "\${evaluations[@]}"; do
     options+=(--max-tokens 16 -k 2)
 done
 END
-"$here/all.sh" "$out/settings.sh" "$out/routes"
+if [ $# -eq 3 ]; then
+    "$here/all.sh" "$out/settings.sh" "$out/routes"
+fi
+for route in "${@:4}"; do
+    "$here/$route.sh" "$out/settings.sh" "$out/routes"
+done

@@ -12,32 +12,39 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 ROUTES = ["r1", "r2", "r3", "r5", "r6", "r7", "r8", "raw", "same-size"]
 
 
+def run_smoke(architecture: str, folder: Path, *routes: str) -> Path:
+    """Run routes of an architecture, all if none is named, in their shortest form; returns the folder of seed 0."""
+    script, settings = EXAMPLES / "routes" / "smoke.sh", EXAMPLES / architecture / "settings.sh"
+    with warm_commands(folder / "bin", ZYGOTE) as environment:
+        command = ["bash", script, architecture, settings, folder / "out", *routes]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out" / "routes" / "seed-0"
+
+
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """Run all routes of an architecture in their shortest form, once; returns the folder of seed 0."""
-    folders = {}
-
-    def run(architecture: str) -> Path:
-        if architecture not in folders:
-            folder = tmp_path_factory.mktemp(architecture)
-            command = ["bash", EXAMPLES / "routes" / "smoke.sh", architecture, EXAMPLES / architecture / "settings.sh", folder / "out"]
-            with warm_commands(folder / "bin", ZYGOTE) as environment:
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
-            folders[architecture] = folder / "out" / "routes" / "seed-0"
-        return folders[architecture]
-
-    return run
+def qwen3(tmp_path_factory):
+    return run_smoke("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_every_route_runs(smoke, architecture):
-    folder = smoke(architecture)
-    for route in ROUTES:
-        results = json.loads((folder / "eval" / f"{route}-sampled" / "results.json").read_text())
-        assert (results["problems"], results["k"]) == (4, 2)
-    config = json.loads((folder / "r5" / (folder / "r5" / "latest").read_text().strip() / "config.json").read_text())
-    assert config["model_type"] == architecture
+def results(folder: Path, route: str) -> tuple[int, int]:
+    found = json.loads((folder / "eval" / f"{route}-sampled" / "results.json").read_text())
+    return found["problems"], found["k"]
+
+
+def model_type(run: Path) -> str:
+    return json.loads((run / (run / "latest").read_text().strip() / "config.json").read_text())["model_type"]
+
+
+def test_every_route_runs(qwen3):
+    assert {results(qwen3, route) for route in ROUTES} == {(4, 2)}
+    assert model_type(qwen3 / "r5") == "qwen3"
+
+
+def test_the_settings_of_llama_run(tmp_path):
+    folder = run_smoke("llama", tmp_path, "r3-full")
+    assert results(folder, "r3") == (4, 2)
+    assert model_type(folder / "r3") == "llama"
 
 
 @pytest.mark.parametrize(
@@ -48,8 +55,6 @@ def test_every_route_runs(smoke, architecture):
         ("r5", "r8", {"model"}),
     ],
 )
-def test_contrasts_differ_in_what_they_are_named_after(smoke, s2d, a, b, differ):
-    folder = smoke("qwen3")
-    found = s2d("compare", "--settings", folder / a, folder / b, "--json").result
-    print(found)
+def test_contrasts_differ_in_what_they_are_named_after(qwen3, s2d, a, b, differ):
+    found = s2d("compare", "--settings", qwen3 / a, qwen3 / b, "--json").result
     assert {name.split(" ")[0] for name in found} == differ
