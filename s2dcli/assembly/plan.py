@@ -11,6 +11,7 @@ import torch
 
 from s2dcli.assembly.loading import adapter_of, compute_dtype
 from s2dcli.models.checkpoints import Checkpoint, empty_model, num_parameters, pick_device, pick_dtype
+from s2dcli.models.forward import GROWTH_SHARE
 from s2dcli.models.readers import CHUNK_BYTES, CHUNK_TENSORS
 from s2dcli.options import ModelOptions, Optimizer, TrainingOptions, Weights
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE
@@ -44,7 +45,8 @@ def memory_plan(
     the frozen models. While updating: gradients in float32, bfloat16 `casts` of float32 weights that
     compute in bfloat16, activations of one full micro-batch (see `activation_bytes`), and `logits`, the
     chunks of the loss. While sampling instead: the `cache` of
-    `sample_tokens` positions (0 if nothing is sampled), 2 * layers * key-value heads * head size numbers each. The `total` is what is
+    `sample_tokens` positions (0 if nothing is sampled) and its room to grow, 2 * layers * key-value heads * head size numbers
+    each. The `total` is what is
     always there and the larger of the two phases. Python, torch and CUDA themselves come on top.
 
     Against the measured peak of one update of a full micro-batch of 2048 tokens on a CPU, a model of 25
@@ -79,7 +81,7 @@ def memory_plan(
         "activations_bytes": activation_bytes(shape, tokens, compute_bytes, autocast, training.gradient_checkpointing),
         "logits_bytes": CHUNK_TENSORS * min(CHUNK_BYTES, tokens * head.shape[0] * FLOAT32_BYTES),
     }
-    cache = {"cache_bytes": 2 * shape.layers * shape.keys * sample_tokens * compute_bytes}
+    cache = {"cache_bytes": int(2 * shape.layers * shape.keys * sample_tokens * (1 + GROWTH_SHARE) * compute_bytes)}
     total = sum(always.values()) + max(sum(updating.values()), sum(cache.values()))
     return {"parameters": base, "trained_parameters": trained, **always, **updating, **cache, "total_bytes": total}
 

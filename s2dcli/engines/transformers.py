@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Finished rows are dropped from the batch once they are this share of it: each drop copies the
 # cache, so halving costs at most log2(B) copies and never carries more dead rows than live ones.
 DROP_SHARE = 0.5
+# Tokens after which a GPU counts the rows that go on: a count waits for all that was asked of it before.
+COUNT_EVERY = 8
 # Tokens per block of the two-level search in a cumulative distribution; near the square root of today's
 # largest vocabularies, where both levels are equally long.
 BLOCK = 512
@@ -105,12 +107,13 @@ class TransformersEngine:
             head = replace(head, weight_VD=head.weight_VD.to(self.autocast))
         states_BD = decoder.states_BD
         eos_ids_E = torch.tensor(self.eos_ids, device=device)
-        noise_BT = None if params.temperature == 0 else _noise(requests, params.max_tokens).to(device)
+        noise_BT = None if params.temperature == 0 else row_noise(requests, params.max_tokens).to(device)
         ids_BT = torch.full((count, params.max_tokens), self.pad_id, device=device)
         logprobs_BT = torch.zeros(count, params.max_tokens, device=device)
         lengths_B = torch.full((count,), params.max_tokens + 1, device=device)
         rows_B = torch.arange(count, device=device)  # row of the batch -> row of the result
         live_B = torch.ones(count, dtype=torch.bool, device=device)
+        every = 1 if device.type == "cpu" else COUNT_EVERY
         for t in range(params.max_tokens):
             uniforms_B = None if noise_BT is None else noise_BT[rows_B, t]
             # The final norm's float32 weight lifts states to float32; the head computes in the type asked for, as in training.
@@ -119,10 +122,12 @@ class TransformersEngine:
             ids_BT[rows_B, t] = torch.where(live_B, tokens_B, self.pad_id)
             logprobs_BT[rows_B, t] = chosen_B
             ends_B = live_B & torch.isin(tokens_B, eos_ids_E)
-            lengths_B[rows_B[ends_B]] = t + 1
+            lengths_B[rows_B] = torch.where(ends_B, t + 1, lengths_B[rows_B])
             live_B = live_B & ~ends_B
-            num_live = int(live_B.sum())
-            if num_live == 0 or t == params.max_tokens - 1:
+            if t == params.max_tokens - 1:
+                break
+            num_live = int(live_B.sum()) if (t + 1) % every == 0 else len(rows_B)
+            if num_live == 0:
                 break
             if num_live <= len(rows_B) * DROP_SHARE:
                 keep = live_B.nonzero()[:, 0]
@@ -132,10 +137,16 @@ class TransformersEngine:
         return ids_BT, logprobs_BT, lengths_B
 
 
-def _noise(requests: Sequence[Request], max_tokens: int) -> torch.Tensor:
+def row_noise(requests: Sequence[Request], max_tokens: int) -> torch.Tensor:
     """Return uniform numbers [B, T] in [0, 1): row b depends on the seed of request b alone."""
-    rows = [np.random.Generator(np.random.Philox(key=request.seed)).random(max_tokens) for request in requests]
-    return torch.from_numpy(np.stack(rows))
+    noise_BT = np.empty((len(requests), max_tokens))
+    source = np.random.Philox(key=0)  # one for all rows: making one takes longer than its numbers
+    start, generator = source.state, np.random.Generator(source)
+    for uniforms_T, request in zip(noise_BT, requests, strict=True):
+        start["state"]["key"][:] = request.seed % 2**64, request.seed >> 64
+        source.state = start
+        generator.random(out=uniforms_T)
+    return torch.from_numpy(noise_BT)
 
 
 def choose(logits_BV: torch.Tensor, uniforms_B: torch.Tensor | None, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,8 +174,12 @@ def _invert(logits_BV: torch.Tensor, normaliser_B1: torch.Tensor, uniforms_B1: t
 
     In two levels, blocks of tokens and tokens of one block, with running sums in float64: a float32 one
     over 150,000 tokens would lose the unlikely ones, a float64 one over all of them takes most of the time.
+    What fits into one block needs one level.
     """
     rows, vocabulary = logits_BV.shape
+    if vocabulary <= BLOCK:
+        ends_BV = (logits_BV - normaliser_B1).exp_().double().cumsum_(-1)
+        return torch.searchsorted(ends_BV, uniforms_B1 * ends_BV[:, -1:], right=True)
     blocks = -(-vocabulary // BLOCK)
     probs_BV = logits_BV.new_empty(rows, blocks * BLOCK)
     probs_BV[:, vocabulary:] = 0.0

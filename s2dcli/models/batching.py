@@ -19,6 +19,8 @@ from s2dcli.models.rows import Row
 MAX_PADDING = 0.04
 # ... unless it has less than this share of its budget: small ones cost their overhead, and pad little of the whole.
 MIN_FILL = 1 / 8
+# Ending them early makes more of them: worth it from this share of the positions of full ones on.
+EARLY_WORTH = 0.97
 # Sharing prompts runs the backbone twice, on fewer positions: worth it from a fifth fewer on.
 SHARING_WORTH = 0.8
 
@@ -135,10 +137,15 @@ def _fill_packed(rows: Sequence[Row], budget: int) -> list[list[Row]]:
 
 
 def _fill(families: Sequence[list[Row]], budget: int, *, share: bool) -> tuple[list[list[Row]], int]:
-    """Cut families of rows with one prompt, in order, into groups within the budget and MAX_PADDING.
+    """Cut families of rows with one prompt, in order, into groups within the budget, and within MAX_PADDING where that is worth it.
 
     Returns the groups and how many positions all of them run through the model, padding included.
     """
+    full, early = (_fill_within(families, budget, max_padding, share) for max_padding in (1.0, MAX_PADDING))
+    return early if early[1] <= EARLY_WORTH * full[1] else full
+
+
+def _fill_within(families: Sequence[list[Row]], budget: int, max_padding: float, share: bool) -> tuple[list[list[Row]], int]:
     groups: list[list[Row]] = []
     total = cost = used = num_prompts = longest_prompt = longest = 0
     for members in families:
@@ -149,7 +156,7 @@ def _fill(families: Sequence[list[Row]], budget: int, *, share: bool) -> tuple[l
             wider, longer = max(longest_prompt, prompt), max(longest, length)
             needed = (num_prompts + new_prompt) * wider + (len(groups[-1]) + 1 if groups else 1) * longer
             now_used = used + length + new_prompt * prompt
-            padded = needed - now_used > MAX_PADDING * needed and cost >= MIN_FILL * budget
+            padded = needed - now_used > max_padding * needed and cost >= MIN_FILL * budget
             if groups and needed <= budget and not padded:
                 groups[-1].append(row)
                 num_prompts, longest_prompt, longest, cost, used = num_prompts + new_prompt, wider, longer, needed, now_used

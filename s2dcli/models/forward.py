@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from s2dcli.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel
 # Finite, so that products with a probability of 0 stay 0; its exponential is 0 at any temperature in use.
 UNUSED_LOGIT = -1e5
 _UNUSED = "s2d_unused"
@@ -128,7 +129,7 @@ def _run(
     backbone = model.base_model
     if backbone is model:  # Llama-4's text model looks for it under the name that its multimodal one has
         backbone = model.model
-    known = inspect.signature(backbone.forward).parameters
+    known = _inputs(type(backbone))
     given: dict[str, object] = {}
     if mask_BT is not None:
         given["attention_mask"] = mask_BT
@@ -139,6 +140,11 @@ def _run(
     if cache is not None:
         given["cache_params" if "past_key_values" not in known and "cache_params" in known else "past_key_values"] = cache
     return backbone(input_ids=input_ids_BT, **given).last_hidden_state
+
+
+@functools.cache
+def _inputs(backbone: type[torch.nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(backbone.forward).parameters)
 
 
 def shared_prompt_states(
@@ -174,13 +180,56 @@ def shared_prompt_states(
     return torch.cat([first_BD[:, None], rest_BTD], dim=1)
 
 
+# Positions that a full cache grows by, at least, and as a share of those it holds: each growth copies all of it.
+GROWTH, GROWTH_SHARE = 32, 1 / 8
+
+
+@functools.cache
+def _growing_layer() -> type[DynamicLayer]:
+    """Return a cache layer that writes each token into room that is there, where transformers' copies all tokens before it."""
+    from transformers import DynamicLayer
+
+    class GrowingLayer(DynamicLayer):
+        room: tuple[torch.Tensor, torch.Tensor] | None = None  # whose first positions are `keys` and `values`
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+            start = self.get_seq_length()
+            if not start:  # prompts, whose rows are chosen next
+                self.lazy_initialization(key_states, value_states)
+                self.keys, self.values = key_states, value_states
+                return key_states, value_states
+            end = start + key_states.shape[-2]
+            if self.room is None or end > self.room[0].shape[-2]:
+                held, size = (self.keys, self.values), end + max(GROWTH, int(end * GROWTH_SHARE))
+                self.room = tuple(states.new_empty(*states.shape[:-2], size, states.shape[-1]) for states in held)
+                for room, states in zip(self.room, held, strict=True):
+                    room[..., :start, :] = states
+            for room, states in zip(self.room, (key_states, value_states), strict=True):
+                room[..., start:end, :] = states
+            self.keys, self.values = (room[..., :end, :] for room in self.room)
+            return self.keys, self.values
+
+        def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self.room = None
+
+    return GrowingLayer
+
+
+def growing_cache(model: PreTrainedModel) -> DynamicCache:
+    """Return an empty cache for decoding without gradient; layers other than those of full attention are transformers' own."""
+    from transformers import DynamicCache, DynamicLayer
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_growing_layer()() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 class CachedDecoder:
     """Rows that grow token by token, what was computed of them kept in a cache. Each distinct prompt is run once, left-padded."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of_B: torch.Tensor, pad_id: int) -> None:
         """`states_BD` predict the first token of each row."""
-        from transformers import DynamicCache
-
         device = prompt_of_B.device
         longest = max(map(len, prompts))
         ids_PT = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
@@ -188,7 +237,7 @@ class CachedDecoder:
         mask_PT = (torch.arange(longest, device=device) >= (longest - lengths_P)[:, None]).long()
         unpadded = bool((lengths_P == longest).all())
         self.model = model
-        self.cache = DynamicCache(config=model.config)
+        self.cache = growing_cache(model)
         states_PTD = _run(
             model,
             ids_PT,

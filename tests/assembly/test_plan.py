@@ -99,7 +99,9 @@ def test_frozen_models_and_the_cache_by_hand(toy):
     assert plan(parent.folder, frozen=[parent])["frozen_bytes"] == 4 * 109056
     assert plan(parent.folder, frozen=[parent], lora_rank=2)["frozen_bytes"] == 0  # the adapter switched off
     assert plan(other.folder, frozen=[parent], weights=Weights.bfloat16)["frozen_bytes"] == 2 * 109056
-    assert plan(parent.folder, sample_tokens=1000)["cache_bytes"] == 2 * 2 * 64 * 1000 * 4  # key and value, layers, heads x size
+    assert (
+        plan(parent.folder, sample_tokens=1000)["cache_bytes"] == 2 * 2 * 64 * 1125 * 4
+    )  # key and value, layers, heads x size, an eighth of room to grow
     assert plan(parent.folder, sample_tokens=0)["cache_bytes"] == 0
 
 

@@ -1,6 +1,7 @@
 """Step time, tokens/s and peak memory of GRPO and on-policy distillation, here and in TRL, in one call.
 
-    python tests/bench/bench_train.py                         both shapes, two threads
+    python tests/bench/bench_train.py                         both shapes, as many threads as cores
+    python tests/bench/bench_train.py --shape toy --threads 1 --pairs 5
     python tests/bench/bench_train.py --shape wide --only s2d
     python tests/bench/bench_train.py --shape qwen3-1.7b --dtype bfloat16      on a GPU
 
@@ -13,6 +14,10 @@ length. s2d grades through its real pool, TRL calls the same function.
   wide         Qwen3's vocabulary (151,936), 42 million parameters, 32 rollouts of 64 tokens
   qwen3-1.7b   Qwen3-1.7B's shape, random weights, 64 rollouts of 256 tokens
 
+Single runs mislead on a machine that does other work too: the sides alternate, `--pairs` times, and "speed" is the
+median of the pairs' ratios, with the least and the largest. "CPU s/step" is user and system time, of child processes
+too, and "CPU speed" the ratios of that: what other processes take counts less there.
+
 "beyond" is the peak of the process's memory less what it held before the model came, less weights,
 gradients and optimizer state (16 bytes a parameter trained, 4 or 2 a parameter frozen).
 """
@@ -20,6 +25,7 @@ gradients and optimizer state (16 bytes a parameter trained, 4 or 2 a parameter 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -29,6 +35,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -149,12 +156,30 @@ def memory_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def cpu_seconds() -> float:
+    """User and system time of this process and its descendants, seconds."""
+    import psutil
+
+    this = psutil.Process()
+    times = [process.cpu_times() for process in [this, *this.children(recursive=True)]]
+    return sum(time.user + time.system for time in times)
+
+
 def run_s2d(folder: Path, method: str, shape: dict, dtype: str) -> dict:
     """Run the stage as the command line does, in this process, so that its memory can be read."""
     from transformers import AutoModelForCausalLM  # noqa: F401 - what both sides import is no part of the measure
 
     from s2dcli.cli import app
+    from s2dcli.files.run_folder import RunFolder
 
+    marks: list[float] = []
+    add_row = RunFolder.add_row
+
+    def marked(folder, row):
+        marks.append(cpu_seconds())
+        add_row(folder, row)
+
+    RunFolder.add_row = marked
     start = memory_now()
     arguments = ["--problems-per-step", shape["rollouts"] // GROUP, "-n", GROUP, "--max-tokens", shape["tokens"], "--steps", shape["steps"]]
     arguments += [
@@ -176,7 +201,7 @@ def run_s2d(folder: Path, method: str, shape: dict, dtype: str) -> dict:
         arguments += ["--student", folder / "policy", "--teacher", folder / "teacher"]
     app([method, str(folder / "problems.jsonl"), *map(str, arguments)], standalone_mode=False)
     rows = [json.loads(line) for line in (folder / f"s2d-{method}" / "metrics.jsonl").read_text().splitlines()]
-    return {"seconds": [row["seconds"] for row in rows], "beyond": memory_peak() - start}
+    return {"seconds": [row["seconds"] for row in rows], "cpu": marks, "beyond": memory_peak() - start}
 
 
 def run_trl(folder: Path, method: str, shape: dict, dtype: str) -> dict:
@@ -188,6 +213,7 @@ def run_trl(folder: Path, method: str, shape: dict, dtype: str) -> dict:
     rows = load_dataset("json", data_files=str(folder / "problems.jsonl"), split="train", cache_dir=str(folder / "cache"))
     rows = rows.select_columns(["prompt"])
     seconds: list[float] = []
+    marks: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -195,6 +221,7 @@ def run_trl(folder: Path, method: str, shape: dict, dtype: str) -> dict:
 
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - self.start)
+            marks.append(cpu_seconds())
 
     cuda = torch.cuda.is_available()
     common = {
@@ -226,7 +253,7 @@ def run_trl(folder: Path, method: str, shape: dict, dtype: str) -> dict:
         rows = rows.select([index // GROUP for index in range(len(rows) * GROUP)])
         trainer = DistillationTrainer(str(folder / "policy"), str(folder / "teacher"), config, train_dataset=rows, callbacks=[Clock()])
     trainer.train()
-    return {"seconds": seconds, "beyond": memory_peak() - start}
+    return {"seconds": seconds, "cpu": marks, "beyond": memory_peak() - start}
 
 
 def measure(side: str, method: str, folder: Path, shape: dict, dtype: str, threads: int) -> dict:
@@ -262,6 +289,26 @@ def parameters(folder: Path) -> int:
     return num_parameters(resolve(str(folder / "policy")))
 
 
+class Figures(NamedTuple):
+    """Of one run: wall and CPU seconds per step without the first one, bytes beyond the model and its optimizer."""
+
+    seconds: float
+    cpu: float
+    beyond: float
+
+    @classmethod
+    def of(cls, found: dict, held: int) -> Figures:
+        marks = found["cpu"]
+        cpu = statistics.median(end - start for start, end in itertools.pairwise(marks))
+        return cls(statistics.median(found["seconds"][1:]), cpu, found["beyond"] - held)
+
+
+def ratios(base: list[Figures], runs: list[Figures], field: str) -> str:
+    """Median, least and largest of how many times faster the runs are than those they alternated with."""
+    found = [getattr(one, field) / getattr(other, field) for one, other in zip(base, runs, strict=True)]
+    return f"{statistics.median(found):.2f}x ({min(found):.2f} to {max(found):.2f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
@@ -269,6 +316,7 @@ def main() -> None:
     parser.add_argument("--method", choices=["grpo", "opd"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--pairs", type=int, default=5, help="alternating runs of each side")
     parser.add_argument("--inner", choices=["s2d", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -278,7 +326,8 @@ def main() -> None:
         (options.folder / FOUND).write_text(json.dumps(found))  # standard output belongs to the stages
         return
 
-    print(f"| shape | method | side | s/step | tokens/s | beyond, MB | speed | memory |\n|{'---|' * 8}")
+    print(f"{options.threads} threads, {options.pairs} runs of each side\n")
+    print(f"| shape | method | side | s/step | CPU s/step | tokens/s | beyond, MB | speed | CPU speed | memory |\n|{'---|' * 10}")
     for name in ["toy", "wide"] if options.shape == "both" else [options.shape]:
         shape = {**SHAPES[name], "name": name}
         with tempfile.TemporaryDirectory() as folder:
@@ -286,17 +335,20 @@ def main() -> None:
             make(folder, shape)
             count = parameters(folder)
             for method in [options.method] if options.method else ["grpo", "opd"]:
-                base = None
-                for side in [options.only] if options.only else ["trl", "s2d"]:
-                    found = measure(side, method, folder, shape, options.dtype, options.threads)
-                    seconds = statistics.median(found["seconds"][1:])
-                    frozen = count * (2 if options.dtype == "bfloat16" else 4) if method == "opd" else 0
-                    beyond = (found["beyond"] - 16 * count - frozen) / 1e6
-                    base = base or (seconds, beyond)
+                frozen = count * (2 if options.dtype == "bfloat16" else 4) if method == "opd" else 0
+                sides: dict[str, list[Figures]] = {side: [] for side in ([options.only] if options.only else ["trl", "s2d"])}
+                for _ in range(options.pairs):
+                    for side, runs in sides.items():
+                        found = measure(side, method, folder, shape, options.dtype, options.threads)
+                        runs.append(Figures.of(found, 16 * count + frozen))
+                first = next(iter(sides.values()))
+                for side, runs in sides.items():
+                    seconds, cpu, beyond = (statistics.median(getattr(run, field) for run in runs) for field in Figures._fields)
                     tokens = shape["rollouts"] * shape["tokens"]
+                    memory = statistics.median(run.beyond / base.beyond for base, run in zip(first, runs, strict=True))
                     print(
-                        f"| {name} | {method} | {side} | {seconds:.3f} | {tokens / seconds:,.0f} | {beyond:,.0f} "
-                        f"| {base[0] / seconds:.2f}x | {beyond / base[1]:.0%} |",
+                        f"| {name} | {method} | {side} | {seconds:.3f} | {cpu:.3f} | {tokens / seconds:,.0f} | {beyond / 1e6:,.0f} "
+                        f"| {ratios(first, runs, 'seconds')} | {ratios(first, runs, 'cpu')} | {memory:.0%} |",
                         flush=True,
                     )
 

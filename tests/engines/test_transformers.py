@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import VOCABULARY, scores, tiny
+from transformers import DynamicCache
 
 from s2dcli.engines.base import LENGTH, STOP, Request, SamplingParams
-from s2dcli.engines.transformers import TransformersEngine, choose
+from s2dcli.engines.transformers import TransformersEngine, choose, row_noise
+from s2dcli.models import forward
 from s2dcli.models.batching import Row
 from s2dcli.models.policy import Policy
 
@@ -76,6 +79,27 @@ def test_an_eos_at_the_last_position_is_a_stop():
     seed, length = next((s, len(r.completion_ids)) for s, r in enumerate(long) if r.finish_reason == STOP)
     (short,) = sample(model, [Request(PROMPTS[0], seed)], params(max_tokens=length), eos=(2, 17))
     assert short.finish_reason == STOP
+
+
+def test_noise_is_that_of_a_generator_of_each_rows_seed():
+    requests = [Request(PROMPTS[0], seed) for seed in (0, 1, 2**53 - 1, 2**64 - 1, 2**64 + 5)]
+    expected = [np.random.Generator(np.random.Philox(key=request.seed)).random(7) for request in requests]
+    assert np.array_equal(row_noise(requests, 7).numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_a_cache_that_grows_in_steps_gives_the_states_of_one_that_is_copied_for_each_token(family, monkeypatch):
+    model, of_B = tiny(family), torch.tensor([0, 0, 1])
+    found = []
+    for cache in (forward.growing_cache, lambda model: DynamicCache(config=model.config)):
+        monkeypatch.setattr(forward, "growing_cache", cache)
+        with torch.inference_mode():
+            decoder = forward.CachedDecoder(model, [PROMPTS[0], PROMPTS[2]], of_B, 0)
+            states = [decoder.step(torch.tensor([5 + t % 7, 6, 7])) for t in range(forward.GROWTH + 3)]
+            decoder.keep(torch.tensor([0, 2]))
+            states += [decoder.step(torch.tensor([5, 6 + t % 7])) for t in range(forward.GROWTH + 3)]
+        found.append(states)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True))
 
 
 def test_seeds_differ_repeat_and_change():

@@ -291,3 +291,12 @@ def test_only_kernels_of_variable_length_pack(monkeypatch):
     for attention, packs in [("sdpa", False), ("eager", False), ("flex_attention", True)]:
         model.set_attn_implementation(attention)
         assert can_pack(model) is packs
+
+
+def test_micro_batches_end_early_only_where_that_saves_positions():
+    """Groups whose rows differ in length pad wherever they are cut; groups of two lengths do not."""
+    short, long = [1] * 4, [1] * 16
+    mixed = [Row([prompt] * 40, completion) for prompt in range(16) for completion in (short, long) * 4]
+    apart = [Row([prompt] * 40, (short, long)[prompt % 2]) for prompt in range(16) for _ in range(8)]
+    for rows, number in ((mixed, 1), (apart, 2)):
+        assert len(list(micro_batches(rows, 4096, 0, torch.device("cpu")))) == number
