@@ -157,7 +157,7 @@ def _reinforcement(evidence: Evidence) -> Verdict:
     steps = [Step(behind, bool(evidence.balance["resolved"])), Step(f"{groups}: there a reward teaches", all(settled.values()))]
     if not all(informative.values()):
         return Verdict(Route.rl_teacher if informative["teacher"] else Route.rl_student, steps)
-    ahead = reach["value"] > 0 if reach["resolved"] else _leads(evidence)
+    ahead = reach["value"] > 0 or (_leads(evidence) and not reach["resolved"])
     further = f"within {k} samples the teacher solves more of the problems than the student by {points(reach)} (pass@{k})"
     return Verdict(Route.rl_teacher if ahead else Route.rl_student, [*steps, Step(further, bool(reach["resolved"]))])
 

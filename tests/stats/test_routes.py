@@ -89,6 +89,21 @@ def test_few_problems_do_not_settle_it_and_the_text_says_so():
     assert (told["not_resolved"], told["surer"]) == ([], "")
 
 
+def test_the_policy_that_labels_are_spent_on_is_the_one_that_solves_more_within_a_group():
+    shown = evidence(WEAK, WEAKER)
+    open_ = {"value": 0.03, "se": 0.03, "ci95": [-0.03, 0.09], "p": 0.4, "resolved": False}
+    less = {**open_, "value": -0.01}
+    none = {**shown.lead, "value": 0.0, "resolved": False}
+    for reach, lead, route in (
+        (open_, none, Route.rl_teacher),
+        (less, none, Route.rl_student),
+        (less, shown.lead, Route.rl_teacher),  # better on average, and not known to be worse in a group
+        ({**less, "resolved": True}, shown.lead, Route.rl_student),
+    ):
+        found = favoured(replace(shown, reach=reach, lead=lead))
+        assert (found.route, found.resolved) == (route, reach["resolved"])
+
+
 def test_one_problem_settles_nothing():
     assert not favoured(evidence(GOOD, WEAKER, problems=1, kl=Estimate(0.06, None, None), shared_mass=Estimate(0.99, None, None))).resolved
 
