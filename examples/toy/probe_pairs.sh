@@ -81,6 +81,8 @@ pair "RL teacher, student at the start" "$rl" "$toy/student" "$raw" opd
 pair "RL teacher, student warmed up" "$rl" "$quickstart/rl-bridge/warmup" "$raw" grpo
 pair "raw teacher, student warmed up on it" "$raw" "$quickstart/raw-bridge/warmup" "" grpo
 pair "RL teacher, student after GRPO" "$rl" "$quickstart/direct" "$raw" "opd bridge grpo"
+mkdir -p "$out/raw teacher, student after GRPO"
+cp "$out/RL teacher, student after GRPO/grpo.json" "$out/raw teacher, student after GRPO"  # the same student
 pair "raw teacher, student after GRPO" "$raw" "$quickstart/direct" "" "opd bridge"
 pair "RL teacher, student after the bridge" "$rl" "$quickstart/rl-bridge/opd" "$raw" "opd grpo"
 
