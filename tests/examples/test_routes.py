@@ -50,7 +50,7 @@ def test_the_settings_of_llama_run(tmp_path):
 @pytest.mark.parametrize(
     ("a", "b", "differ"),
     [
-        ("r5", "r7", {"labels", "problems"}),  # fresh against replayed labels
+        ("r5", "r7", {"labels", "input"}),  # fresh against replayed labels
         ("bridge-1H", "opd-1H", {"student"}),  # with and without the warm-up
         ("r5", "r8", {"model"}),
     ],
