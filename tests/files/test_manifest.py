@@ -56,6 +56,11 @@ def test_a_moved_input_and_a_moved_model_are_no_difference(problems, tmp_path):
     assert differences(manifest(problems, Model("a")), manifest(moved, Model("b"))) == []
 
 
+def test_a_changed_list_is_a_difference(problems):
+    old, new = ({**manifest(problems, Model("a")), "options": {"teacher": names}} for names in (["x=a", "y=b"], ["x=a", "y=c"]))
+    assert differences(old, new) == ['--teacher was ["x=a", "y=b"], is ["x=a", "y=c"]']
+
+
 def test_a_changed_tokenizer_is_a_difference(problems):
     old, new = manifest(problems, Model("a")), manifest(problems, Model("a", setup="t"))
     assert differences(old, new) == ["the config, tokenizer or chat template of a has changed"]
