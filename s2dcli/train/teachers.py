@@ -122,14 +122,15 @@ class CachedTeacher:
         require_holds(cache.meta, estimator, top_k, temperature)
         self.cache, self.device, self.estimator, self.temperature = cache, device, estimator, temperature
         self.top_k = top_k if estimator is Estimator.top_k else None
-        self._places = cache.find(rows)
+        # By name: of a row there may be a copy without weight, which a process computes while others have more to do.
+        self._places = {(row.group_id, row.sample_index): place for row, place in cache.find(rows).items()}
         self._head = _cached_head(cache, device) if cache.meta.keep is Keep.hidden else None
         self._dtype = getattr(torch, cache.meta.compute_dtype)
 
     def begin(self, rows: Sequence[TrainingRow]) -> None:
         """Have the system read ahead what is on disk of these rows."""
         for row in rows:
-            self.cache.read_ahead(self._places[row], len(row.completion_ids))
+            self.cache.read_ahead(self._places[row.group_id, row.sample_index], len(row.completion_ids))
 
     @torch.no_grad()
     def targets(self, batch: MicroBatch) -> Targets:
@@ -150,7 +151,8 @@ class CachedTeacher:
         return TopKTargets(ids_NK[:, :k].long(), outcomes_NJ[:, :k], outcomes_NJ[:, k:].logsumexp(-1))
 
     def _read(self, batch: MicroBatch, *names: str) -> list[torch.Tensor]:
-        rows = [self.cache.read(self._places[row], len(row.completion_ids), names) for row in batch.rows]
+        places = [self._places[row.group_id, row.sample_index] for row in batch.rows]
+        rows = [self.cache.read(place, len(row.completion_ids), names) for place, row in zip(places, batch.rows, strict=True)]
         return [torch.from_numpy(np.concatenate([row[name] for row in rows])).to(self.device) for name in names]
 
 
