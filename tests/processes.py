@@ -48,6 +48,7 @@ def make_inputs(folder: Path, run: Callable[..., Result]) -> None:
     rollouts = run("rollout", "-m", TOY / "teacher", folder / "problems.jsonl", "-n", 2, "--max-tokens", 16, "-q")
     graded = run("verify", stdin=rollouts.out)
     (folder / "graded.jsonl").write_bytes(graded.out)
+    run("score", "-m", TOY / "teacher", folder / "graded.jsonl", "-o", folder / "cache", "--top-k", 8, "-q")
 
 
 def untie(source: Path, target: Path) -> None:
@@ -66,6 +67,7 @@ def commands(folder: Path, variant: str) -> dict[str, list[object]]:
     more = [*COMMON, *VARIANTS[variant]]
     problems, graded = folder / "problems.jsonl", folder / "graded.jsonl"
     pair = ["--teacher", models / "teacher", "--student", models / "student"]
+    cached = [*pair[2:], "--rollouts", graded, "--cache", folder / "cache"]
     grpo = ["grpo", "--model", models / "teacher"]
     updates = ["--mini-batch-size", 8, "--dynamic-sampling", 1, "--kl-coef", 0.1, "--importance", "sequence", "--correction", "truncate"]
     evaluated = ["--max-tokens", 16, "--eval-problems", folder / "eval.jsonl", "--eval-every", 2, "--eval-samples", 1]
@@ -76,6 +78,8 @@ def commands(folder: Path, variant: str) -> dict[str, list[object]]:
         "grpo, all options": [*grpo, problems, *SAMPLING, *updates, *more],
         "grpo from disk": [*grpo, "--rollouts", graded, "--problems-per-step", 4, "--kl-coef", 0.1, "--kl-in", "reward", *more],
         "fkl-warmup": ["fkl-warmup", *pair, "--rollouts", graded, "--mini-batch-size", 18, *more, *evaluated],
+        "fkl-warmup, cache": ["fkl-warmup", *cached, "--mini-batch-size", 18, *more],
+        "opd, cache": ["opd", *cached, "--estimator", "top-k", "--top-k", 8, "--problems-per-step", 9, *more],
         "hard labels": ["fkl-warmup", *pair[2:], "--hard-labels", "--only-correct", "--rollouts", graded, "--mini-batch-size", 9, *more],
         "opd": ["opd", *pair, problems, *SAMPLING, *more],
         "opd, all forms": ["opd", "--teacher", *by_source, *pair[2:], folder / "sources.jsonl", *SAMPLING, *more, *forms],

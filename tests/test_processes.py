@@ -29,6 +29,7 @@ def inputs(s2d, tmp_path_factory):
         ("grpo, all options", "tied", 2, False),
         ("grpo, all options", "untied", 2, True),
         ("fkl-warmup", "lora", 2, True),
+        ("opd, cache", "tied", 2, True),
         ("opd", "bfloat16", 4, True),
         ("opd, all forms", "untied", 2, True),
     ],
@@ -98,7 +99,7 @@ def test_errors_are_said_once(launch, toy, tmp_path):
         ("s2d rollout is one process, and 2 were launched", ["rollout", "-m", toy / "teacher", problems], {}),
         ("DeepSpeed", [*grpo, problems], {"ACCELERATE_USE_DEEPSPEED": "true"}),
         ("--fsdp_version 2", [*grpo, problems], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}),
-        ("--engine", [*grpo, problems, "--engine", "vllm"], {}),
+        ("each of the 2 processes has one GPU", [*grpo, problems, "--engine", "vllm", "--tensor-parallel-size", 2], {}),
         ("adamw-8bit", [*grpo, problems, "--optimizer", "adamw-8bit"], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
     ):
         results = launch(2, *command, "-q", **environment).wait()

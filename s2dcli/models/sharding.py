@@ -138,14 +138,15 @@ def whole(part: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def whole_state(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Gather a state dict to the main process's main memory, tensor by tensor, in `dtype` if given; the others get an empty one."""
+    """Gather a state dict to the main process's main memory, tensor by tensor, in `dtype` what is wider; others get an empty one."""
     gathered: dict[str, torch.Tensor] = {}
     done: dict[tuple, torch.Tensor] = {}  # tied weights stay one tensor
     for name, tensor in state.items():
         key = _identity(tensor)
         if key not in done:
             full = whole(tensor.detach())
-            done[key] = full.to("cpu", dtype if full.is_floating_point() else None) if world.is_main() else None
+            narrower = dtype if dtype and full.is_floating_point() and full.itemsize > dtype.itemsize else None
+            done[key] = full.to("cpu", narrower) if world.is_main() else None
         if world.is_main():
             gathered[name] = done[key]
     return gathered

@@ -291,7 +291,7 @@ class TrainingRun:
         adapter = self.policy.adapter
         if self.policy.sharded:
             self.policy.reshard()
-            return whole_state(adapter.merged(dtype) if adapter else self.policy.model.state_dict())
+            return whole_state(adapter.merged(dtype) if adapter else self.policy.model.state_dict(), dtype)
         return adapter.merged(dtype, device) if adapter else self.optimizer.full_precision(self.policy.model)
 
     def weights_bytes(self, dtype: torch.dtype) -> int:

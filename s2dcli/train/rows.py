@@ -41,16 +41,10 @@ class TrainingRow(Row):
     teacher_logprobs: np.ndarray | None = None  # [T]
     importance_weights: np.ndarray | None = None  # correct for a sampler that is not the trainer [T]
     sequence_log_ratio: float | None = None  # mean over its tokens of policy - old
-    whole: TrainingRow | None = None  # of which this is the beginning
 
     def __post_init__(self) -> None:
         Row.__post_init__(self)  # not super(): slots make the class anew
         self.logprobs = np.asarray(self.logprobs, dtype=np.float32)
-
-    @property
-    def uncut(self) -> TrainingRow:
-        """The row as it was sampled."""
-        return self if self.whole is None else self.whole
 
 
 Group = list[TrainingRow]
@@ -89,7 +83,7 @@ def cut(rows: Sequence[TrainingRow], num_tokens: int | None) -> list[TrainingRow
         return list(rows)
     first = slice(num_tokens)
     shorter = {
-        row: replace(row, completion_ids=row.completion_ids[first], logprobs=row.logprobs[first], whole=row)
+        row: replace(row, completion_ids=row.completion_ids[first], logprobs=row.logprobs[first])
         for row in rows
         if len(row.completion_ids) > num_tokens
     }

@@ -104,7 +104,8 @@ class CachedTeacher:
         require_holds(cache.meta, estimator, top_k, temperature, baseline=baseline)
         self.cache, self.device, self.estimator, self.temperature, self.baseline = cache, device, estimator, temperature, baseline
         self.top_k = top_k if estimator is Estimator.top_k else None
-        self._places = cache.find(rows)
+        # By name: a row may be cut, or be a copy without weight, which a process computes while others have more to do.
+        self._places = {(row.group_id, row.sample_index): place for row, place in cache.find(rows).items()}
         self._head = _cached_head(cache, device) if cache.meta.keep is Keep.hidden else None
         self._dtype = getattr(torch, cache.meta.compute_dtype)
 
@@ -138,8 +139,8 @@ class CachedTeacher:
         return TopKTargets(ids_NK[:, :k].long(), outcomes_NJ[:, :k], outcomes_NJ[:, k:].logsumexp(-1))
 
     def _place(self, row: TrainingRow) -> tuple[Shard, int]:
-        """Where a row's numbers begin: its own, or those of the row that it was cut from."""
-        return self._places[row if row in self._places else row.uncut]
+        """Where the numbers of a row, or of the whole row that it was cut from, begin."""
+        return self._places[row.group_id, row.sample_index]
 
     def _read(self, batch: MicroBatch, *names: str) -> list[torch.Tensor]:
         rows = [self.cache.read(self._place(row), len(row.completion_ids), names) for row in batch.rows]

@@ -1,8 +1,9 @@
 """Seconds of a training step with sampling before it (--async-depth 0) and during the one before (1), by a `vllm serve` on this machine.
 
-    python tests/bench/bench_async.py [--model CKPT] [--steps 8] [--pairs 3] [-- OPTIONS OF s2d grpo]
+    python tests/bench/bench_async.py [--teacher CKPT --student CKPT] [--steps 8] [--pairs 3] [-- OPTIONS OF s2d opd]
 
-Server and trainer have a thread each. Runs alternate; a run's figure is the median over its steps but the first two, which start up.
+The student is a random one of 14 million parameters unless given. Server and trainer have a thread each. Runs alternate; a run's
+figure is the median over its steps but the first two, which start up.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from conftest import read_jsonl  # noqa: E402 - after the path
 from engines.test_server import VllmServer  # noqa: E402
+from processes import make_wide  # noqa: E402
 
 
 def run(depth: int, server: VllmServer, given: argparse.Namespace, out: Path) -> tuple[float, float]:
     """Train; returns the medians of the seconds of a step, and of those in which it waited for samples."""
     problems = TESTS.parent / "examples" / "toy" / "problems" / "1H.jsonl"
-    how = ["--engine", server.url, "--async-depth", depth, "--steps", given.steps, "--correction", "mask", "--save-every", 1000, "-q"]
-    command = [sys.executable, "-m", "s2dcli", "grpo", "-m", given.model, problems, "-o", out, *how, *given.options]
+    how = ["--engine", server.url, "--async-depth", depth, "--steps", given.steps, "--save-every", 1000, "-q"]
+    pair = ["--teacher", given.teacher, "--student", given.student]
+    command = [sys.executable, "-m", "s2dcli", "opd", *pair, problems, "-o", out, *how, *given.options]
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, cwd=TESTS.parent)
     rows = read_jsonl(out / "metrics.jsonl")[2:]
     return tuple(statistics.median(row[name] for row in rows) for name in ("seconds", "sample_seconds"))
@@ -35,14 +38,18 @@ def run(depth: int, server: VllmServer, given: argparse.Namespace, out: Path) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(TESTS.parent / "examples" / "toy" / "teacher"))
+    parser.add_argument("--teacher", default=str(TESTS.parent / "examples" / "toy" / "teacher"))
+    parser.add_argument("--student")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("options", nargs="*", default=["--max-tokens", "48", "-n", "16", "--problems-per-step", "16", "--lr", "1e-5"])
+    parser.add_argument("options", nargs="*", default=["--max-tokens", "32", "-n", "8", "--problems-per-step", "8", "--lr", "1e-5"])
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        server = VllmServer(folder, "--worker-extension-cls", "s2dcli.engines.vllm_worker.WorkerExtension", "--model", given.model)
+        if given.student is None:
+            given.student = str(folder / "student")
+            make_wide(folder / "student")
+        server = VllmServer(folder, "--worker-extension-cls", "s2dcli.engines.vllm_worker.WorkerExtension", "--model", given.student)
         server.start()
         try:
             server.wait()
