@@ -60,7 +60,7 @@ def memory_plan(
     weight_bytes = NARROW_BYTES if narrow else FLOAT32_BYTES
     compute_bytes = pick_dtype(compute_dtype(loading, training), pick_device(loading.device)).itemsize
     autocast = compute_bytes < weight_bytes
-    base = num_parameters(student)
+    base = num_parameters(student, loading.trust_remote_code)
     adapter = adapter_of(trained_model, training, seed=0)
     sizes = [parameter.numel() for parameter in trained_model.parameters() if parameter.requires_grad]
     trained = sum(sizes)
@@ -73,7 +73,10 @@ def memory_plan(
         "weights_bytes": base * weight_bytes + (trained * FLOAT32_BYTES if adapter else 0),
         "masters_bytes": base * FLOAT32_BYTES if narrow and not adapter else 0,
         "optimizer_bytes": moment_bytes(sizes, training.optimizer),
-        "frozen_bytes": sum(num_parameters(copy) * (weight_bytes if copy.folder == student.folder else compute_bytes) for copy in copies),
+        "frozen_bytes": sum(
+            num_parameters(copy, loading.trust_remote_code) * (weight_bytes if copy.folder == student.folder else compute_bytes)
+            for copy in copies
+        ),
     }
     updating = {
         "gradients_bytes": trained * FLOAT32_BYTES,

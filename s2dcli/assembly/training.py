@@ -95,7 +95,9 @@ class TrainingSetup:
         if ahead:
             require_ahead(engine, loading.device)
         self.trackers = parse_trackers(running.track)
-        self.parents: dict[str, Checkpoint] = {role: resolve(name) for role, name in {**checkpoints, **self.teachers.checkpoints}.items()}
+        self.parents: dict[str, Checkpoint] = {
+            role: resolve(name, weights=not running.dry_run) for role, name in {**checkpoints, **self.teachers.checkpoints}.items()
+        }
         self.parent, *others = self.parents.values()
         cache = self.teachers.cache
         self.inputs = [*inputs, *([cache] if cache else []), *([running.eval_problems] if running.eval_problems else []), *loading.files]

@@ -30,6 +30,7 @@ _SETUP = (".json", ".model", ".txt", ".jinja", ".py")
 # What a checkpoint needs; other weight formats are not even downloaded. Code is run with --trust-remote-code only.
 _HUB_FILES = [*(f"*{suffix}" for suffix in (*_SETUP, ".safetensors")), "README.md", *(f"{name}*" for name in TERMS)]
 _INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 # Files that are read whatever the family, each one JSON object.
 _OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", _INDEX)
 _LFS_POINTER = b"version https://git-lfs"
@@ -56,19 +57,28 @@ class Checkpoint:
         return files_sha256(path for path in self.folder.iterdir() if path.suffix in _SETUP and path.name != MANIFEST)
 
 
-def resolve(name: str) -> Checkpoint:
-    """Find the checkpoint that `name` means; a hub id is downloaded. Raises ModelError or UsageError."""
+def resolve(name: str, *, weights: bool = True) -> Checkpoint:
+    """Find the checkpoint that `name` means; a hub id is downloaded. Without `weights` a folder needs to hold none.
+
+    Raises ModelError or UsageError.
+    """
     path = Path(name)
     if path.is_dir():
         path = latest_step(path)
         if not (path / "config.json").is_file():
             raise ModelError("neither a checkpoint (no config.json) nor a run folder (no latest)", where=name)
-        _require_safetensors(path, name)
-        _require_whole(path)
+        if weights or has_weights(path):
+            _require_safetensors(path, name)
+            _require_whole(path)
         return Checkpoint(name, path, "", step_of(path))
     if path.exists() or name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise UsageError("no such checkpoint folder", where=name)
-    return _download(name)
+    return _download(name, weights)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights, in whatever format."""
+    return any(path for pattern in _WEIGHTS for path in folder.glob(pattern))
 
 
 def _require_safetensors(folder: Path, name: str) -> None:
@@ -83,19 +93,20 @@ def _require_safetensors(folder: Path, name: str) -> None:
     raise ModelError("holds no *.safetensors; other weight formats are not read", where=name, hint=converting if pickled else "")
 
 
-def _download(name: str) -> Checkpoint:
+def _download(name: str, weights: bool) -> Checkpoint:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*", *(() if weights else _WEIGHTS)]))
     except Exception as error:  # the hub's client raises its own, requests' and httpx' errors alike
         raise ModelError(
             f"no such folder, and the hub did not give it either ({type(error).__name__})",
             where=name,
             hint="check the spelling, the network, and HF_TOKEN for gated models",
         ) from None
-    _require_safetensors(folder, name)
-    _require_whole(folder)
+    if weights:
+        _require_safetensors(folder, name)
+        _require_whole(folder)
     return Checkpoint(name, folder, folder.name, 0)
 
 
@@ -339,10 +350,12 @@ def require_same_ends(
         )
 
 
-def num_parameters(checkpoint: Checkpoint) -> int:
-    """Count the parameters of a checkpoint from its safetensors headers; nothing is loaded."""
+def num_parameters(checkpoint: Checkpoint, trust_remote_code: bool = False) -> int:
+    """Count the parameters of a checkpoint from its safetensors headers, or where there are none from config.json; nothing is loaded."""
     from safetensors import safe_open
 
+    if not has_weights(checkpoint.folder):
+        return sum(parameter.numel() for parameter in empty_model(checkpoint, trust_remote_code).parameters())
     total = 0
     for path in sorted(checkpoint.folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

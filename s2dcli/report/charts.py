@@ -133,10 +133,7 @@ def shares(title: str, names: Sequence[str], steps: Sequence[float], rows: Seque
     """Return parts of a whole over steps as stacked areas: a row is a step, its numbers are the parts."""
     parts = [[row[index] for row in rows] for index in range(len(names))]
     totals = [sum(row) or 1.0 for row in rows]
-    points = [
-        thinned([(step, value / total) for step, value, total in zip(steps, part, totals, strict=True)])
-        for part in parts
-    ]
+    points = [thinned([(step, value / total) for step, value, total in zip(steps, part, totals, strict=True)]) for part in parts]
     xs = [x for x, _ in points[0]]
     if len(xs) == 1:  # an area needs a width
         xs, points = [xs[0] - 0.5, xs[0] + 0.5], [part * 2 for part in points]

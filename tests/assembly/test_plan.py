@@ -1,5 +1,6 @@
 """The memory that `--dry-run` announces against the memory that an update takes."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -99,9 +100,8 @@ def test_frozen_models_and_the_cache_by_hand(toy):
     assert plan(parent.folder, frozen=[parent])["frozen_bytes"] == 4 * 109056
     assert plan(parent.folder, frozen=[parent], lora_rank=2)["frozen_bytes"] == 0  # the adapter switched off
     assert plan(other.folder, frozen=[parent], weights=Weights.bfloat16)["frozen_bytes"] == 2 * 109056
-    assert (
-        plan(parent.folder, sample_tokens=1000)["cache_bytes"] == 2 * 2 * 64 * 1125 * 4
-    )  # key and value, layers, heads x size, an eighth of room to grow
+    cached = plan(parent.folder, sample_tokens=1000)["cache_bytes"]
+    assert cached == 2 * 2 * 64 * 1125 * 4  # key and value, layers, heads x size, an eighth of room to grow
     assert plan(parent.folder, sample_tokens=0)["cache_bytes"] == 0
 
 
@@ -121,3 +121,16 @@ def test_the_total_is_what_is_always_there_and_the_larger_phase(toy):
         planned = plan(toy / "teacher", sample_tokens=tokens)
         phases = sum(planned[name] for name in updating), planned["cache_bytes"]
         assert planned["total_bytes"] == sum(planned[name] for name in always) + max(phases)
+
+
+def test_a_dry_run_needs_no_weights_and_plans_the_same_without_them(s2d, toy, few, tmp_path):
+    for role in ("teacher", "student"):
+        shutil.copytree(toy / role, tmp_path / role, ignore=shutil.ignore_patterns("*.safetensors"))
+    common = [few, "--max-tokens", 4, "-o", tmp_path / "run"]
+    plans = [s2d("opd", "--teacher", at / "teacher", "--student", at / "student", *common, "--dry-run").result for at in (toy, tmp_path)]
+    assert {**plans[0], "available_bytes": 0} == {**plans[1], "available_bytes": 0}
+    done = s2d("opd", "--teacher", toy / "teacher", "--student", tmp_path / "student", *common)
+    assert done.code == 1
+    assert "holds no *.safetensors" in done.err
+    (tmp_path / "student" / "pytorch_model.bin").touch()
+    assert s2d("opd", "--teacher", toy / "teacher", "--student", tmp_path / "student", *common, "--dry-run").code == 1

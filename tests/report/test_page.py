@@ -321,7 +321,7 @@ def test_katex_is_read_from_its_package_fonts_included(tmp_path):
     (tmp_path / "package.json").write_text('{"name": "katex", "version": "0.0.1"}')
     (dist / "katex.min.js").write_text("var katex = {}")
     (dist / "contrib" / "auto-render.min.js").write_text("var renderMathInElement")
-    sources = "src:url(fonts/A.woff2) format(\"woff2\"),url(fonts/A.woff) format(\"woff\")"
+    sources = 'src:url(fonts/A.woff2) format("woff2"),url(fonts/A.woff) format("woff")'
     (dist / "katex.min.css").write_text(f"@font-face{{font-family:A;{sources};font-weight:400}}.katex{{}}")
     with pytest.raises(DataError, match="No such file"):
         read_katex(str(tmp_path))
