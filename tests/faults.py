@@ -117,13 +117,13 @@ def contents(out: Path) -> dict[str, Any]:
 
 def _content(path: Path) -> Any:
     if path.name.endswith("s2d.json") or path.name == "results.json":
-        return _without_times(json.loads(path.read_bytes()))
+        return without_times(json.loads(path.read_bytes()))
     if path.name == "metrics.jsonl":
-        return [_without_times(json.loads(line)) for line in path.read_bytes().splitlines()]
+        return [without_times(json.loads(line)) for line in path.read_bytes().splitlines()]
     return path.read_bytes()
 
 
-def _without_times(value: Any) -> Any:
+def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_times(item) for name, item in value.items() if not _TIME.fullmatch(name) and name not in _HOW}
-    return [_without_times(item) for item in value] if isinstance(value, list) else value
+        return {name: without_times(item) for name, item in value.items() if not _TIME.fullmatch(name) and name not in _HOW}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
