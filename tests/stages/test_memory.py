@@ -20,14 +20,19 @@ def rollouts(s2d, toy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(s2d, toy, rollouts):
-    """Run a short training of any trainer; returns its result."""
+    """Run a short training of any trainer, of `teacher` and `student` of the toy family by default; returns its result."""
     sampling = [toy / "problems" / "1H.jsonl", "--problems-per-step", 4, "-n", 4, "--max-tokens", 16]
     commands = {
         "grpo": ["grpo", "--model", toy / "teacher", *sampling],
-        "opd": ["opd", "--teacher", toy / "teacher", "--student", toy / "student", *sampling],
-        "fkl-warmup": ["fkl-warmup", "--teacher", toy / "teacher", "--student", toy / "student", "--rollouts", rollouts],
+        "opd": ["opd", *sampling],
+        "fkl-warmup": ["fkl-warmup", "--rollouts", rollouts],
     }
-    return lambda trainer, out, *more: s2d(*commands[trainer], "-o", out, *SHORT, *more)
+
+    def run(trainer, out, *more, teacher="teacher", student="student"):
+        pair = [] if trainer == "grpo" else ["--teacher", toy / teacher, "--student", toy / student]
+        return s2d(*commands[trainer], *pair, "-o", out, *SHORT, *more)
+
+    return run
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -180,11 +185,10 @@ def test_dry_run_refuses_what_the_run_would_refuse(train, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--weights", "bfloat16"], ["--lora-rank", 8]], ids=["plain", "bfloat16", "lora"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_8_bit_moments_train_as_float32_ones_do(train, toy, tmp_path, trainer, more):
-    if trainer != "grpo":  # the toy student's tensors are so small that their moments stay in float32
-        more = [*more, "--teacher", toy / "student", "--student", toy / "teacher"]
+    pair = {"teacher": "student", "student": "teacher"}  # the toy student's tensors are so small that their moments stay in float32
     moved, before = {}, weights(toy / "teacher")
     for kind in ("adamw", "adamw-8bit"):
-        result = train(trainer, tmp_path / kind, "--optimizer", kind, "--lr", "1e-5", *more)
+        result = train(trainer, tmp_path / kind, "--optimizer", kind, "--lr", "1e-5", *more, **pair)
         assert result.code == 0, result.err
         saved = weights(tmp_path / kind / "step-000002")
         moved[kind] = torch.cat([(saved[name].double() - before[name]).flatten() for name in before])
