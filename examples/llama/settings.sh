@@ -1,7 +1,7 @@
 # The paper's second family for ../routes: Llama-3.1-8B-Instruct from Llama-3.3-70B-Instruct, measured on MATH-500. For hosts
 # with several GPUs; see ../PLANNING.md for what they need. The settings are those of ../qwen3, for the same reasons; launch starts
 # eight processes, among which models are split.
-# shellcheck shell=bash disable=SC2034  # read by routes/common.sh
+# shellcheck shell=bash disable=SC2034,SC2154  # read by routes/common.sh
 teacher=${TEACHER:-meta-llama/Llama-3.3-70B-Instruct}
 student=${STUDENT:-meta-llama/Llama-3.1-8B-Instruct}
 data=${DATA:-data/dapo} # ../routes/prepare.sh makes it

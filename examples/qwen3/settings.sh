@@ -6,7 +6,7 @@
 # temperature 1, avg@16. Where it is silent: its mini-batch of 8 in RL is read as 8 problems (verl counts so), here 64 rollouts; 32 problems
 # a step and -n 8 are s2d's defaults; the student's RL takes one epoch, as its problems are fresh; thinking is off, as completions of
 # a thinking Qwen3 outgrow 16,384 tokens.
-# shellcheck shell=bash disable=SC2034  # read by routes/common.sh
+# shellcheck shell=bash disable=SC2034,SC2154  # read by routes/common.sh
 teacher=${TEACHER:-Qwen/Qwen3-8B}
 student=${STUDENT:-Qwen/Qwen3-1.7B}
 data=${DATA:-data/dapo} # ../routes/prepare.sh makes it

@@ -1,5 +1,5 @@
 # The toy family on a CPU, for ../routes: about a minute a route. One thread: more would only wait for each other.
-# shellcheck shell=bash disable=SC2034  # read by routes/common.sh
+# shellcheck shell=bash disable=SC2034,SC2154  # read by routes/common.sh
 toy=${TOY:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)} # another family: TOY=FOLDER of pretrain.py
 export OMP_NUM_THREADS=1
 
