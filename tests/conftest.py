@@ -28,6 +28,7 @@ ZYGOTE = Zygote("peft", "bitsandbytes", "accelerate")
 LONG_FILES = (
     "stages/test_resume.py",
     "examples/test_smollm2.py",
+    "examples/test_route_scripts.py",
     "stages/test_engines.py",
     "test_processes.py",
     "engines/test_server.py",
