@@ -29,6 +29,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -180,6 +181,7 @@ def run_s2d(folder: Path, method: str, shape: dict, dtype: str) -> dict:
         add_row(folder, row)
 
     RunFolder.add_row = marked
+    shutil.rmtree(folder / f"s2d-{method}", ignore_errors=True)  # of the pair before
     start = memory_now()
     arguments = ["--problems-per-step", shape["rollouts"] // GROUP, "-n", GROUP, "--max-tokens", shape["tokens"], "--steps", shape["steps"]]
     arguments += [
