@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -137,6 +138,16 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("few") / "problems.jsonl"
     path.write_bytes(b"".join((TOY / "problems" / "validation.jsonl").read_bytes().splitlines(keepends=True)[:8]))
     return path
+
+
+def swap_two_tokens(source: Path, target: Path) -> Path:
+    """Copy a toy checkpoint, with `+` and `-` swapped in its tokenizer. Returns the copy."""
+    shutil.copytree(source, target)
+    tokenizer = json.loads((target / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["+"], vocabulary["-"] = vocabulary["-"], vocabulary["+"]
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return target
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,23 +6,19 @@ with warm_commands(tmp_path / "bin") as environment:
 
 from __future__ import annotations
 
-import array
-import json
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from zygote import Zygote
+from zygote import Zygote, receive_request
 
 ROOT = Path(__file__).parents[1]
-LENGTH = struct.Struct("I")  # of a message, in bytes, before it
 # What a script finds as s2d: it hands its arguments and descriptors to a socket and ends with the code that comes back.
 CLIENT = """#!{python} -IS
 import array, json, os, socket, struct, sys
@@ -69,12 +65,9 @@ def _serve(server: socket.socket, zygote: Zygote, lock: threading.Lock) -> None:
 def _run(connection: socket.socket, zygote: Zygote, lock: threading.Lock) -> None:
     """Run one command to its end; it is killed when whoever asked for it is gone."""
     with connection:
-        head, ancillary, _, _ = connection.recvmsg(LENGTH.size, socket.CMSG_SPACE(3 * array.array("i").itemsize))
-        descriptors = array.array("i", ancillary[0][2])
-        size, found = LENGTH.unpack(head)[0], b""
-        while len(found) < size:
-            found += connection.recv(size - len(found))
-        told: Mapping = json.loads(found)
+        if (request := receive_request(connection)) is None:
+            return
+        told, descriptors = request
         with lock:
             pid = zygote.start(told["args"], *descriptors, cwd=Path(told["cwd"]), more=told["environment"])
         for descriptor in descriptors:

@@ -135,6 +135,14 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     return found
 
 
+def receive_request(connection: socket.socket) -> tuple[dict, array.array] | None:
+    """Return what a client asks for and the descriptors that it hands over; None if it has gone."""
+    head, ancillary, _, _ = connection.recvmsg(_LENGTH.size, socket.CMSG_SPACE(3 * array.array("i").itemsize))
+    if not head:
+        return None
+    return json.loads(_receive(connection, _LENGTH.unpack(head)[0])), array.array("i", ancillary[0][2])
+
+
 def _fork_child(message: dict, descriptors: Sequence[int]) -> int:
     """Fork a command whose parent ends at once. Returns its pid when it has."""
     reader, writer = os.pipe()
@@ -156,12 +164,8 @@ def main(connection: socket.socket, modules: Sequence[str]) -> None:
     warm_up()
     for module in modules:
         importlib.import_module(module)
-    while True:
-        head, ancillary, _, _ = connection.recvmsg(_LENGTH.size, socket.CMSG_SPACE(3 * array.array("i").itemsize))
-        if not head:
-            return
-        descriptors = array.array("i", ancillary[0][2])
-        message = json.loads(_receive(connection, _LENGTH.unpack(head)[0]))
+    while request := receive_request(connection):
+        message, descriptors = request
         connection.sendall(_LENGTH.pack(_fork_child(message, descriptors)))
         for descriptor in descriptors:
             os.close(descriptor)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from s2dcli import console
+from s2dcli.console import printable
 from s2dcli.exports.evaluated import HUB_ID, portable
 from s2dcli.files.checkpoint import ADAPTER
 from s2dcli.files.command_line import command_line
@@ -321,10 +322,6 @@ def _adapter_text(lineage: Lineage) -> Iterator[str]:
 
 
 # Text of others
-
-
-def printable(text: str) -> str:
-    return console.printable(text)
 
 
 def code(text: str) -> str:

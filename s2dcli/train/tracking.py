@@ -1,7 +1,7 @@
 """Figures of a run for TensorBoard, Weights & Biases and Trackio, through accelerate's trackers.
 
 They get the rows of metrics.jsonl and evals.jsonl as these are written, from a thread of their own: a step does not wait for a disk or a
-network. A tracker that fails is warned of and left; the run goes on. A resumed run continues the tracker's: in TensorBoard the
+network. A tracker that fails is warned of and left; the run continues. A resumed run continues the tracker's: in TensorBoard the
 steps that are done again replace the old ones (purge_step), wandb and trackio keep what they were given first, which is the same.
 """
 

@@ -1,12 +1,11 @@
 """Forms of distillation through the command lines of opd and fkl-warmup."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import typer
-from conftest import read_jsonl, write_jsonl
+from conftest import read_jsonl, swap_two_tokens, write_jsonl
 
 from s2dcli.errors import UsageError
 from s2dcli.options import expand
@@ -249,12 +248,7 @@ def test_what_the_data_do_not_allow(s2d, toy, mixed, rollouts, cache, tmp_path, 
 
 
 def test_each_teacher_is_compared_with_the_student(s2d, toy, mixed, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(toy / "teacher", other)
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["+"], vocabulary["-"] = vocabulary["-"], vocabulary["+"]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    other = swap_two_tokens(toy / "teacher", tmp_path / "other")
     teachers = ["--teacher", f"toy-arithmetic={toy / 'teacher'}", "--teacher", f"other={other}"]
     result = s2d("opd", *teachers, "--student", toy / "student", mixed, *SHORT, "-o", tmp_path / "run")
     assert result.code == 1

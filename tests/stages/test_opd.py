@@ -1,11 +1,10 @@
 """`s2d opd` through the command line."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from conftest import read_jsonl, write_jsonl
+from conftest import read_jsonl, swap_two_tokens, write_jsonl
 
 SHORT = ["--steps", 3, "--problems-per-step", 4, "-n", 4, "--max-tokens", 16, "--lr", "1e-3"]
 
@@ -84,12 +83,7 @@ def test_mini_batches_and_temperature(s2d, toy, few, tmp_path):
 
 
 def test_another_tokenizer_is_refused_naming_the_first_id_that_differs(s2d, toy, few, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(toy / "teacher", other)
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["+"], vocabulary["-"] = vocabulary["-"], vocabulary["+"]
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    other = swap_two_tokens(toy / "teacher", tmp_path / "other")
     result = s2d("opd", "--teacher", other, "--student", toy / "student", few, "-o", tmp_path / "run", *SHORT)
     assert result.code == 1
     assert "different tokenizers: id 9 is '-' in the teacher and '+' in the student" in result.err
