@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from s2dcli import console, world
+from s2dcli.assembly.rollouts import read_groups
 from s2dcli.assembly.sampling import Ahead, Sampler, Task
 from s2dcli.files.checkpoint import step_of
-from s2dcli.files.records import Rollout, read_rollouts
+from s2dcli.files.records import Rollout
 from s2dcli.files.run_folder import PHASE_ROLLOUTS, PHASES
 from s2dcli.train.loop import Step, TrainingRun
 
@@ -66,7 +67,7 @@ class AheadBatches:
         """Write the batch that comes after a step, which is about to be saved, for a restart. Raises EngineError or DataError."""
         self.settle()
         if self._next is not None:
-            self.run.folder.write_phase(number + 1, (rollout.to_record() for group in self._next.groups for rollout in group))
+            self.run.folder.write_phase(number + 1, self._next.groups)
 
     def _find_stored(self) -> set[int]:
         return {step_of(path.parent) for path in (self.run.folder.folder / PHASES).glob(f"step-*/{PHASE_ROLLOUTS}")}
@@ -74,9 +75,4 @@ class AheadBatches:
     def _read(self, number: int, updates: int) -> Batch | None:
         if number not in self._stored:
             return None
-        rollouts = world.from_main(self._read_file, number)
-        starts = range(0, len(rollouts), self.num_samples)
-        return Batch([rollouts[start : start + self.num_samples] for start in starts], updates)
-
-    def _read_file(self, number: int) -> list[Rollout]:
-        return [rollout for _, rollout in read_rollouts(self.run.folder.phase(number) / PHASE_ROLLOUTS)]
+        return Batch(world.from_main(read_groups, self.run.folder.phase(number) / PHASE_ROLLOUTS, self.num_samples), updates)

@@ -19,8 +19,8 @@ from s2dcli.models.policy import Objective
 from s2dcli.options import Baseline, DistillationOptions, Divergence, Estimator, Keep, OnPolicyOptions, WarmupOptions
 from s2dcli.train import vocab
 from s2dcli.train.loop import Step, TrainingRun
-from s2dcli.train.objectives import THIRDS, CrossEntropy, Distillation, SampledDistillation
-from s2dcli.train.rows import TrainingRow
+from s2dcli.train.objectives import CrossEntropy, Distillation, SampledDistillation
+from s2dcli.train.rows import THIRDS, TrainingRow
 from s2dcli.train.teachers import CachedTeacher, LiveTeacher, MixedTeacher, Teacher, TeacherBySource
 
 # Length inflation: over so many steps, against as many before, completions grow and the divergence falls by these shares,

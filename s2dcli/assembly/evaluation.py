@@ -20,7 +20,7 @@ from s2dcli.files.atomic import disk_errors
 from s2dcli.files.eval_folder import EXPORT, GRADED, PROBLEMS, RESULTS, EvalFolder
 from s2dcli.files.ledger import warnings
 from s2dcli.files.manifest import name_samplers
-from s2dcli.files.records import Problem, read_problems, read_verdicts, require_labels
+from s2dcli.files.records import Problem, dataset_of, read_problems, read_verdicts, require_labels
 from s2dcli.grade.normalise import normalise
 from s2dcli.grade.pool import MATH, Grader
 from s2dcli.grade.rewards import parse_all
@@ -80,7 +80,7 @@ def check_problems(targets: list[Target], grading: options.GradingOptions, expor
         if any(reward.built_in for reward in parse_all(grading.reward or [MATH])):
             hint = "measure on labelled problems, or use a reward that needs no answer: --reward python:MODULE:FUNCTION"
             require_labels(target.problems, hint)
-        dataset = str(target.problems[0].source.get("dataset", ""))
+        dataset = dataset_of(target.problems[0].source)
         if formats.Export.hub in exports and not HUB_ID.fullmatch(dataset):
             problem = f"--export hub: no hub id is known of the data set {dataset!r}"
             raise DataError(problem, where=target.source, hint="NAME=PATH reads a benchmark's local copy under its hub id")
@@ -185,7 +185,7 @@ class Evaluation:
             return (record for _, record in jsonl.read(folder.out / GRADED, "graded rollouts"))
 
         for kind in self.exports:
-            dataset = str(next(rows())["source"].get("dataset", ""))
+            dataset = dataset_of(next(rows())["source"])
             named = next((name for name, known in BENCHMARKS.items() if known.hub_id == dataset), "")
             task = named or (target.task if self.checkpoint else dataset.rpartition("/")[2] or target.task)
             when = (folder.out / RESULTS).stat().st_mtime

@@ -109,9 +109,10 @@ def check_opd(context: typer.Context, given: Mapping[str, Any], distilling: OnPo
         if not given["eval_problems"]:
             names |= {"engine": "--engine", "max_tokens": "--max-tokens"}
         refuse_given(context, names, "applies to sampling, and --rollouts samples nothing")
-    _check_estimator(context, distilling, served=bool(teachers.served))
+    served = teachers.served is not None
+    _check_estimator(context, distilling, served=served)
     _check_divergence(context, distilling)
-    _check_mixture(distilling)
+    _check_mixture(distilling, served=served)
     if not teachers.checkpoints:
         refuse_given(context, {"offload": "--offload", "phases": "--phases"}, "applies to a teacher in memory, and there is none")
     if teachers.served:
@@ -171,7 +172,7 @@ def largest_jsd(beta: float) -> float:
     return math.inf if beta in (0.0, 1.0) else -beta * math.log(beta) - (1.0 - beta) * math.log1p(-beta)
 
 
-def _check_mixture(distilling: OnPolicyOptions) -> None:
+def _check_mixture(distilling: OnPolicyOptions, *, served: bool) -> None:
     weight = distilling.task_reward_weight
     if weight is None:
         if distilling.reference:
@@ -183,7 +184,7 @@ def _check_mixture(distilling: OnPolicyOptions) -> None:
         raise UsageError(
             f"--task-reward-weight {weight:g}: nothing of the teacher would be learnt", hint="above 0; 1 is the teacher itself"
         )
-    if distilling.estimator is not Estimator.full or is_served((distilling.teacher or [""])[0]):
+    if distilling.estimator is not Estimator.full or served:
         raise UsageError(
             "--task-reward-weight mixes two whole distributions, which top-k or sampled log-probs and servers do not give",
             hint="--estimator full, with a teacher in memory or a cache of s2d score --keep hidden",

@@ -19,10 +19,9 @@ from s2dcli.errors import DataError
 from s2dcli.files.records import Graded, Problem, read_verdicts
 from s2dcli.stats.clustered import Estimate, auc, contrast, per_token, share, within_groups_auc
 from s2dcli.stats.routes import Evidence, favoured
-from s2dcli.train.rows import RowMaker, TrainingRow
+from s2dcli.train.rows import THIRDS, RowMaker, TrainingRow, thirds
 
 QUANTILES = (0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)  # of the tokens' KL; nearest rank
-POSITIONS = ("first", "middle", "last")  # thirds of each completion
 DECIMALS = 6  # of what a file tells of a token
 # What an evaluation reports that a probe tells of either model
 TOLD = ("avg_at_k", "se", "ci95", "pass_at_k", "truncated", "mean_tokens", "ungraded", "no_answer_rate")
@@ -118,16 +117,16 @@ def closeness(samples: Samples, tokens: Mapping[TrainingRow, TokenFigures], k: i
     """Return C2: the KL a token, its quantiles and by thirds of the completions, and how much of the top k is shared."""
     by_problem: dict[str, dict[str, list[float]]] = {}
     counts: dict[str, int] = {}
-    thirds: list[dict[str, tuple[float, int]]] = [{} for _ in POSITIONS]
+    by_third: list[dict[str, tuple[float, int]]] = [{} for _ in THIRDS]
     values = array("f")
     for row, found in tokens.items():
         problem, length = samples.problem_of[row], len(found.kl)
         counts[problem] = counts.get(problem, 0) + length
         for name, numbers in found._asdict().items():
             by_problem.setdefault(name, {}).setdefault(problem, []).append(float(numbers.sum(dtype=np.float64)))
-        part_T = np.arange(length) * len(POSITIONS) // length
-        for third, totals in enumerate(thirds):
-            here = found.kl[part_T == third]
+        third_T = thirds(length)
+        for third, totals in enumerate(by_third):
+            here = found.kl[third_T == third]
             total, number = totals.get(problem, (0.0, 0))
             totals[problem] = (total + float(here.sum(dtype=np.float64)), number + len(here))
         values.extend(found.kl.tolist())
@@ -145,7 +144,7 @@ def closeness(samples: Samples, tokens: Mapping[TrainingRow, TokenFigures], k: i
         "kl_quantiles": {f"{part:g}": float(ordered[max(0, math.ceil(part * len(ordered)) - 1)]) for part in QUANTILES},
         "kl_by_position": {
             name: per_token(list(totals.values()))._asdict() if any(number for _, number in totals.values()) else None
-            for name, totals in zip(POSITIONS, thirds, strict=True)
+            for name, totals in zip(THIRDS, by_third, strict=True)
         },
         "overlap": overlap,
         "shared_mass": {"student": mean("student_mass", 1.0), "teacher": mean("teacher_mass", 1.0)},

@@ -6,11 +6,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from s2dcli import console, world
 from s2dcli.errors import DataError
 from s2dcli.files import jsonl
-from s2dcli.files.records import Graded, Rollout, Row, read_graded, read_rollouts
+from s2dcli.files.records import Graded, Rollout, Row, dataset_of, read_graded, read_rollouts
 from s2dcli.train.rows import Group, RowMaker, TrainingRow, renamed
 
 GOLD_ENGINE = "gold"  # `sampler.engine` of worked solutions written by `s2d prepare --solutions`
@@ -70,7 +71,7 @@ def _store(path: str, rollouts: Iterable[Rollout], keep_records: bool) -> Stored
         elif new_prompt and num_prompts <= PROMPTS_TO_CHECK:
             samples.append(replace(rollout, completion=[], completion_ids=[], completion_logprobs=[]))
         samplers[jsonl.dumps(rollout.sampler)] = rollout.sampler
-        datasets.add(str(rollout.source.get("dataset", "")))
+        datasets.add(dataset_of(rollout.source))
         if jsonl.is_stream(path):
             digest.update(jsonl.dumps(rollout.to_record()))
     return StoredRollouts(path, rows, samples, list(samplers.values()), datasets, digest.hexdigest())
@@ -119,6 +120,12 @@ def read_targets(path: str, only_correct: bool, labels: set[str]) -> Iterator[Ro
         console.info(f"--only-correct keeps {kept} of {kept + dropped} rollouts")
     if not kept:
         raise DataError("holds no rollouts to train on", where=jsonl.input_name(path))
+
+
+def read_groups(path: Path, num_samples: int) -> list[list[Rollout]]:
+    """Return the groups, of `num_samples` rollouts each, that RunFolder.write_phase has written to a file. Raises DataError."""
+    rollouts = [rollout for _, rollout in read_rollouts(path)]
+    return [rollouts[start : start + num_samples] for start in range(0, len(rollouts), num_samples)]
 
 
 def draw(groups: Sequence[Group], chosen: Sequence[int]) -> list[Group]:

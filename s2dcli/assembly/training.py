@@ -23,14 +23,14 @@ from s2dcli.assembly.loading import load_reference, load_trained, require_sharda
 from s2dcli.assembly.order import Order
 from s2dcli.assembly.pairs import open_cache, require_same_pair, warn_of_other_teacher
 from s2dcli.assembly.plan import device_bytes, memory_plan
-from s2dcli.assembly.rollouts import StoredRollouts
+from s2dcli.assembly.rollouts import StoredRollouts, read_groups
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler, tasks_of_step
 from s2dcli.engines.base import SamplingParams
 from s2dcli.engines.opening import require_ahead
 from s2dcli.errors import GradingError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
-from s2dcli.files.records import Problem, Rollout, read_rollouts, require_labels
+from s2dcli.files.records import Problem, Rollout, dataset_of, require_labels
 from s2dcli.files.run_folder import PHASE_ROLLOUTS, RunFolder
 from s2dcli.grade.answer import FAILURES
 from s2dcli.grade.pool import MATH, Errors, Grader, check_reward
@@ -175,7 +175,7 @@ class TrainingSetup:
             }
             jsonl.print_result(plan, console.plan_table)
             return None
-        datasets = stored.datasets if stored else {str(problem.source.get("dataset", "")) for problem in problems}
+        datasets = stored.datasets if stored else {dataset_of(problem.source) for problem in problems}
         card = self._card(order.steps, datasets) if world.is_main() and not self.running.no_card else None
         given = [problem.to_record() for problem in problems]
         samplers = [{"sampler": sampler} for sampler in stored.samplers] if stored else []
@@ -356,10 +356,9 @@ class Training:
         path = self.folder.phase(step.number) / PHASE_ROLLOUTS
         if not path.is_file():
             groups = list(self._sampler.sample(tasks, num_samples))
-            self.folder.write_phase(step.number, (rollout.to_record() for group in groups for rollout in group))
+            self.folder.write_phase(step.number, groups)
             return groups
-        rollouts = [rollout for _, rollout in read_rollouts(path)]
-        return [rollouts[start : start + num_samples] for start in range(0, len(rollouts), num_samples)]
+        return read_groups(path, num_samples)
 
     def _grade(self, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Any]], Errors]:
         """Return the graded rows, whole if they are to be kept, and what failed."""

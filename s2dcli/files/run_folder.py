@@ -26,7 +26,7 @@ from s2dcli.files.checkpoint import LATEST, TRAINING_STATE, step_name, step_of
 from s2dcli.files.manifest import MANIFEST, read_json, read_manifest, write_json
 from s2dcli.files.output import complete_lines, resumable, truncate_after
 from s2dcli.files.output_folder import OutputFolder
-from s2dcli.files.records import take
+from s2dcli.files.records import Rollout, take
 
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"
@@ -135,14 +135,14 @@ class RunFolder(OutputFolder):
         self.keep = True
         return self.folder / PHASES / step_name(step)
 
-    def write_phase(self, step: int, records: Iterable[dict[str, Any]]) -> None:
+    def write_phase(self, step: int, groups: Iterable[Iterable[Rollout]]) -> None:
         """Write the rollouts of a step for a restart. Raises DataError."""
         if not world.is_main():
             return
         path = self.phase(step) / PHASE_ROLLOUTS
         with disk_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._write_records(path, records)
+            self._write_records(path, (rollout.to_record() for group in groups for rollout in group))
 
     def write_rollouts(self, step: int, records: Iterable[dict[str, Any]]) -> None:
         """Write what a step learnt from to rollouts/step-NNNNNN.jsonl."""

@@ -7,6 +7,8 @@ is wrong even without them is refused.
 
 from __future__ import annotations
 
+import functools
+import operator
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -66,6 +68,11 @@ def fast_paths(model: PreTrainedModel) -> FastPaths:
     if paths is None or attention != _attention(model):
         return self_test(model, model.get_output_embeddings().weight.shape[0], type(model).__name__)
     return paths
+
+
+def common_fast_paths(models: Sequence[PreTrainedModel]) -> FastPaths:
+    """Return the shortcuts that all of some models, which are given the same micro-batches, can take. Raises ModelError."""
+    return functools.reduce(operator.and_, map(fast_paths, models))
 
 
 def note_fast_paths(model: PreTrainedModel, paths: FastPaths) -> None:

@@ -9,9 +9,7 @@ for step in run:
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +31,7 @@ from s2dcli.models.checkpoints import LoadedModel, saved_dtype
 from s2dcli.models.policy import Objective, Policy
 from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
-from s2dcli.models.selftest import fast_paths
+from s2dcli.models.selftest import common_fast_paths
 from s2dcli.models.sharding import whole_state
 from s2dcli.options import Dtype, RunOptions, Schedule, TrainingOptions, parse_cadence
 from s2dcli.train.optimizer import MasterOptimizer
@@ -217,7 +215,7 @@ class TrainingRun:
         if not trained:
             return
         with step.phase("update"):
-            paths = functools.reduce(operator.and_, (fast_paths(policy.model) for policy in (self.policy, *objective.others)))
+            paths = common_fast_paths([policy.model for policy in (self.policy, *objective.others)])
             # Prompts are shared through a cache, which layers that run twice would fill twice.
             # Sharded layers run once in each micro-batch, and equally often in each process.
             share = paths.share_prompts and not self.training.gradient_checkpointing and not self.policy.sharded

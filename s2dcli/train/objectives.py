@@ -20,12 +20,12 @@ from s2dcli.models.forward import Head
 from s2dcli.models.policy import Policy
 from s2dcli.options import KlEstimator, Surrogate
 from s2dcli.train.losses import kl_estimate, policy_loss
+from s2dcli.train.rows import THIRDS, thirds
 from s2dcli.train.targets import Distributions, ExactTargets, MixedTargets, TopKTargets
 from s2dcli.train.teachers import Teacher
 from s2dcli.train.vocab import Divergence, Figures, divergence_loss, reverse_kl, token_loss, top_k_divergence_loss
 
 Loss = tuple[torch.Tensor, Figures]
-THIRDS = ("first", "middle", "last")  # of a completion: token t of T is in third 3t // T
 WATCH_EVERY = 8  # tokens; at one of them the most likely ids of teacher and student are compared, which costs a sort
 
 
@@ -140,7 +140,7 @@ def _watched(batch: MicroBatch) -> np.ndarray:
 
 def _thirds(batch: MicroBatch, kl_N: torch.Tensor) -> Figures:
     """The KL within each third of the completions, and how many tokens that has."""
-    third_N = torch.from_numpy(np.concatenate([3 * np.arange(length) // length for length in batch.lengths_B])).to(kl_N.device)
+    third_N = torch.from_numpy(np.concatenate([thirds(length) for length in batch.lengths_B])).to(kl_N.device)
     figures: Figures = {}
     for number, name in enumerate(THIRDS):
         within_N = (third_N == number).float()

@@ -49,6 +49,13 @@ class TrainingRow(Row):
 
 Group = list[TrainingRow]
 
+THIRDS = ("first", "middle", "last")  # of a completion
+
+
+def thirds(length: int) -> np.ndarray:
+    """Return which of THIRDS each token of a completion is in, [T]: token t of T in third 3t // T."""
+    return np.arange(length) * len(THIRDS) // length
+
 
 class RowMaker:
     """Makes training rows of rollouts; rows with equal prompts share one array."""

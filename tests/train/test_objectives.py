@@ -14,8 +14,8 @@ from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
 from s2dcli.options import Estimator, Keep, ValueType
 from s2dcli.train.loop import Part
-from s2dcli.train.objectives import THIRDS, WATCH_EVERY, Distillation, SampledDistillation
-from s2dcli.train.rows import TrainingRow
+from s2dcli.train.objectives import WATCH_EVERY, Distillation, SampledDistillation
+from s2dcli.train.rows import THIRDS, TrainingRow
 from s2dcli.train.teachers import CachedTeacher, LiveTeacher
 from s2dcli.train.vocab import reverse_kl
 
