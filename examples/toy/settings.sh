@@ -26,5 +26,6 @@ student_rl=(--steps 80 --lr 1e-4)
 warmup=(--steps 150 --mini-batch-size 128 --lr 2e-3 --schedule cosine --min-lr-ratio 0.1 --warmup-steps 10)
 opd=(--steps 60 --problems-per-step 128 -n 1 --lr 1e-3 --schedule cosine --min-lr-ratio 0.1 --warmup-steps 10)
 evaluations=(sampled greedy)
+curve_counts="32 64 128 256 512 1024"
 eval_sampled=(-k 4 --max-tokens 16)
 eval_greedy=(--temperature 0 --max-tokens 16)

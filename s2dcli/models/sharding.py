@@ -13,21 +13,24 @@ sums beside bfloat16 weights, and the head's own sum as they are in one process.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Partial
 
 from s2dcli import world
 from s2dcli.errors import ModelError
 from s2dcli.models.policy import Policy
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
+
+# torch.distributed's tensors and FSDP2 are imported where they are used: that takes seconds, and one process alone has no use for them.
 
 
 def shard(policy: Policy, device: torch.device, *, narrow: bool = False) -> Policy:
@@ -36,6 +39,9 @@ def shard(policy: Policy, device: torch.device, *, narrow: bool = False) -> Poli
     `narrow`: the parts stay float32, and what is gathered of them to compute with is bfloat16. No more than a layer, or than
     what is around the layers, is ever whole on a device. Raises ModelError.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+
     mesh = init_device_mesh(device.type, (world.size(),))
     kinds = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
@@ -51,7 +57,7 @@ def shard(policy: Policy, device: torch.device, *, narrow: bool = False) -> Poli
     _fully_shard(policy, mesh, kinds, reshard=False)
     register_fsdp_forward_method(policy, "states")
     policy.sharded, policy.narrow = True, narrow
-    assert all(isinstance(weight, DTensor) for weight in policy.parameters()), "every weight is in parts"
+    assert all(_is_part(weight) for weight in policy.parameters()), "every weight is in parts"
     return policy
 
 
@@ -84,6 +90,8 @@ def _layers(policy: Policy) -> list[tuple[str, torch.nn.Module]]:
 
 
 def _fully_shard(module: torch.nn.Module, mesh: DeviceMesh, kinds: MixedPrecisionPolicy, *, reshard: bool) -> None:
+    from torch.distributed.fsdp import fully_shard
+
     fully_shard(module, mesh=mesh, mp_policy=kinds, reshard_after_forward=reshard)
     module.set_gradient_divide_factor(1.0)  # sums, not means
     module.set_force_sum_reduction_for_comms(True)  # gloo has no other
@@ -117,14 +125,20 @@ def _receive_buffers(policy: Policy, device: torch.device) -> None:
                 raise ModelError(f"{type(module).__name__} keeps {name}.{attribute} as no buffer, so it cannot be sharded")
 
 
+def _is_part(tensor: torch.Tensor | None) -> TypeGuard[DTensor]:
+    """Whether a tensor is one of which each process holds a part: none is before the module of such tensors was imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def part_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this process holds of a tensor: its rows, or all of it."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to_local() if _is_part(tensor) else tensor
 
 
 def cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return the rows of a tensor that this process holds of `like`."""
-    if not isinstance(like, DTensor):
+    if not _is_part(like):
         return whole
     parts = whole.chunk(world.size())
     return parts[world.rank()] if world.rank() < len(parts) else whole[:0]
@@ -132,9 +146,11 @@ def cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def whole(part: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
     """Gather a tensor of which each process holds its rows, as of `like` where it is not itself a part; others are returned as they are."""
-    if isinstance(like, DTensor) and not isinstance(part, DTensor):
+    if _is_part(like) and not _is_part(part):
+        from torch.distributed.tensor import DTensor
+
         part = DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
-    return part.full_tensor() if isinstance(part, DTensor) else part
+    return part.full_tensor() if _is_part(part) else part
 
 
 def whole_state(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -180,6 +196,8 @@ class GatheredGradients:
 
     def scatter(self) -> None:
         """Sum over the processes what a micro-batch has collected: to be called by all of them."""
+        from torch.distributed.tensor import DTensor, Partial
+
         for weight in self._layers:
             collected = DTensor.from_local(self._sums.pop(weight), weight.device_mesh, [Partial()], run_check=False)
             rows = collected.redistribute(weight.device_mesh, weight.placements).to_local()

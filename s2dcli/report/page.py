@@ -41,16 +41,16 @@ HEAD_BYTES = 4096  # in which it stands
 SLACK = 512  # bytes for what depends on how many rollouts are left out
 
 
-def check_page(name: str, overwrite: bool) -> None:
-    """Raise UsageError if there is a file that may not be replaced: any without `overwrite`, and with it all but pages of ours."""
+def check_page(name: str, overwrite: bool, mark: bytes = MARK) -> None:
+    """Raise UsageError if there is a file that may not be replaced: any without `overwrite`, and with it all but those of ours."""
     if jsonl.is_stream(name):
         return
     jsonl.refuse_existing(name, overwrite)
     path = Path(name)
     if path.is_dir():
         raise UsageError("is a folder, a file was expected", where=name)
-    if path.is_file() and path.stat().st_size and MARK not in path.read_bytes()[:HEAD_BYTES]:
-        raise UsageError("was not written by s2d report, which leaves it alone", where=name, hint="choose another --html")
+    if path.is_file() and path.stat().st_size and mark not in path.read_bytes()[:HEAD_BYTES]:
+        raise UsageError("was not written by s2d report, which leaves it alone", where=name, hint="choose another name")
 
 
 def write_page(name: str, content: bytes) -> None:

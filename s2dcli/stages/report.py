@@ -18,6 +18,11 @@ every stage in the lineage whose run folder is still where it was, the lineage, 
 searched and compared between two results. A RUN may be a trainer's folder there. Rollouts fill the page up to --page-size; of more, a
 sample of the problems is kept, and the page says how many. --katex typesets their math, with KaTeX from its npm package.
 
+--label-curve FILE draws accuracy against the distinct labels that each lineage has cost, as an SVG, and prints its numbers in place of the
+table. Results of one name and as many labels are training runs of one recipe: a point is their mean, its band the 95 % interval over runs.
+
+    s2d report runs/curve/seed-*/eval/* --label-curve curve.svg
+
 --watch follows a run of grpo, opd or fkl-warmup while it trains: curves, rates and the time left on a terminal, a JSON line for each step
 elsewhere. It reads the files of the run folder only, so it works from another machine on a shared disk:
 
@@ -30,6 +35,7 @@ labels that it has learnt from twice (replay); see `s2d lineage`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +45,8 @@ import typer
 from s2dcli import console, options
 from s2dcli.errors import DataError, UsageError
 from s2dcli.files import jsonl
-from s2dcli.report.collect import pivot, read_results
+from s2dcli.report import label_curve
+from s2dcli.report.collect import Result, pivot, read_results
 from s2dcli.report.katex import read_katex
 from s2dcli.report.page import build_page, check_page, write_page
 from s2dcli.report.sections import Defaults
@@ -81,13 +88,17 @@ def report(
         str | None,
         typer.Option("--katex", metavar="PACKAGE", help="Typeset math: KaTeX's npm package, folder or .tgz.", rich_help_panel=PAGE),
     ] = None,
+    curve: Annotated[
+        str | None,
+        typer.Option("--label-curve", metavar="FILE", help="Draw accuracy against labels spent, over training runs, as an SVG."),
+    ] = None,
     overwrite: options.Overwrite = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow a training run, from its files alone, until it ends.")] = False,
 ) -> None:
     """Print the table of several eval results, write a page about them, or follow a training run."""
     if watch:
         names = ("columns", "markdown", "csv", "latex", "json", "html", "page_size", "katex", "overwrite")
-        given = {name: "--" + name.replace("_", "-") for name in names}
+        given = {name: "--" + name.replace("_", "-") for name in names} | {"curve": "--label-curve"}
         options.refuse_given(context, given, "applies to results, and --watch shows a run")
         if len(runs) != 1 or jsonl.is_stream(runs[0]):
             raise UsageError("--watch follows one run folder", hint="name it alone")
@@ -96,6 +107,14 @@ def report(
     wanted = [name for name, given in {"csv": csv, "latex": latex, "markdown": markdown, "json": json}.items() if given]
     if len(wanted) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in wanted)} exclude each other")
+    if curve:
+        names = {"html": "--html", "columns": "--columns", "csv": "--csv", "latex": "--latex", "page_size": "--page-size", "katex": "--katex"}
+        options.refuse_given(context, names, "does not go with --label-curve, whose numbers are markdown or --json")
+        check_page(curve, overwrite, label_curve.MARK)
+        if jsonl.is_stream(curve):
+            raise UsageError("the picture is a file, its numbers go to standard output", where="--label-curve -", hint="name a file")
+        _draw_labels([result for run in runs for result in read_results(run)], curve, json)
+        return
     if html:
         size = options.parse_size(page_size, "--page-size")
         if size < LEAST_PAGE:
@@ -130,7 +149,19 @@ def report(
     if json:
         jsonl.print_result(as_json(cells, labels))
         return
-    text = FORMATS[wanted[0] if wanted else "markdown"](cells, labels, figures)
+    _print(FORMATS[wanted[0] if wanted else "markdown"](cells, labels, figures))
+
+
+def _draw_labels(results: Sequence[Result], name: str, json: bool) -> None:
+    column, points = label_curve.label_points(results)
+    write_page(name, label_curve.draw(column, points))
+    if json:
+        jsonl.print_result({**column._asdict(), "points": [point._asdict() for point in points]})
+    else:
+        _print(f"{console.markdown(label_curve.table(points))}\n- {label_curve.note(column, points)}\n")
+
+
+def _print(text: str) -> None:
     out = console.claim_stdout()
     out.write(text.encode())
     out.flush()
