@@ -31,3 +31,4 @@ warmup=(--epochs 1 --mini-batch-size 64)
 opd=(--epochs 1 -n 8 --max-prompt-tokens 2048 --mini-batch-size 64)
 evaluations=(sampled)
 eval_sampled=(-k 16 --max-tokens 16384)
+curve_counts="64 256 1024 4096 16384"

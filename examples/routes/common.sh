@@ -17,14 +17,18 @@ out=$2/seed-$seed
 source "$1"
 mkdir -p "$out/logs"
 
-# run NAME COMMAND...: run a command with its output in logs/NAME.log; if it fails, show the end of that.
+# run NAME COMMAND...: run a command with its output in logs/NAME.log; if it fails, show the end of that. A command that has come to
+# its end before is not run again: logs/NAME.done holds it. Remove that and --resume checks the output against its inputs.
 run() {
-    local log=$out/logs/$1.log
+    local log=$out/logs/$1.log complete=$out/logs/$1.done
     shift
+    [ ! -e "$complete" ] || [ "$(< "$complete")" != "$*" ] || return 0
     printf '%5d s  %s\n' "$SECONDS" "${*:1:2} -> ${*: -1}"
-    set -- "${@:1:$#-1}" -o "${*: -1}" --resume
-    "$@" > "$log" 2>&1 && return
-    printf '\nfailed: %s\n' "$*" >&2
+    if "${@:1:$#-1}" -o "${*: -1}" --resume > "$log" 2>&1; then
+        echo "$*" > "$complete"
+        return
+    fi
+    printf '\nfailed: %s\n' "$* --resume" >&2
     tail -n 20 "$log" >&2
     return 1
 }

@@ -3,8 +3,8 @@
 #
 #     label-curve.sh SETTINGS OUT [SEED]
 #
-# COUNTS="32 64 128" sets other numbers of labels than those of `curve_counts` in SETTINGS. The first N labelled problems of both halves are taken,
-# alternating; every run makes as many updates, whatever N is. Draw it, over all seeds in OUT, with
+# `curve_counts` in SETTINGS, or COUNTS="32 64 128", says how many. The first N problems are taken, of both halves in turn; where
+# SETTINGS counts in --steps, every run makes as many updates whatever N is. Over all seeds in OUT:
 #
 #     s2d report OUT/seed-*/eval/*-sampled --label-curve curve.svg
 source "$(dirname "$0")/common.sh"

@@ -32,7 +32,8 @@ _STYLE = """
 svg { --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --rule: #d9dde2; background: var(--paper); }
 text { fill: var(--soft); font: 13px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 .name { font-weight: 600; } .title { fill: var(--ink); font-size: 15px; font-weight: 600; }
-.grid { stroke: var(--rule); } .curve { fill: none; stroke-width: 2; stroke-linejoin: round; } .level { stroke-width: 1.5; stroke-dasharray: 5 4; }
+.grid { stroke: var(--rule); } .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.level { stroke-width: 1.5; stroke-dasharray: 5 4; }
 .band { opacity: 0.18; stroke: none; }
 """
 
@@ -104,7 +105,8 @@ def note(column: Column, points: Sequence[Point]) -> str:
     number = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
     spread = "± the standard error over training runs" if runs[-1] > 1 else "one training run each, so the spread over runs is not known"
     decoding = "greedy" if column.temperature == 0 else f"T = {column.temperature:g}"
-    return f"{column.dataset}: avg@{column.k} in per cent, {decoding}, {column.problems} problems; {number} training runs a point, {spread}."
+    measured = f"avg@{column.k} in per cent, {decoding}, {column.problems} problems"
+    return f"{column.dataset}: {measured}; {number} training runs a point, {spread}."
 
 
 def draw(column: Column, points: Sequence[Point]) -> bytes:

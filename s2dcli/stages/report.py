@@ -108,8 +108,8 @@ def report(
     if len(wanted) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in wanted)} exclude each other")
     if curve:
-        names = {"html": "--html", "columns": "--columns", "csv": "--csv", "latex": "--latex", "page_size": "--page-size", "katex": "--katex"}
-        options.refuse_given(context, names, "does not go with --label-curve, whose numbers are markdown or --json")
+        others = {name: "--" + name.replace("_", "-") for name in ("html", "columns", "csv", "latex", "page_size", "katex")}
+        options.refuse_given(context, others, "does not go with --label-curve, whose numbers are markdown or --json")
         check_page(curve, overwrite, label_curve.MARK)
         if jsonl.is_stream(curve):
             raise UsageError("the picture is a file, its numbers go to standard output", where="--label-curve -", hint="name a file")
