@@ -43,7 +43,7 @@ teacher_rl+=(--steps 1)
 student_rl+=(--steps 1)
 warmup+=(--steps 1 --mini-batch-size 8)
 opd+=(--steps 1 -n 2 --problems-per-step 4 --mini-batch-size 4)
-curve_counts="4 8"
+curve_counts="2 4"
 for way in "\${evaluations[@]}"; do
     declare -n options=eval_\$way
     options+=(--max-tokens 16 -k 2)

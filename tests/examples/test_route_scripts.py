@@ -43,11 +43,11 @@ def test_every_route_runs(qwen3):
 
 def test_the_settings_of_llama_run_and_the_label_curve_is_drawn(tmp_path, s2d):
     folder = run_smoke("llama", tmp_path, "label-curve")
-    assert results(folder, "bridge-8") == (4, 2)
-    assert model_type(folder / "bridge-8") == "llama"
+    assert results(folder, "bridge-4") == (4, 2)
+    assert model_type(folder / "bridge-4") == "llama"
     found = s2d("report", *sorted((folder / "eval").iterdir()), "--label-curve", tmp_path / "curve.svg", "--json").result
     assert {(point["name"], point["labels"]) for point in found["points"]} == {
-        (name, labels) for name in ("GRPO of the student", "RL teacher and bridge") for labels in (4, 8)
+        (name, labels) for name in ("GRPO of the student", "RL teacher and bridge") for labels in (2, 4)
     }
 
 
