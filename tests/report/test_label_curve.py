@@ -23,7 +23,8 @@ def evaluated(tmp_path):
         (path / "results.json").write_text(json.dumps(result))
         spent = [f"{label:064d}" for label in range(labels)]
         record = {"options": {}, "given": [], "versions": {}, "commit": "", "seeds": {}, "inputs": [], "counts": {}, "output_sha256": ""}
-        manifest = {**record, "schema": "s2d.manifest/1", "command": "grpo", "parents": [], "labels": spent, "complete": True, "ancestors": {}}
+        manifest = {**record, "schema": "s2d.manifest/1", "command": "grpo", "parents": [], "labels": spent, "complete": True}
+        manifest["ancestors"] = {}
         (path / "s2d.json").write_text(json.dumps(manifest))
         return folder
 
