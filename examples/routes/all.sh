@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All routes, in two lanes side by side, and their table:  all.sh SETTINGS OUT [SEED] [one]
+# All routes, in two lanes side by side, their table, and their page:  all.sh SETTINGS OUT [SEED] [one]
 #
 # Routes of one lane share what is costly: the RL teacher of 1H, or the RL student. `one` runs them one after the other, where there is one GPU.
 # Run it again after an interruption and it goes on where it was.
@@ -35,4 +35,4 @@ else
     done
 fi
 echo
-s2d report "$out/seed-$seed"/eval/*
+s2d report "$out/seed-$seed"/eval/* --html "$out/seed-$seed/report.html" --overwrite
