@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from s2dcli import console
 from s2dcli.files.ledger import behind
 from s2dcli.report.collect import Result, read_results
 from s2dcli.stats import mean, standard_error
@@ -68,6 +69,7 @@ def costs(result: Result) -> tuple[int, float, float]:
 
 
 def main(folder: str, *ways: str) -> None:
+    console.configure(quiet=True, verbose=False)  # each reading would warn of the replay in R7
     out, ways = Path(folder), ways or ("sampled", "greedy")
     print(f"| teacher | transfer | RL of the student | {' | '.join(ways)} | paper, MATH-500 | labels | tokens | minutes | seeds |")
     print(f"|---|---|---|{'---:|' * len(ways)}---:|---:|---:|---:|---:|")

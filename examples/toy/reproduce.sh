@@ -29,7 +29,7 @@ done | xargs -0 -n 1 -P "$(nproc)" bash -c
 
 for ((family = 0; family < families; family++)); do
     printf '\nFamily %s\n\n' "$family"
-    python "$routes/table.py" "$out/family-$family" 2> /dev/null
+    python "$routes/table.py" "$out/family-$family"
     for way in sampled greedy; do
         printf '\nFamily %s, %s\n\n' "$family" "$way"
         python "$routes/claims.py" "$out/family-$family" "$way"
