@@ -85,6 +85,7 @@ class Advantage(StrEnum):
 
     group_std = "group-std"
     group_mean = "group-mean"
+    reward = "reward"
 
 
 class Importance(StrEnum):

@@ -12,6 +12,8 @@ over all completion tokens t, with r_t = policy(y_t | s_t) / policy before the s
 KL(policy || initial policy), and w_t by --aggregate, e.g. 1 / (rollouts * tokens of the rollout). By default there is
 one update per step (paper, stages 1 and 3), so that r_t = 1 and its gradient is exact.
 
+With --advantage reward A is the reward itself (REINFORCE without a baseline), and a group whose rewards are all equal teaches too.
+
 Departures from the paper's settings: the KL term is off unless asked for (paper: --kl-coef 5e-4),
 and all rollouts of a step are one mini-batch unless --mini-batch-size says otherwise.
 """
@@ -31,7 +33,7 @@ from s2dcli.errors import UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.records import read_problems, require_labels
 from s2dcli.files.run_folder import RunFolder
-from s2dcli.options import Correction
+from s2dcli.options import Advantage, Correction
 from s2dcli.train.advantages import is_mixed
 from s2dcli.train.presets import KlIn, ObjectiveOptions, check_correction
 
@@ -185,7 +187,8 @@ def grpo(
                 if active:
                     run.update(step, active, surrogate)
             if not step.updates:
-                console.warn(f"step {step.number}: no group has rewards that differ, nothing to learn; no update was made")
+                why = "every reward is 0" if objective.advantage is Advantage.reward else "no group has rewards that differ"
+                console.warn(f"step {step.number}: {why}, nothing to learn; no update was made")
             _log(step, groups, objective, sampled=not stored)
             step.log(resampled_groups=resampled)
             run.log_rollouts(step, rows)
@@ -260,8 +263,8 @@ def _refuse_contradictions(context: typer.Context, given: dict[str, Any]) -> Non
         raise UsageError("both PROBLEMS and --rollouts were given", hint="give one of them")
     if rollouts is not None:
         options.refuse_given(context, SAMPLING_ONLY, "applies to sampling, and --rollouts samples nothing")
-    elif num_samples == 1:
-        raise UsageError("-n 1 makes groups of one, whose advantage is always 0", hint="-n 2 or more")
+    elif num_samples == 1 and given["advantage"] is not Advantage.reward:
+        raise UsageError("-n 1 makes groups of one, whose advantage is always 0", hint="-n 2 or more, or --advantage reward")
     corrected = check_correction(given["correction"], given["async_depth"], given["dynamic_sampling"])
     if kl_coef and given["kl_in"] is KlIn.loss and given["kl_estimator"] is options.KlEstimator.k1:
         raise UsageError("--kl-estimator k1 in the loss has an expected gradient of zero", hint="k2 or k3, or --kl-in reward")
@@ -269,6 +272,7 @@ def _refuse_contradictions(context: typer.Context, given: dict[str, Any]) -> Non
         ("--eval-problems", rollouts is not None and not eval_problems, ["engine", "workers", "timeout", "memory_limit"]),
         ("--kl-coef", not kl_coef, ["kl_in", "kl_estimator"]),
         ("--correction", not corrected, ["correction_level", "correction_cap", "correction_floor"]),
+        ("--advantage group-std or group-mean", given["advantage"] is Advantage.reward, ["dynamic_sampling"]),
         ("--truncated penalty", given["truncated"] is not options.Truncated.penalty, ["overlong_buffer"]),
     ):
         if missing:

@@ -35,13 +35,16 @@ def token_weights(lengths_R: Sequence[int], aggregate: Aggregate, max_tokens: in
 
 
 def group_advantages(rewards: Sequence[float | None], kind: Advantage, outcomes: Sequence[float | None] | None = None) -> list[float]:
-    """Advantage of each sample of one group relative to the group (DeepSeekMath, arXiv 2402.03300, §4.1).
+    """Advantage of each sample of one group: relative to the group (DeepSeekMath, arXiv 2402.03300, §4.1), or its reward.
 
-    group-std: (reward - mean) / (standard deviation + epsilon); group-mean: reward - mean (Dr. GRPO).
-    The deviation is the sample's, with n - 1. A null reward takes part in neither mean nor deviation
+    group-std: (reward - mean) / (standard deviation + epsilon); group-mean: reward - mean (Dr. GRPO); reward: the reward
+    itself, without a baseline (REINFORCE, Williams 1992), whatever the rest of the group got.
+    In the first two the deviation is the sample's, with n - 1. A null reward takes part in neither mean nor deviation
     and gets advantage 0. A group whose `outcomes`, the rewards themselves unless given, are all equal gets exactly 0:
     where rewards are less a KL estimate, their differences alone would be noise scaled up to 1.
     """
+    if kind is Advantage.reward:
+        return [0.0 if reward is None else reward for reward in rewards]
     known = [reward for reward in rewards if reward is not None]
     if not is_mixed(rewards if outcomes is None else outcomes):
         return [0.0] * len(rewards)

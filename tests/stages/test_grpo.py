@@ -355,6 +355,30 @@ def test_rewards_of_the_users_own(s2d, toy, tmp_path):
     assert 0.0 < result.result["reward"] < 1.0
 
 
+def test_a_constant_reward_without_a_baseline_lowers_what_was_sampled(s2d, toy, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "mine.py").write_text("def minus_one(completion, answer, record):\n    return -1.0\n")
+    run = tmp_path / "run"
+    arguments = ["grpo", "-m", toy / "student", toy / "problems" / "1H.jsonl", "-o", run, *SHORT, "--steps", 1, "--keep-rollouts"]
+    arguments += ["--reward", "python:mine:minus_one", "--aggregate", "token", "-n", 1]
+    assert "groups of one" in s2d(*arguments, cwd=tmp_path).err
+    arguments += ["--advantage", "reward"]
+    assert "--dynamic-sampling requires --advantage" in s2d(*arguments, "--dynamic-sampling", 1, cwd=tmp_path).err
+    result = s2d(*arguments, cwd=tmp_path).result
+    assert (result["updates"], result["reward"], result["mixed_groups"]) == (1, -1.0, 0.0)
+    assert result["loss"] == pytest.approx(1.0)  # weights add up to 1, each ratio is 1, each advantage -1
+
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (toy / "student", run / "step-000001"))
+    fell = []
+    for row in read_jsonl(run / "rollouts" / "step-000001.jsonl"):
+        ids, start = torch.tensor([row["prompt_ids"] + row["completion_ids"]]), len(row["prompt_ids"])
+        with torch.no_grad():
+            old, new = (model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1) for model in (before, after))
+        fell += (new - old).gather(1, ids[0, start:, None]).flatten().tolist()
+    assert sum(fell) < -1.0  # nats
+
+
 def test_a_run_never_deletes_what_it_reads(s2d, toy, tmp_path):
     train(s2d, toy, tmp_path / "run")
     problems = tmp_path / "run" / "mine.jsonl"

@@ -20,7 +20,11 @@ def test_group_advantages_by_hand():
     assert group_advantages([1, 0, 0, 0], Advantage.group_mean) == [0.75, -0.25, -0.25, -0.25]
 
 
-@pytest.mark.parametrize("kind", list(Advantage))
+def test_without_a_baseline_the_advantage_is_the_reward():
+    assert group_advantages([-1.0, -1.0, None, 0.25], Advantage.reward) == [-1.0, -1.0, 0.0, 0.25]
+
+
+@pytest.mark.parametrize("kind", [Advantage.group_std, Advantage.group_mean])
 def test_constant_rewards_give_exactly_zero(kind):
     assert group_advantages([1.0] * 8, kind) == [0.0] * 8
     assert group_advantages([0.1 + 0.2, 0.3, 0.3], kind) == [0.0] * 3
