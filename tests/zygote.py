@@ -150,6 +150,7 @@ def _fork_child(message: dict, descriptors: Sequence[int]) -> int:
     if not between:
         os.environ.clear()
         os.environ.update(message["environment"])
+        sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # as an interpreter that starts would
         resource.setrlimit(resource.RLIMIT_FSIZE, message["file_limit"])
         os.write(writer, _LENGTH.pack(fork(message["args"], *descriptors, cwd=message["cwd"])))
         os._exit(0)

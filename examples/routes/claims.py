@@ -1,4 +1,4 @@
-"""What the runs of all.sh say of the paper's claims: a Markdown table on standard output.
+"""What the runs of all.sh and controls.sh say of the paper's claims: a Markdown table on standard output.
 
     python claims.py OUT [WAY]        WAY is a way of evaluation of SETTINGS: sampled (the default), greedy
 
@@ -27,6 +27,14 @@ CLAIMS = [  # what is claimed, the weaker route, the stronger one
     ("sample SFT < bridge, after it", "r2", "r5"),
     ("bridge, then nothing < GRPO on fresh labels", "bridge-1H", "r5"),
     ("GRPO on replayed labels < on fresh ones", "r7", "r5"),
+    # controls.sh
+    ("warm-up on wrong rollouts < on as many of any", "wrong", "any"),
+    ("warm-up alone < bridge", "warmup-1H", "bridge-1H"),
+    ("one negative advantage < the teacher's, after the warm-up", "negative", "bridge-1H"),
+    ("warm-up alone < one negative advantage after it", "warmup-1H", "negative"),
+    ("self-distillation < sample SFT, before the student's RL", "self-1H", "sft-1H"),
+    ("self-distillation < bridge, before the student's RL", "self-1H", "bridge-1H"),
+    ("self-distillation < bridge, after it", "self", "r5"),
 ]
 
 

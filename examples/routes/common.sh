@@ -37,19 +37,37 @@ run() {
 rl() {
     local name=$1 model=$2 problems=$3
     shift 3
-    run "$name" "${launch[@]}" grpo --seed "$seed" --model "$model" "$problems" "${sampler[@]}" "${sampling[@]}" "${grading[@]}" "${trainer[@]}" "${grpo[@]}" "$@" "$out/$name"
+    run "$name" "${launch[@]}" grpo --seed "$seed" --model "$model" "$problems" "${sampler[@]}" "${sampling[@]}" "${grading[@]}" "${reward[@]}" \
+        "${trainer[@]}" "${grpo[@]}" "$@" "$out/$name"
 }
 
-# rollouts NAME TEACHER PROBLEMS: the teacher's samples, from which a student learns.
+# rollouts NAME MODEL PROBLEMS: a model's samples, from which a student learns.
 rollouts() {
     run "$1-rollouts" s2d rollout --seed "$seed" --model "$2" "$3" "${sampler[@]}" "${sampling[@]}" "${samples[@]}" "$out/$1-rollouts.jsonl"
 }
 
-# warm_up NAME TEACHER PROBLEMS: forward KL on the teacher's samples, from its distributions in a cache.
+# graded NAME MODEL PROBLEMS: samples and their verdicts, of which only some are learnt from: as many a problem as many_samples says.
+graded() {
+    local samples=("${many_samples[@]}")
+    rollouts "$@"
+    grade "$1"
+}
+
+# grade NAME: the verdicts on a model's samples.
+grade() {
+    run "$1-graded" s2d verify "$out/$1-rollouts.jsonl" "${grading[@]}" "${reward[@]}" "$out/$1-graded.jsonl"
+}
+
+# warm_up NAME TEACHER PROBLEMS: forward KL on the teacher's samples.
 warm_up() {
     rollouts "$1" "$2" "$3"
-    run "$1-cache" s2d score --model "$2" "$out/$1-rollouts.jsonl" "${cache[@]}" "$out/$1-cache"
-    run "$1-warmup" "${launch[@]}" fkl-warmup --seed "$seed" --student "$student" --cache "$out/$1-cache" --rollouts "$out/$1-rollouts.jsonl" \
+    learn "$1" "$2" "$out/$1-rollouts.jsonl"
+}
+
+# learn NAME TEACHER ROLLOUTS: forward KL on given rollouts, from the teacher's distributions in a cache.
+learn() {
+    run "$1-cache" s2d score --model "$2" "$3" "${cache[@]}" "$out/$1-cache"
+    run "$1-warmup" "${launch[@]}" fkl-warmup --seed "$seed" --student "$student" --cache "$out/$1-cache" --rollouts "$3" \
         "${trainer[@]}" "${warmup[@]}" "$out/$1-warmup"
 }
 
@@ -76,6 +94,7 @@ evaluate() {
     local way
     for way in "${evaluations[@]}"; do
         local -n options=eval_$way
-        run "eval-$1-$way" s2d eval --seed "$seed" --model "$2" "${tests[@]}" --name "$3" "${sampler[@]}" "${grading[@]}" "${options[@]}" "$out/eval/$1-$way"
+        run "eval-$1-$way" s2d eval --seed "$seed" --model "$2" "${tests[@]}" --name "$3" "${sampler[@]}" "${grading[@]}" "${reward[@]}" "${options[@]}" \
+            "$out/eval/$1-$way"
     done
 }

@@ -3,7 +3,7 @@
 source "$(dirname "$0")/common.sh"
 
 rollouts teacher-own "$teacher" "$half1"
-run teacher-own-graded s2d verify "$out/teacher-own-rollouts.jsonl" "${grading[@]}" "$out/teacher-own-graded.jsonl"
+grade teacher-own
 imitate teacher-sft "$teacher" "$out/teacher-own-graded.jsonl" --only-correct
 bridge bridge-sft "$out/teacher-sft" "$half1"
 evaluate bridge-sft "$out/bridge-sft" "bridge from the SFT teacher (1H), then nothing"

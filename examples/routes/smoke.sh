@@ -2,8 +2,8 @@
 # Every command of every route on tiny models, in minutes on a CPU, to see that it runs:  smoke.sh ARCHITECTURE SETTINGS OUT [ROUTE...]
 #
 # ARCHITECTURE (qwen3 or llama) is that of two random models with the toy family's tokenizer, which first learn from samples of the toy
-# teacher how an answer looks. SETTINGS keeps its options; models, problems, lengths and counts are replaced. ROUTE is a script's name
-# (r3-full); without any, all run.
+# teacher how an answer looks. SETTINGS keeps its options; models, problems, rewards, lengths and counts are replaced. ROUTE is a script's name
+# (r3-full); without any, all run, and the controls.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
@@ -35,7 +35,9 @@ launch=(s2d)
 sampler+=(--engine transformers)
 sampling+=(--max-tokens 16)
 samples+=(-n 4)
+many_samples+=(-n 4)
 grading+=(--workers 1)
+reward=()
 [[ " \${cache[*]} " != *" top-k "* ]] || cache+=(--top-k 8)
 grpo+=(-n 4 --problems-per-step 4 --mini-batch-size 8)
 cold_rl+=(--steps 1)
@@ -51,6 +53,7 @@ done
 END
 if [ $# -eq 3 ]; then
     "$here/all.sh" "$out/settings.sh" "$out/routes"
+    "$here/controls.sh" "$out/settings.sh" "$out/routes"
 fi
 for route in "${@:4}"; do
     "$here/$route.sh" "$out/settings.sh" "$out/routes"

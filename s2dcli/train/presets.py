@@ -66,7 +66,10 @@ class ObjectiveOptions:
     aggregate: Annotated[
         options.Aggregate | None, _knob("Denominator of a token's loss: all tokens, its sequence's tokens, or --max-tokens.")
     ] = None
-    advantage: Annotated[options.Advantage | None, _knob("Advantage: less the group's mean, divided by its deviation or not; or the reward itself.")] = None
+    advantage: Annotated[
+        options.Advantage | None,
+        _knob("Advantage: reward less the group's mean, divided by the group's deviation or not; or the reward itself."),
+    ] = None
     importance: Annotated[options.Importance | None, _knob("Importance ratio: per token or per sequence.")] = None
     surrogate: Annotated[options.Surrogate | None, _knob("Clipped surrogate: PPO's minimum or CISPO's truncated weight.")] = None
     clip_low: Annotated[float | None, _knob("Lower clip range: the ratio is clipped at 1 - this.", min=0.0)] = None

@@ -5,15 +5,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ZYGOTE
+from conftest import ZYGOTE, read_jsonl
 from warm import warm_commands
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROUTES = ["r1", "r2", "r3", "r5", "r6", "r7", "r8", "raw", "same-size"]
+CONTROLS = ["wrong", "any", "warmup-1H", "negative", "self-1H", "self"]
 
 
 def run_smoke(architecture: str, folder: Path, *routes: str) -> Path:
-    """Run routes of an architecture, all if none is named, in their shortest form; returns the folder of seed 0."""
+    """Run routes of an architecture, all and the controls if none is named, in their shortest form; returns the folder of seed 0."""
     script, settings = EXAMPLES / "routes" / "smoke.sh", EXAMPLES / architecture / "settings.sh"
     with warm_commands(folder / "bin", ZYGOTE) as environment:
         command = ["bash", script, architecture, settings, folder / "out", *routes]
@@ -37,8 +38,17 @@ def model_type(run: Path) -> str:
 
 
 def test_every_route_runs(qwen3):
-    assert {results(qwen3, route) for route in ROUTES} == {(4, 2)}
+    assert {results(qwen3, route) for route in ROUTES + CONTROLS} == {(4, 2)}
     assert model_type(qwen3 / "r5") == "qwen3"
+
+
+def test_controls_learn_from_what_they_are_named_after(qwen3):
+    graded, wrong, spread = (read_jsonl(qwen3 / f"{name}.jsonl") for name in ("many-graded", "wrong", "any"))
+    assert wrong == [row for row in graded if row["label"] is False]
+    assert len(spread) == len(wrong) > 0
+    assert all(row in graded for row in spread)
+    [step] = read_jsonl(qwen3 / "negative" / "metrics.jsonl")
+    assert (step["reward"], step["mixed_groups"], step["updates"]) == (-1.0, 0.0, 2)  # 8 rollouts in mini-batches of 4
 
 
 def test_the_settings_of_llama_run_and_the_label_curve_is_drawn(tmp_path, s2d):
@@ -57,6 +67,8 @@ def test_the_settings_of_llama_run_and_the_label_curve_is_drawn(tmp_path, s2d):
         ("r5", "r7", {"labels", "input"}),  # fresh against replayed labels
         ("bridge-1H", "opd-1H", {"student"}),  # with and without the warm-up
         ("r5", "r8", {"model"}),
+        ("wrong-warmup", "any-warmup", {"cache", "rollouts", "input"}),
+        ("self", "r5", {"model"}),
     ],
 )
 def test_contrasts_differ_in_what_they_are_named_after(qwen3, s2d, a, b, differ):

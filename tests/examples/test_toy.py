@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ def pretrain():
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def pretraining(pretrain):
+    return sys.modules["pretraining"]
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -60,26 +66,25 @@ def test_no_problem_is_in_two_splits(splits):
     assert len(set(texts)) == len(set(ids)) == len(texts) == 1544
 
 
-def test_script_makes_the_shipped_problems(pretrain, splits):
-    assert pretrain.make_splits() == splits
+def test_script_makes_the_shipped_problems(pretrain, pretraining, splits):
+    assert pretraining.make_splits(pretrain.TASK) == splits
 
 
-def test_script_makes_the_shipped_tokenizer(pretrain, tmp_path):
-    pretrain.make_tokenizer().save_pretrained(tmp_path)
+def test_script_makes_the_shipped_tokenizer(pretrain, pretraining, tmp_path):
+    pretraining.make_tokenizer(pretrain.TASK).save_pretrained(tmp_path)
     for name in CHECKPOINTS:
         for file in tmp_path.iterdir():
             assert file.read_text() == (TOY / name / file.name).read_text()
 
 
-def test_pretraining_draws_no_problem_of_a_split(pretrain, splits, monkeypatch):
+def test_pretraining_draws_no_problem_of_a_split(pretrain, pretraining, splits):
     drawn = iter([splits["test"][0].prompt[0]["content"], splits["1H"][5].prompt[0]["content"]])
-    fresh = pretrain.draw_problem
-    monkeypatch.setattr(pretrain, "draw_problem", lambda rng: next(drawn, None) or fresh(rng))
+    task = replace(pretrain.TASK, draw_problem=lambda rng: next(drawn, None) or pretrain.draw_problem(rng))
     held_out = {problem.prompt[0]["content"] for problems in splits.values() for problem in problems}
-    tokenizer = pretrain.make_tokenizer()
-    ids, weights = pretrain.draw_batch(random.Random(0), tokenizer, held_out)
+    tokenizer = pretraining.make_tokenizer(task)
+    ids, weights = pretraining.draw_batch(task, random.Random(0), tokenizer, held_out)
     problems = [text.split("<|assistant|>")[0].removeprefix("<|user|>") for text in tokenizer.batch_decode(ids)]
-    assert len(problems) == pretrain.BATCH_SIZE
+    assert len(problems) == pretraining.BATCH_SIZE
     assert not held_out & set(problems)
     assert (weights[:, : pretrain.PROMPT_TOKENS] == 0).all()
     assert ((weights > 0).sum(1) == (ids != tokenizer.pad_token_id).sum(1) - pretrain.PROMPT_TOKENS).all()
@@ -157,9 +162,9 @@ def test_checkpoints_are_small_and_hold_no_code():
         assert "auto_map" not in json.loads((TOY / name / "config.json").read_text())
 
 
-def test_script_refuses_an_existing_folder(pretrain, tmp_path, monkeypatch, capsys):
+def test_script_refuses_an_existing_folder(pretrain, pretraining, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
-        pretrain.main()
+        pretraining.main(pretrain.TASK)
     assert stopped.value.code == 2
     assert "exists" in capsys.readouterr().err
