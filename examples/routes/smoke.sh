@@ -35,7 +35,7 @@ launch=(s2d)
 sampler+=(--engine transformers)
 sampling+=(--max-tokens 16)
 samples+=(-n 4)
-many_samples+=(-n 4)
+many_samples+=(-n 8) # some of them right
 grading+=(--workers 1)
 reward=()
 [[ " \${cache[*]} " != *" top-k "* ]] || cache+=(--top-k 8)

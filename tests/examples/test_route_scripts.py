@@ -67,8 +67,7 @@ def test_the_settings_of_llama_run_and_the_label_curve_is_drawn(tmp_path, s2d):
         ("r5", "r7", {"labels", "input"}),  # fresh against replayed labels
         ("bridge-1H", "opd-1H", {"student"}),  # with and without the warm-up
         ("r5", "r8", {"model"}),
-        ("wrong-warmup", "any-warmup", {"cache", "rollouts", "input"}),
-        ("self", "r5", {"model"}),
+        ("wrong-warmup", "any-warmup", {"input"}),
     ],
 )
 def test_contrasts_differ_in_what_they_are_named_after(qwen3, s2d, a, b, differ):
