@@ -37,19 +37,19 @@ from s2dcli.train.rows import set_weights  # noqa: E402
 from s2dcli.train.teachers import LiveTeacher  # noqa: E402
 from s2dcli.train.vocab import forward_kl  # noqa: E402
 
-PROMPT, COMPLETION = 16, 48  # tokens of a row
+PROMPT, COMPLETION = 2, 6  # tokens of a row
 MICRO_BATCHES = 2  # of an update: the gradients of the first are there when the second's logits are
 # Shape of Qwen3's family: vocabulary, width, layers, tied head
 SHAPES = {"1M": (512, 128, 4, True), "25M": (512, 512, 8, True), "79M": (32_000, 640, 8, False)}
 # Tokens of a micro-batch, options. Products in bfloat16 take a hundred times as long on a CPU without it: fewer tokens
 VARIANTS = {
-    "float32": (512, {}, {}),
-    "checkpointing": (512, {"gradient_checkpointing": True}, {}),
-    "LoRA": (512, {"lora_rank": 8}, {}),
-    "teacher": (512, {}, {}),
-    "bfloat16": (64, {"weights": Weights.bfloat16}, {}),
-    "autocast": (64, {}, {"dtype": Dtype.bfloat16}),
-    "autocast, checkpointing": (64, {"gradient_checkpointing": True}, {"dtype": Dtype.bfloat16}),
+    "float32": (256, {}, {}),
+    "checkpointing": (256, {"gradient_checkpointing": True}, {}),
+    "LoRA": (256, {"lora_rank": 8}, {}),
+    "teacher": (256, {}, {}),
+    "bfloat16": (8, {"weights": Weights.bfloat16}, {}),
+    "autocast": (8, {}, {"dtype": Dtype.bfloat16}),
+    "autocast, checkpointing": (8, {"gradient_checkpointing": True}, {"dtype": Dtype.bfloat16}),
 }
 
 
