@@ -373,7 +373,7 @@ def plan_table(plan: dict) -> list[tuple[str, str]]:
     memory = _short(total, BYTES)
     if available:
         memory = f"{'fits' if total <= available else 'does not fit'}: {total / 1e9:.3g} of {available / 1e9:.3g} GB"
-    each, number = [], plan.get("processes", 1)
+    each, number = [], plan["processes"]
     if number > 1:
         each = [("processes", f"{number:,}, each with {'a part of all weights (FSDP2)' if plan['sharded'] else 'all weights (DDP)'}")]
         memory = f"{memory} in each process"
