@@ -37,19 +37,19 @@ from s2dcli.train.rows import set_weights  # noqa: E402
 from s2dcli.train.teachers import LiveTeacher  # noqa: E402
 from s2dcli.train.vocab import forward_kl  # noqa: E402
 
-PROMPT, COMPLETION = 2, 6  # tokens of a row
+PROMPT, COMPLETION = 16, 48  # tokens of a row
 MICRO_BATCHES = 2  # of an update: the gradients of the first are there when the second's logits are
 # Shape of Qwen3's family: vocabulary, width, layers, tied head
 SHAPES = {"1M": (512, 128, 4, True), "25M": (512, 512, 8, True), "79M": (32_000, 640, 8, False)}
 # Tokens of a micro-batch, options. Products in bfloat16 take a hundred times as long on a CPU without it: fewer tokens
 VARIANTS = {
-    "float32": (256, {}, {}),
-    "checkpointing": (256, {"gradient_checkpointing": True}, {}),
-    "LoRA": (256, {"lora_rank": 8}, {}),
-    "teacher": (256, {}, {}),
-    "bfloat16": (8, {"weights": Weights.bfloat16}, {}),
-    "autocast": (8, {}, {"dtype": Dtype.bfloat16}),
-    "autocast, checkpointing": (8, {"gradient_checkpointing": True}, {"dtype": Dtype.bfloat16}),
+    "float32": (512, {}, {}),
+    "checkpointing": (512, {"gradient_checkpointing": True}, {}),
+    "LoRA": (512, {"lora_rank": 8}, {}),
+    "teacher": (512, {}, {}),
+    "bfloat16": (64, {"weights": Weights.bfloat16}, {}),
+    "autocast": (64, {}, {"dtype": Dtype.bfloat16}),
+    "autocast, checkpointing": (64, {"gradient_checkpointing": True}, {"dtype": Dtype.bfloat16}),
 }
 
 
@@ -113,24 +113,24 @@ def _update(folder: Path, training: TrainingOptions, loading: ModelOptions, taug
 
 
 def main(words: list[str]) -> None:
+    everything = [f"{shape}/{variant}" for shape in SHAPES for variant in VARIANTS]
     print(f"{'shape':<6} {'variant':<24} {'processes':<9} {'planned MB':>11} {'measured MB':>12} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as name:
-        for shape, sizes in SHAPES.items():
-            make(Path(name) / shape, *sizes)
-        for shape in SHAPES:
-            folder, small = Path(name) / shape, Path(name) / next(iter(SHAPES))
-            for variant, (tokens, changed, how) in VARIANTS.items():
-                if words and not any(set(word.split("/")) == {shape, variant} for word in words):
-                    continue
-                training = TrainingOptions(tokens_per_batch=tokens, **changed)
-                loading, taught = ModelOptions(**how), variant == "teacher"
-                checkpoint = resolve(str(folder))
-                for count in (1, 2):
-                    kind = Processes(count, sharded=count > 1)
-                    plan = memory_plan(checkpoint, [checkpoint] * taught, loading, training, sample_tokens=0, processes=kind)
-                    took = max(processes.in_each(count, measured, small, folder, training, loading, taught, sharded=True))
-                    planned = plan["total_bytes"]
-                    print(f"{shape:<6} {variant:<24} {count:<9} {planned / 1e6:11.1f} {took / 1e6:12.1f} {planned / took:6.2f}", flush=True)
+        small = Path(name) / "small"
+        make(small, *SHAPES["1M"])
+        for shape, variant in (word.split("/") for word in words or everything):
+            folder = Path(name) / shape
+            if not folder.exists():
+                make(folder, *SHAPES[shape])
+            tokens, changed, how = VARIANTS[variant]
+            training, loading, taught = TrainingOptions(tokens_per_batch=tokens, **changed), ModelOptions(**how), variant == "teacher"
+            checkpoint = resolve(str(folder))
+            for count in (1, 2):
+                kind = Processes(count, sharded=count > 1)
+                plan = memory_plan(checkpoint, [checkpoint] * taught, loading, training, sample_tokens=0, processes=kind)
+                took = max(processes.in_each(count, measured, small, folder, training, loading, taught, sharded=True))
+                planned = plan["total_bytes"]
+                print(f"{shape:<6} {variant:<24} {count:<9} {planned / 1e6:11.1f} {took / 1e6:12.1f} {planned / took:6.2f}", flush=True)
 
 
 if __name__ == "__main__":
