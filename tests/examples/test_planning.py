@@ -42,7 +42,7 @@ def test_the_page_has_what_the_script_prints(planning, tmp_path):
 
 
 def test_shapes_and_formulas(planning):
-    """Sizes as the model cards have them, in billions; a small Qwen3-8B of one GPU by hand."""
+    """Sizes as the model cards have them, in billions; the rate of Qwen3-8B on one GPU by hand."""
     sizes = {name: round(model.parameters / 1e9, 1) for name, model in planning.MODELS.items()}
     assert sizes == {"Qwen3-1.7B": 1.7, "Qwen3-8B": 8.2, "Qwen3-14B": 14.8, "Llama-3.1-8B": 8.0, "Llama-3.3-70B": 70.6}
     assumed = planning.Assumptions(mean_tokens=1000, mean_prompt=0, share_of_bandwidth=1.0, bandwidth=1e12)
