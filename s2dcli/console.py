@@ -373,9 +373,15 @@ def plan_table(plan: dict) -> list[tuple[str, str]]:
     memory = _short(total, BYTES)
     if available:
         memory = f"{'fits' if total <= available else 'does not fit'}: {total / 1e9:.3g} of {available / 1e9:.3g} GB"
+    each, number = [], plan["processes"]
+    if number > 1:
+        each = [("processes", f"{number:,}, each with {'a part of all weights (FSDP2)' if plan['sharded'] else 'all weights (DDP)'}")]
+        memory = f"{memory} in each process"
     return [
         ("steps", f"{plan['steps']:,} of {plan['rollouts_per_step']:,} rollouts, {plan['rollouts']:,} in all"),
         ("tokens", f"at most {_short(plan['completion_tokens_at_most'])} of completions"),
+        *each,
+        ("  a step", f"at most {_short(plan['step_tokens_at_most'])} with prompts, {plan['row_tokens_at_most']:,} in a row"),
         ("parameters", f"{_short(plan['parameters'])}, of which {_short(plan['trained_parameters'])} are trained"),
         ("memory", memory),
         *((f"  {name.removesuffix('_bytes')}", _short(value, BYTES)) for name, value in parts.items()),

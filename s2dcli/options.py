@@ -141,6 +141,13 @@ class Phases(StrEnum):
     off = "off"
 
 
+class Sharding(StrEnum):
+    """Whether each of several processes holds a part of every weight, or all of them; accelerate's names."""
+
+    fsdp2 = "fsdp2"
+    ddp = "ddp"
+
+
 class Keep(StrEnum):
     """What a teacher cache holds of each distribution; see files/teacher_cache.py."""
 
@@ -220,6 +227,13 @@ def refuse_idle(context: typer.Context, training: TrainingOptions, running: RunO
         refuse_given(context, {"eval_every": "--eval-every", "eval_samples": "--eval-samples"}, "requires --eval-problems")
     if training.schedule is Schedule.constant:
         refuse_given(context, {"min_lr_ratio": "--min-lr-ratio"}, "requires --schedule linear or cosine")
+    if running.processes is None:
+        refuse_given(context, {"sharding": "--sharding"}, "requires --processes")
+    elif not running.dry_run:
+        raise UsageError(
+            "--processes says how many a plan is for, and requires --dry-run",
+            hint="processes are started by accelerate launch --num_processes N -m s2dcli ...",
+        )
 
 
 def parse_cadence(text: str) -> tuple[float, float]:
@@ -548,6 +562,13 @@ class RunOptions:
         _output("Also log to these trackers; several by commas, or repeatable.", "--track", metavar="tensorboard|wandb|trackio,..."),
     ] = None
     dry_run: Annotated[bool, _output("Check inputs and print the plan; load no weights.", "--dry-run")] = False
+    processes: Annotated[
+        int | None,
+        _memory("Plan (--dry-run) for one of so many processes, on a GPU each.", min=1, show_default="those that were launched"),
+    ] = None
+    sharding: Annotated[Sharding, _memory("What each of --processes holds: a part of all weights (FSDP2), or all of them (DDP).")] = (
+        Sharding.fsdp2
+    )
     overwrite: Overwrite = False
     resume: Resume = False
     seed: Seed = 0
@@ -561,7 +582,7 @@ class SampledRunOptions(RunOptions):
 
 
 # Options that describe how a command was started and say nothing about its result.
-HOW_STARTED = frozenset({"overwrite", "resume", "dry_run"})
+HOW_STARTED = frozenset({"overwrite", "resume", "dry_run", "processes", "sharding"})
 # Options whose value may differ when a training run is resumed. Most of them decide what is kept or how fast it
 # is; the first row changes shapes or places of computations, with results equal within rounding.
 MAY_CHANGE_ON_RESUME = frozenset(

@@ -27,9 +27,9 @@ def peak_bytes(warm_up: Callable[[], object], work: Callable[[], object]) -> int
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
             warm_up()
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = _status_bytes("VmRSS")
+            before = status_bytes("VmRSS")
             work()
-            os.write(writer, pickle.dumps(_status_bytes("VmHWM") - before))
+            os.write(writer, pickle.dumps(status_bytes("VmHWM") - before))
         finally:
             os._exit(0)
     os.close(writer)
@@ -38,6 +38,6 @@ def peak_bytes(warm_up: Callable[[], object], work: Callable[[], object]) -> int
         return pickle.loads(file.read())
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

@@ -116,6 +116,7 @@ RESULTS = {
     "run_table": {"checkpoint": "runs/a b/step-000003", **GRPO, "labels": 200, **{f"eval_{name}": EVALUATION[name] for name in EVALUATION}},
     "plan_table": {
         "steps": 200, "rollouts_per_step": 256, "rollouts": 51200, "completion_tokens_at_most": 52428800, "parameters": 1720574976,
+        "processes": 8, "sharded": True, "step_tokens_at_most": 40960, "row_tokens_at_most": 1280,
         "trained_parameters": 1720574976, "weights_bytes": 6882299904, "frozen_bytes": 0, "total_bytes": 31 * 10**9,
         "available_bytes": 80 * 10**9, "out": "runs/grpo",
     },
@@ -151,8 +152,10 @@ labels          200
     "plan_table": """\
 steps       200 of 256 rollouts, 51,200 in all
 tokens      at most 52.4M of completions
+processes   8, each with a part of all weights (FSDP2)
+  a step    at most 41k with prompts, 1,280 in a row
 parameters  1.72B, of which 1.72B are trained
-memory      fits: 31 of 80 GB
+memory      fits: 31 of 80 GB in each process
   weights   6.88 GB
 output      runs/grpo
 """,
@@ -213,5 +216,5 @@ def test_commands_print_their_results_as_tables_on_a_terminal(toy, few, tmp_path
 
 def test_a_plan_says_when_it_does_not_fit_and_needs_no_device_to_be_shown():
     plan = RESULTS["plan_table"]
-    assert dict(console.plan_table({**plan, "available_bytes": 24 * 10**9}))["memory"] == "does not fit: 31 of 24 GB"
-    assert dict(console.plan_table({**plan, "available_bytes": None}))["memory"] == "31 GB"
+    assert dict(console.plan_table({**plan, "available_bytes": 24 * 10**9}))["memory"] == "does not fit: 31 of 24 GB in each process"
+    assert dict(console.plan_table({**plan, "available_bytes": None, "processes": 1}))["memory"] == "31 GB"

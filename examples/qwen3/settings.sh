@@ -1,5 +1,5 @@
-# The paper's main rows for ../routes: Qwen3-1.7B from Qwen3-8B on DAPO-Math-17k. For hosts with GPUs; --dry-run of
-# a trainer prints what it needs. TEACHER=Qwen/Qwen3-14B is the paper's other column.
+# The paper's main rows for ../routes: Qwen3-1.7B from Qwen3-8B on DAPO-Math-17k. For hosts with GPUs: what it
+# needs is in ../PLANNING.md. TEACHER=Qwen/Qwen3-14B is the paper's other column.
 #
 # From the paper (section on settings): lr 1e-6, KL coefficient 5e-4, clip 0.2, gradient clip 1, prompts of at most 3,072 tokens
 # (2,048 in distillation), completions of at most 16,384, 8 rollouts a prompt and 1 epoch of distillation in mini-batches of 64,

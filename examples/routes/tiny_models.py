@@ -1,6 +1,6 @@
 """Make a random teacher and a random student of an architecture, in tiny width, with the tokenizer of another model.
 
-    python tiny_models.py qwen3|llama TOKENIZER OUT
+python tiny_models.py qwen3|llama TOKENIZER OUT
 """
 
 import sys

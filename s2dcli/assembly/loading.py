@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 
 def require_shardable(training: TrainingOptions, *, offload: bool) -> None:
-    """Raise UsageError for options that whole models need, where several processes are to hold parts of them."""
-    if not world.shards():
-        return
+    """Raise UsageError for options that whole models need: several processes are to hold parts of them."""
     if training.optimizer is Optimizer.adamw_8bit:
         raise UsageError("--optimizer adamw-8bit keeps moments in blocks, which FSDP2 would cut", hint="leave it out: moments are split")
     if offload:

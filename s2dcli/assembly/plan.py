@@ -1,19 +1,28 @@
-"""`--dry-run`: what a training run would do and need, from config.json and the files' headers alone."""
+"""`--dry-run`: what a training run would do and need, from config.json and the files' headers alone.
+
+Under several processes that is what one of them does and needs. Where each holds all weights (DDP) that is what a single one does:
+gradients are added up in place. With FSDP2 (models/sharding.py) each holds its rows of every weight, master, gradient and
+moment, and what is gathered at a time.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from s2dcli import world
 from s2dcli.assembly.loading import adapter_of, compute_dtype
+from s2dcli.errors import UsageError
 from s2dcli.models.checkpoints import Checkpoint, empty_model, num_parameters, pick_device, pick_dtype
 from s2dcli.models.forward import GROWTH_SHARE
 from s2dcli.models.readers import CHUNK_BYTES, CHUNK_TENSORS
-from s2dcli.options import ModelOptions, Optimizer, TrainingOptions, Weights
+from s2dcli.models.sharding import layers_of
+from s2dcli.options import ModelOptions, Optimizer, RunOptions, Sharding, TrainingOptions, Weights
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE
 
 if TYPE_CHECKING:
@@ -21,14 +30,46 @@ if TYPE_CHECKING:
 
 FLOAT32_BYTES = 4
 NARROW_BYTES = 2  # bfloat16
+# Layers that FSDP2 holds whole at a time: the one at work, and the next, which is gathered meanwhile.
+GATHERED_LAYERS = 2
 
 
-def device_bytes(name: str) -> int:
-    """Memory of the device that `--device` names, whoever uses it now; on a CPU the machine's."""
-    device = pick_device(name)
+@dataclass(frozen=True)
+class Processes:
+    """How many share a training. `sharded`: each holds a part of every weight (FSDP2), of which it gathers a layer at a time.
+
+    `reshards`: a layer is given up after its forward pass and gathered again for the backward pass.
+    """
+
+    number: int = 1
+    sharded: bool = False
+    reshards: bool = True
+
+    def held(self, shapes: Iterable[torch.Size]) -> int:
+        """Numbers that one process holds of tensors with these shapes: FSDP2 deals out the rows, and the first gets most."""
+        if not self.sharded:
+            return sum(shape.numel() for shape in shapes)
+        return sum(math.ceil(shape[0] / self.number) * shape[1:].numel() for shape in shapes)
+
+
+def processes_of(running: RunOptions) -> Processes:
+    """Return the processes that were launched, or that a plan is for. Raises UsageError if both are told."""
+    if running.processes is None:
+        return Processes(world.size(), world.shards(), world.reshards())
+    if world.size() > 1:
+        raise UsageError(f"--processes {running.processes}: {world.size()} were launched, and the plan is for these", hint="leave it out")
+    return Processes(running.processes, running.processes > 1 and running.sharding is Sharding.fsdp2)
+
+
+def device_bytes(name: str, processes: Processes = Processes()) -> int | None:
+    """Memory that one process has of the device that `--device` names, whoever uses it now; None if the device is not here.
+
+    On a CPU it is the machine's, which all processes share.
+    """
+    device = pick_device(name, here=False)
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes.number
 
 
 def memory_plan(
@@ -38,55 +79,76 @@ def memory_plan(
     training: TrainingOptions,
     *,
     sample_tokens: int,
+    sampler_bytes: int = 0,
+    ahead: bool = False,
+    longest: int = 0,
+    processes: Processes = Processes(),
 ) -> dict[str, int]:
-    """Estimate the bytes that a trainer holds at its peak, without loading weights. Raises ModelError or UsageError.
+    """Estimate the bytes that a trainer's process holds at its peak, without loading weights. Raises ModelError or UsageError.
 
     There all the time: the weights, float32 `masters` of weights in bfloat16, AdamW's two moments, and
     the frozen models. While updating: gradients in float32, bfloat16 `casts` of float32 weights that
-    compute in bfloat16, activations of one full micro-batch (see `activation_bytes`), and `logits`, the
-    chunks of the loss. While sampling instead: the `cache` of
-    `sample_tokens` positions (0 if nothing is sampled) and its room to grow, 2 * layers * key-value heads * head size numbers
-    each. The `total` is what is
-    always there and the larger of the two phases. Python, torch and CUDA themselves come on top.
+    compute in bfloat16, activations of one full micro-batch (see `activation_bytes`), or of one row of `longest` tokens where
+    that is more, and `logits`, the chunks of the loss. While sampling instead: the `cache` of
+    `sample_tokens` positions (0 if nothing is sampled here) and its room to grow, 2 * layers * key-value heads * head size numbers
+    each; or the `sampler_bytes` of an engine with weights of its own. The `total` is what is
+    always there and the larger of the two phases, or both where sampling runs `ahead`. Python, torch and CUDA themselves come on top.
+
+    With FSDP2 a process holds its rows of weights, gradients, moments and frozen models, or of masters in the weights' place,
+    from which bfloat16 is gathered; what it has `gathered` while updating is told at `gathered_bytes`, and the transformers engine
+    samples from a whole `replica`.
 
     Against the measured peak of one update of a full micro-batch of 2048 tokens on a CPU, a model of 25
     million parameters in 8 layers: 15 % too much in float32, 21 % with gradient checkpointing, 14 % with
     weights in bfloat16 and under autocast, 22 % with LoRA; the toy: 44 MB planned, 31 MB taken. That counts
     what tensors occupy: glibc keeps freed memory by default, with which the process takes from 5 % (float32)
-    to 41 % (checkpointing, LoRA) more than planned.
+    to 41 % (checkpointing, LoRA) more than planned. Of several processes: tests/bench/bench_plan.py, examples/PLANNING.md.
     """
     trained_model = empty_model(student, loading.trust_remote_code)
     narrow = training.weights is Weights.bfloat16
     weight_bytes = NARROW_BYTES if narrow else FLOAT32_BYTES
-    compute_bytes = pick_dtype(compute_dtype(loading, training), pick_device(loading.device)).itemsize
+    compute_bytes = pick_dtype(compute_dtype(loading, training), pick_device(loading.device, here=False)).itemsize
     autocast = compute_bytes < weight_bytes
-    base = num_parameters(student, loading.trust_remote_code)
+    whole = [parameter.shape for parameter in trained_model.parameters()]
     adapter = adapter_of(trained_model, training, seed=0)
-    sizes = [parameter.numel() for parameter in trained_model.parameters() if parameter.requires_grad]
-    trained = sum(sizes)
-    head = trained_model.get_output_embeddings().weight
+    shapes = [parameter.shape for parameter in trained_model.parameters() if parameter.requires_grad]
+    base, trained = processes.held(whole), processes.held(shapes)
+    masters = narrow and not adapter
     # A reference is the policy with its adapter off, else it computes as the policy does; a teacher is in the compute type.
-    copies = [checkpoint for checkpoint in frozen if not (adapter and checkpoint.folder == student.folder)]
-    tokens = training.tokens_per_batch
+    copies = [
+        (empty_model(copy, loading.trust_remote_code), weight_bytes if copy.folder == student.folder else compute_bytes)
+        for copy in frozen
+        if not (adapter and copy.folder == student.folder)
+    ]
+    tokens = max(training.tokens_per_batch, longest)
     shape = _Shape(trained_model)
     always = {
-        "weights_bytes": base * weight_bytes + (trained * FLOAT32_BYTES if adapter else 0),
-        "masters_bytes": base * FLOAT32_BYTES if narrow and not adapter else 0,
-        "optimizer_bytes": moment_bytes(sizes, training.optimizer),
-        "frozen_bytes": sum(
-            num_parameters(copy, loading.trust_remote_code) * (weight_bytes if copy.folder == student.folder else compute_bytes)
-            for copy in copies
-        ),
+        "weights_bytes": 0 if masters and processes.sharded else base * weight_bytes + (trained * FLOAT32_BYTES if adapter else 0),
+        "masters_bytes": base * FLOAT32_BYTES if masters else 0,
+        "optimizer_bytes": moment_bytes([processes.held([size]) for size in shapes], training.optimizer),
+        "frozen_bytes": sum(processes.held(weight.shape for weight in copy.parameters()) * size for copy, size in copies),
     }
     updating = {
         "gradients_bytes": trained * FLOAT32_BYTES,
-        "casts_bytes": base * NARROW_BYTES if autocast else 0,
+        "casts_bytes": cast_numbers(trained_model, processes, training.gradient_checkpointing) * NARROW_BYTES if autocast else 0,
+        "gathered_bytes": gathered_bytes(trained_model, weight_bytes, copies, processes) if processes.sharded else 0,
         "activations_bytes": activation_bytes(shape, tokens, compute_bytes, autocast, training.gradient_checkpointing),
-        "logits_bytes": CHUNK_TENSORS * min(CHUNK_BYTES, tokens * head.shape[0] * FLOAT32_BYTES),
+        "logits_bytes": logits_bytes(trained_model, tokens),
     }
-    cache = {"cache_bytes": int(2 * shape.layers * shape.keys * sample_tokens * (1 + GROWTH_SHARE) * compute_bytes)}
-    total = sum(always.values()) + max(sum(updating.values()), sum(cache.values()))
-    return {"parameters": base, "trained_parameters": trained, **always, **updating, **cache, "total_bytes": total}
+    sampling = {
+        "cache_bytes": int(2 * shape.layers * shape.keys * sample_tokens * (1 + GROWTH_SHARE) * compute_bytes),
+        "replica_bytes": sum(size.numel() for size in whole) * weight_bytes if processes.sharded and sample_tokens else 0,
+        "sampler_bytes": sampler_bytes,
+    }
+    phases = sum(updating.values()), sum(sampling.values())
+    total = sum(always.values()) + (sum(phases) if ahead else max(phases))
+    counted = {"parameters": num_parameters(student, loading.trust_remote_code), "trained_parameters": sum(size.numel() for size in shapes)}
+    return {**counted, **always, **updating, **sampling, "total_bytes": total}
+
+
+def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes of the logits that a loss over `tokens` positions holds at once."""
+    return CHUNK_TENSORS * min(CHUNK_BYTES, tokens * model.get_output_embeddings().weight.shape[0] * FLOAT32_BYTES)
 
 
 def moment_bytes(sizes: Sequence[int], optimizer: Optimizer) -> int:
@@ -95,6 +157,45 @@ def moment_bytes(sizes: Sequence[int], optimizer: Optimizer) -> int:
         return 2 * FLOAT32_BYTES * sum(sizes)
     small, large = ([size for size in sizes if (size >= MIN_8BIT_SIZE) is wanted] for wanted in (False, True))
     return 2 * (FLOAT32_BYTES * sum(small) + sum(large) + FLOAT32_BYTES * sum(math.ceil(size / BLOCK_SIZE) for size in large))
+
+
+def _numbers(weights: Iterable[torch.nn.Parameter]) -> int:
+    return sum(weight.numel() for weight in weights)
+
+
+def _around_and_layers(model: PreTrainedModel) -> tuple[int, list[int]]:
+    """Return how many numbers stand around a model's layers (embedding, last norm, head), and in each of them."""
+    layers = [_numbers(layer.parameters()) for _, layer in layers_of(model)]
+    return _numbers(model.parameters()) - sum(layers), layers
+
+
+def cast_numbers(model: PreTrainedModel, processes: Processes, checkpointing: bool) -> int:
+    """Numbers of float32 weights of which an update holds a bfloat16 copy: all, as the backward pass needs them.
+
+    With FSDP2 and gradient checkpointing they are those of the layer at work, and what is around the layers.
+    """
+    around, layers = _around_and_layers(model) if processes.sharded and checkpointing else (_numbers(model.parameters()), [0])
+    return around + max(layers)
+
+
+def gathered_bytes(model: PreTrainedModel, weight_bytes: int, frozen: Sequence[tuple[PreTrainedModel, int]], processes: Processes) -> int:
+    """Estimate what a process of FSDP2 has gathered of all processes' parts at the peak of an update.
+
+    Of every model, for the whole pass, the weights around its layers; of the one at work GATHERED_LAYERS layers, or, where layers
+    stay gathered between forward and backward pass, all of the trained model's. Of the gradients a layer's, in the type of the
+    gathered weights and in float32 to be summed over the processes, and float32 sums of the embedding and head. `frozen` are models
+    with the bytes of a weight.
+    """
+    around, layers = _around_and_layers(model)
+    kept = GATHERED_LAYERS * max(layers) if processes.reshards else sum(layers)
+    gathered, at_work = around * weight_bytes, kept * weight_bytes
+    for copy, size in frozen:
+        its_around, its_layers = _around_and_layers(copy)
+        gathered += its_around * size
+        at_work = max(at_work, GATHERED_LAYERS * max(its_layers) * size)
+    learnt = max(_numbers(weight for weight in layer.parameters() if weight.requires_grad) for _, layer in layers_of(model))
+    vocabulary = {layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer.weight.requires_grad}
+    return gathered + at_work + learnt * (weight_bytes + FLOAT32_BYTES) + _numbers(vocabulary) * FLOAT32_BYTES
 
 
 class _Shape:

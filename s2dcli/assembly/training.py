@@ -10,9 +10,10 @@ with opened as run:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from s2dcli.assembly.forms import Teachers, require_sources
 from s2dcli.assembly.loading import load_reference, load_trained, require_shardable
 from s2dcli.assembly.order import Order
 from s2dcli.assembly.pairs import open_cache, require_same_pair, warn_of_other_teacher
-from s2dcli.assembly.plan import device_bytes, memory_plan
+from s2dcli.assembly.plan import device_bytes, memory_plan, processes_of
 from s2dcli.assembly.rollouts import StoredRollouts, read_groups
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler, tasks_of_step
 from s2dcli.engines.base import SamplingParams
-from s2dcli.engines.opening import require_ahead
+from s2dcli.engines.opening import TRANSFORMERS, VLLM, engine_kind, require_ahead
+from s2dcli.engines.vllm import GPU_SHARE_BESIDE_TRAINER
 from s2dcli.errors import GradingError, UsageError
 from s2dcli.files import jsonl
 from s2dcli.files.manifest import describe
@@ -34,7 +36,7 @@ from s2dcli.files.records import Problem, Rollout, dataset_of, require_labels
 from s2dcli.files.run_folder import PHASE_ROLLOUTS, RunFolder
 from s2dcli.grade.answer import FAILURES
 from s2dcli.grade.pool import MATH, Errors, Grader, check_reward
-from s2dcli.models.checkpoints import Checkpoint, LoadedModel, model_config, resolve
+from s2dcli.models.checkpoints import Checkpoint, LoadedModel, model_config, pick_device, resolve
 from s2dcli.models.policy import Policy
 from s2dcli.models.prompts import PromptEncoder, load_tokenizer, parse_template_kwargs, require_made_with
 from s2dcli.models.selftest import max_length, require_rows_fit
@@ -91,7 +93,10 @@ class TrainingSetup:
         if teachers:
             self.options = {**options, "teacher": teachers.told}
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
-        require_shardable(training, offload=offload)
+        self.processes = processes_of(running)
+        if self.processes.sharded:
+            require_shardable(training, offload=offload)
+        pick_device(loading.device, here=not running.dry_run)
         if ahead:
             require_ahead(engine, loading.device)
         self.trackers = parse_trackers(running.track)
@@ -125,13 +130,15 @@ class TrainingSetup:
         problems: Sequence[Problem] = (),
         tasks: Sequence[Task] = (),
         stored: StoredRollouts | None = None,
+        learnt: int | None = None,
         turns: Phases = Phases.off,
     ) -> Training | None:
         """Return the training, to be entered; None if there is nothing to do: a dry run, whose plan is printed, or a finished run.
 
         `phases` names the parts of a step to be timed, `frozen` the roles of models that are held beside the trained one and its
         teachers; `turns`: whether these are loaded only while they score (assembly/phases.py). `problems`, which the run folder
-        keeps, with their `tasks`, or `stored` rollouts are what was read from the first input.
+        keeps, with their `tasks`, or `stored` rollouts are what was read from the first input. `learnt`: completion tokens that
+        are learnt from of a row, at most; all unless it is given.
         """
         samples = bool(problems or self.eval_tasks)
         require_sources(self.teachers, problems, stored.rows if stored else (), jsonl.input_name(self.inputs[0]))
@@ -145,11 +152,15 @@ class TrainingSetup:
         for role, parent in self.parents.items():
             require_length(parent, role, max(prompts, default=0) + self.params.max_tokens if prompts else 0, self.loading)
         held = [self.parents[role] for role in (*self.teachers.checkpoints, *frozen)]
-        if world.size() > 1 and (turns is Phases.on or self.teachers.served):
-            raise UsageError(
-                f"{'--phases on' if turns is Phases.on else 'a teacher on a server'} is for one process, and there are {world.size()}"
-            )
-        phased = turns is Phases.on or (turns is Phases.auto and world.size() == 1 and not self._fits(held, samples=samples))
+        several = self.processes.number > 1
+        if several and (turns is Phases.on or self.teachers.served):
+            what = "--phases on" if turns is Phases.on else "a teacher on a server"
+            raise UsageError(f"{what} is for one process, and there are {self.processes.number}")
+        rows = stored.rows if stored else ()
+        completion = max(len(row.completion_ids) for row in rows) if rows else self.params.max_tokens
+        longest = max(len(row.prompt_ids) for row in (rows or tasks)) + min(completion, learnt or completion)
+        memory = partial(self._memory, longest=longest, sampled=max(prompts) + self.params.max_tokens if prompts else 0)
+        phased = turns is Phases.on or (turns is Phases.auto and not several and not self._fits(held, memory))
         if phased and self.ahead:
             why = "--phases on lets" if turns is Phases.on else "all models at once do not fit, so"
             raise UsageError(
@@ -161,16 +172,19 @@ class TrainingSetup:
                 return None
             for reward in (self.grading.reward or [MATH]) if self.grading and problems else []:
                 check_reward(reward, self.grading.timeout, self.grading.memory_limit)
-            longest = max(len(row.completion_ids) for row in stored.rows) if stored else self.params.max_tokens
             per_step = min(order.per_step, order.total) * rollouts_per_item
             plan = {
                 "steps": order.steps,
                 "rollouts_per_step": per_step,
                 "rollouts": order.steps * per_step,
-                "completion_tokens_at_most": order.steps * per_step * longest,
-                **self._memory([] if phased else held, samples=samples),
+                "completion_tokens_at_most": order.steps * per_step * completion,
+                "processes": self.processes.number,
+                "sharded": self.processes.sharded,
+                "step_tokens_at_most": math.ceil(per_step * longest / self.processes.number),
+                "row_tokens_at_most": longest,
+                **memory([] if phased else held),
                 **({"phases": phased} if held else {}),
-                "available_bytes": device_bytes(self.loading.device),
+                "available_bytes": device_bytes(self.loading.device, self.processes),
                 "out": str(self.out),
             }
             jsonl.print_result(plan, console.plan_table)
@@ -220,16 +234,25 @@ class TrainingSetup:
             sampling={"temperature": params.temperature, "top_p": params.top_p, "max_tokens": params.max_tokens},
         )
 
-    def _memory(self, held: Sequence[Checkpoint], *, samples: bool) -> dict[str, int]:
-        """Return the memory plan of the run with the frozen models that are held beside the trained one."""
-        sample_tokens = self.engine.sample_tokens if samples else 0
-        return memory_plan(self.parent, held, self.loading, self.training, sample_tokens=sample_tokens)
+    def _memory(self, held: Sequence[Checkpoint], *, longest: int, sampled: int) -> dict[str, int]:
+        """Return the memory plan of the run with the frozen models that are held beside the trained one.
 
-    def _fits(self, held: Sequence[Checkpoint], *, samples: bool) -> bool:
-        """Whether all models fit into the device's memory at once; says so where they do not."""
-        if not held:
+        `longest`: tokens of the longest row that is learnt from; `sampled`: those of the longest that is sampled, 0 if none is.
+        """
+        kind = engine_kind(self.engine, self.loading.device) if sampled else ""
+        cached = max(self.engine.sample_tokens, sampled) if kind == TRANSFORMERS else 0
+        share = self.engine.gpu_memory_utilization or GPU_SHARE_BESIDE_TRAINER
+        on_gpu = pick_device(self.loading.device, here=False).type == "cuda"
+        hosted = int(share * (device_bytes(self.loading.device) or 0)) if kind == VLLM and on_gpu else 0
+        sampling = {"sample_tokens": cached, "sampler_bytes": hosted, "ahead": bool(self.ahead)}
+        return memory_plan(self.parent, held, self.loading, self.training, **sampling, longest=longest, processes=self.processes)
+
+    def _fits(self, held: Sequence[Checkpoint], memory: Callable[[Sequence[Checkpoint]], dict[str, int]]) -> bool:
+        """Whether all models fit into the device's memory at once, as far as that is known; says so where they do not."""
+        there = device_bytes(self.loading.device)
+        if not held or there is None:
             return True
-        needed, there = self._memory(held, samples=samples)["total_bytes"], device_bytes(self.loading.device)
+        needed = memory(held)["total_bytes"]
         if needed > FIT_SHARE * there:
             console.info(
                 f"all models at once would take {needed / 1e9:.1f} of {there / 1e9:.1f} GB: "

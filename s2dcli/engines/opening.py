@@ -143,7 +143,7 @@ def engine_kind(sampling: ScoringOptions, device: str) -> str:
     """Return the kind of engine that samples on a device. Raises UsageError, also for an option that this kind would ignore."""
     kinds = _kinds(sampling.engine)
     if len(kinds) > 1:
-        kinds = {VLLM if pick_device(device).type == "cuda" else TRANSFORMERS}
+        kinds = {VLLM if pick_device(device, here=False).type == "cuda" else TRANSFORMERS}
         _refuse_ignored(sampling, kinds)
     return kinds.pop()
 

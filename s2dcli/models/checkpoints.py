@@ -380,8 +380,11 @@ def saved_dtype(checkpoint: Checkpoint) -> torch.dtype:
     raise ModelError("holds no floating-point weights", where=checkpoint.name)
 
 
-def pick_device(name: str) -> torch.device:
-    """Turn `--device` into a torch device; `auto` takes a GPU if there is one, of several processes on a host each its own."""
+def pick_device(name: str, *, here: bool = True) -> torch.device:
+    """Turn `--device` into a torch device; `auto` takes a GPU if there is one, of several processes on a host each its own.
+
+    A plan may be for a device that is not `here`. Raises UsageError.
+    """
     import torch
 
     if name == "auto":
@@ -397,7 +400,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"no such device: {name!r}", hint="cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if here and device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda, but torch sees no GPU here")
     return device
 

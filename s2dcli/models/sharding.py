@@ -47,8 +47,8 @@ def shard(policy: Policy, device: torch.device, *, narrow: bool = False) -> Poli
         param_dtype=torch.bfloat16 if narrow else None, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
     )
     tensors = world.broadcast([_Told(names, weight.shape, weight.dtype) for names, weight in _tied(policy)])
-    for name, layer in _layers(policy):
-        inside = [told for told in tensors if told.names[0].startswith(f"{name}.")]
+    for name, layer in layers_of(policy.model):
+        inside = [told for told in tensors if told.names[0].startswith(f"model.{name}.")]
         _receive(policy, inside, device)
         _fully_shard(layer, mesh, kinds, reshard=world.reshards())
         tensors = [told for told in tensors if told not in inside]
@@ -78,13 +78,13 @@ def _tied(module: torch.nn.Module) -> list[tuple[tuple[str, ...], torch.nn.Param
     return [(tuple(same), parameter) for parameter, same in names.items()]
 
 
-def _layers(policy: Policy) -> list[tuple[str, torch.nn.Module]]:
-    """Return the model's layers, by the names that they have in the policy. Raises ModelError if it has none that are known."""
-    kinds = set(policy.model._no_split_modules or ())
-    layers = [(name, module) for name, module in policy.named_modules() if type(module).__name__ in kinds]
+def layers_of(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """Return a model's layers, each of which is gathered by itself, by their names. Raises ModelError if it has none that are known."""
+    kinds = set(model._no_split_modules or ())
+    layers = [(name, module) for name, module in model.named_modules() if type(module).__name__ in kinds]
     outer = [(name, layer) for name, layer in layers if not any(name.startswith(f"{other}.") for other, _ in layers)]
     if not outer:
-        family = type(policy.model).__name__
+        family = type(model).__name__
         raise ModelError(f"{family} does not say what its layers are, so it cannot be sharded", hint="train without FSDP")
     return outer
 

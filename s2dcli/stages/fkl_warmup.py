@@ -86,7 +86,7 @@ def fkl_warmup(
     )
     order = Order(len(stored.rows), mini_batch_size, seed=running.seed, steps=steps, epochs=epochs)
     longest = tokens_learnt_from(distilling, max(1, *(len(row.completion_ids) for row in stored.rows)))
-    opened = setup.start(order, 1, ("update",), stored=stored)
+    opened = setup.start(order, 1, ("update",), stored=stored, learnt=longest)
     if opened is None:
         return
 

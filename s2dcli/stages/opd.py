@@ -98,7 +98,9 @@ def opd(
     longest = max(len(row.completion_ids) for row in stored.rows) if stored else sampling.max_tokens
     learnt = tokens_learnt_from(distilling, longest)
     per_item = len(on_disk[0]) if stored else sampling.num_samples
-    opened = setup.start(order, per_item, ("sample", "score", "update"), problems=items, tasks=tasks, stored=stored, turns=phases)
+    opened = setup.start(
+        order, per_item, ("sample", "score", "update"), problems=items, tasks=tasks, stored=stored, learnt=learnt, turns=phases
+    )
     if opened is None:
         return
 
