@@ -108,6 +108,11 @@ class Step:
         finally:
             self.seconds[name] += time.perf_counter() - start
 
+    def split(self, phase: str, part: str, seconds: float) -> None:
+        """Name a part of a phase that was measured on its own, as a phase beside the rest of it."""
+        self.seconds[part] = seconds
+        self.seconds[phase] -= seconds
+
     def log(self, **metrics: Any) -> None:
         self.metrics.update(metrics)
 
