@@ -102,7 +102,7 @@ class HostedEngine(Engine, Protocol):
     this process alone, starts with the checkpoint's weights, and sees this machine's memory disk; another may hold any
     weights. `interruptions`: number of broken connections so far; behind each an engine may have
     restarted with other weights, so a caller that sees the number change checks the weights again. `merged_only`: why
-    `load_adapter` cannot be used, "" if it can be tried.
+    it has no use for `load_adapter`, "" if that can be tried.
     """
 
     max_length: int
@@ -125,8 +125,7 @@ class HostedEngine(Engine, Protocol):
     def load_adapter(self, folder: Path) -> None:
         """Sample from the checkpoint's weights with the LoRA adapter in a folder, as peft writes it, and drop what was before.
 
-        As `load_weights` otherwise. Raises EngineError, also for an adapter of which a part would not be computed with; the
-        engine then samples from what it did before, or from the checkpoint.
+        As `load_weights` otherwise, which may follow. Raises EngineError, also where a part of it would not be computed with.
         """
 
     def give_up(self) -> None:

@@ -73,7 +73,7 @@ class ServerEngine:
     name = "server"
     whole_batches = False
     local = False
-    merged_only = "servers take whole weights"
+    merged_only = "servers get whole weights"
 
     def __init__(
         self,
@@ -417,9 +417,6 @@ class ServerEngine:
             answer = self._json(server, "POST", "/reset_prefix_cache")
             if not isinstance(answer, dict) or answer.get("success") is not True:
                 raise EngineError("did not drop its prefix cache, which holds states of the old weights", where=server.url)
-
-    def load_adapter(self, folder: Path) -> None:
-        raise EngineError(self.merged_only)
 
     def give_up(self) -> None:
         """Nothing to end: servers drop requests when this process is gone."""

@@ -173,9 +173,9 @@ class WeightSync:
         self.alone = not why
         if why:
             size = self.source.weights_bytes(self.gate.dtype)
-            console.info(f"{self.engine.name} is handed merged weights, {size / 1e6:,.1f} MB an update: {why}")
+            console.info(f"{self.engine.name} is handed merged weights, {size / 1e6:.3g} MB an update: {why}")
         else:
-            console.info(f"{self.engine.name} is handed the adapter alone, {self.source.adapter_bytes() / 1e6:,.1f} MB an update")
+            console.info(f"{self.engine.name} is handed the adapter alone, {self.source.adapter_bytes() / 1e6:.3g} MB an update")
         return self.alone
 
     def transfer(self) -> None:

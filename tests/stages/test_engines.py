@@ -57,7 +57,7 @@ def test_grpo_samples_from_the_weights_that_it_trains(s2d, toy, few, tmp_path, m
     gap = 0.1 if "bfloat16" in memory else 1e-4
     assert all(row["logprob_mismatch"] < gap for row in rows)
     assert not list((tmp_path / "run").glob(".weights"))
-    assert ("vllm is handed the adapter alone, 0.0 MB an update" in result.err) == ("--lora-rank" in memory)
+    assert ("vllm is handed the adapter alone, " in result.err) == ("--lora-rank" in memory)
 
 
 @needs_vllm
