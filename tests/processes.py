@@ -69,13 +69,14 @@ def commands(folder: Path, variant: str) -> dict[str, list[object]]:
     pair = ["--teacher", models / "teacher", "--student", models / "student"]
     cached = [*pair[2:], "--rollouts", graded, "--cache", folder / "cache"]
     grpo = ["grpo", "--model", models / "teacher"]
+    exact = ["--reward", "exact", "--workers", 1]  # sympy takes seconds to start
     updates = ["--mini-batch-size", 8, "--dynamic-sampling", 1, "--kl-coef", 0.1, "--importance", "sequence", "--correction", "truncate"]
     evaluated = ["--max-tokens", 16, "--eval-problems", folder / "eval.jsonl", "--eval-every", 2, "--eval-samples", 1]
     by_source = [f"toy-arithmetic={models / 'teacher'}", "--teacher", f"other={TOY / 'teacher'}", "--reference", models / "student"]
     forms = ["--task-reward-weight", 1.5, "--divergence", "jsd", "--clamp", 0.1, "--loss-tokens", 6, "--tokens-per-batch", 24]
     return {
-        "grpo": [*grpo, problems, *SAMPLING, *more],
-        "grpo, all options": [*grpo, problems, *SAMPLING, *updates, *more],
+        "grpo": [*grpo, problems, *SAMPLING, *exact, *more],
+        "grpo, all options": [*grpo, problems, *SAMPLING, *exact, *updates, *more],
         "grpo from disk": [*grpo, "--rollouts", graded, "--problems-per-step", 4, "--kl-coef", 0.1, "--kl-in", "reward", *more],
         "fkl-warmup": ["fkl-warmup", *pair, "--rollouts", graded, "--mini-batch-size", 18, *more, *evaluated],
         "fkl-warmup, cache": ["fkl-warmup", *cached, "--mini-batch-size", 18, *more],

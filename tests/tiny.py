@@ -7,9 +7,13 @@ import random
 import numpy as np
 import torch
 
+from s2dcli.models.batching import micro_batches
+from s2dcli.models.policy import Policy
 from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
 from s2dcli.train.rows import TrainingRow
+from s2dcli.train.targets import SampledTargets
+from s2dcli.train.teachers import LiveTeacher
 
 VOCABULARY = 40
 
@@ -94,3 +98,37 @@ def ragged_rows(count: int = 8, seed: int = 0, group: int = 1) -> list[TrainingR
     ids = lambda n: [draw.randrange(3, VOCABULARY) for _ in range(n)]  # noqa: E731
     prompts = [ids(draw.randint(1, 9)) for _ in range(count // group)]
     return [training_row(prompts[index // group], ids(draw.randint(1, 20))) for index in range(count)]
+
+
+def learn(student, rows, objective, budget=60):
+    """The loss of all rows, and its gradient."""
+    student.zero_grad()
+    objective.teacher.begin(rows)
+    total = 0.0
+    for batch in micro_batches(rows, budget, 0, torch.device("cpu"), share_prompts=False):
+        loss, _ = student(batch, objective)
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([parameter.grad.flatten() for parameter in student.parameters()]).clone()
+
+
+def close(found, expected, tolerance):
+    """Assert that two results of `learn` agree to a relative tolerance."""
+    assert abs(found[0] - expected[0]) <= tolerance * abs(expected[0])
+    assert (found[1] - expected[1]).norm() <= tolerance * expected[1].norm()
+
+
+class LiveAround:
+    """A teacher in memory that gives the sampled tokens' log-probs, and what those who know k ids have for a baseline."""
+
+    others = sources = ()
+    waited = None
+
+    def __init__(self, policy: Policy, k: int) -> None:
+        self.sampled, self.around = LiveTeacher(policy=policy, sampled=True), LiveTeacher(policy=policy, top_k=k)
+
+    def begin(self, rows) -> None:
+        pass
+
+    def targets(self, batch) -> SampledTargets:
+        return SampledTargets(self.sampled.targets(batch).logprobs_N, self.around.targets(batch))

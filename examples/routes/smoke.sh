@@ -37,7 +37,7 @@ sampling+=(--max-tokens 16)
 samples+=(-n 4)
 many_samples+=(-n 8) # some of them right
 grading+=(--workers 1)
-reward=()
+reward=(--reward exact) # sympy takes seconds to start
 [[ " \${cache[*]} " != *" top-k "* ]] || cache+=(--top-k 8)
 grpo+=(-n 4 --problems-per-step 4 --mini-batch-size 8)
 cold_rl+=(--steps 1)

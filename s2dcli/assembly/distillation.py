@@ -120,13 +120,15 @@ class Watch:
         self.run, self.objective, self.max_tokens = run, objective, max_tokens
         self.name = "jsd" if distilling.divergence is Divergence.jsd else "kl"
         self.warned = False
+        self._waited = 0.0  # for the teacher, up to the last step
         self._steps: deque[tuple[float, float]] = deque(maxlen=2 * INFLATION_STEPS)
 
     def log(self, step: Step, rows: Sequence[TrainingRow]) -> None:
         """Log a step and its rollouts, as they were sampled.
 
         `kl` is the KL in the direction of --divergence, `jsd` a Jensen-Shannon divergence, in nats a token, also by thirds of the
-        completions; vocab.agreement tells what the masses are. Hard labels have a `cross_entropy` alone.
+        completions; vocab.agreement tells what the masses are. Hard labels have a `cross_entropy` alone. What updates wait for a
+        teacher on a server or a disk is a phase `wait` of the step, taken out of `update`.
         """
         divergence = step.per_token("kl")
         if isinstance(self.objective, CrossEntropy):
@@ -145,6 +147,10 @@ class Watch:
             step.log(**{figure: step.per_token(figure, "watched") for figure in ("teacher_mass", "student_mass", "top_k_overlap")})
         if self.objective.clamp is not None:
             step.log(clamped=step.per_token("clamped"))
+        waited = self.objective.teacher.waited
+        if waited is not None:
+            step.split("update", "wait", waited - self._waited)
+            self._waited = waited
 
     def _warn_of_inflation(self, number: int) -> None:
         if len(self._steps) < 2 * INFLATION_STEPS:

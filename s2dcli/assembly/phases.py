@@ -38,6 +38,7 @@ class PhasedTeacher:
     """A teacher that is loaded for the rows of a step, scores them to disk, and is gone before the student learns from there."""
 
     others = sources = ()
+    waited = None  # the scoring is a phase of its own
 
     def __init__(
         self,

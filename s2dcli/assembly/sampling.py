@@ -29,6 +29,7 @@ from s2dcli.options import EngineOptions, ModelOptions
 
 if TYPE_CHECKING:
     from s2dcli.engines.weights import Score
+    from s2dcli.models.adapters import Adapter
     from s2dcli.models.policy import Policy
     from s2dcli.models.sharding import Replica
 
@@ -128,15 +129,17 @@ def open_sampler(
     *,
     seed: int,
     training: LoadedModel | None = None,
+    adapter: Adapter | None = None,
     ahead: bool = False,
 ) -> Sampler:
     """Open the engine that `--engine` names as a sampler of a checkpoint.
 
     `training` is that checkpoint's model when it is trained here: the transformers engine samples from
-    it and so follows it, others have to be told (`Sampler.follow`); `ahead`: they sample while it learns.
+    it and so follows it, others have to be told (`Sampler.follow`); `adapter`: what is trained of it, if not the weights;
+    `ahead`: others sample while it learns.
     Raises EngineError, ModelError or UsageError.
     """
-    engine, gate = open_engine(checkpoint, encoder.tokenizer, sampling, loading, training=training, ahead=ahead)
+    engine, gate = open_engine(checkpoint, encoder.tokenizer, sampling, loading, training=training, adapter=adapter, ahead=ahead)
     identity = {
         "model": checkpoint.name,
         "revision": checkpoint.revision,

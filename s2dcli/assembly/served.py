@@ -26,6 +26,7 @@ from s2dcli.models.batching import MicroBatch
 from s2dcli.models.rows import Row
 from s2dcli.train.rows import TrainingRow
 from s2dcli.train.targets import SampledTargets, TopKTargets
+from s2dcli.train.teachers import Waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ COMPARED_IDS = 4096  # in one request for their texts
 CANARY_TOLERANCE = TOLERANCE["bfloat16"]  # nats on average: what it computes in is not known
 
 
-class ServedTeacher:
+class ServedTeacher(Waiting):
     """A teacher on servers, by its k most likely ids or, without `top_k`, by the log-probs of the sampled tokens.
 
     `begin` hands rows to a thread that asks for them; `targets` waits for those of its micro-batch, and they are forgotten.
@@ -75,7 +76,8 @@ class ServedTeacher:
     def targets(self, batch: MicroBatch) -> TopKTargets | SampledTargets:
         """Wait for the scores of a micro-batch that was begun. Raises EngineError."""
         with self._news:
-            self._news.wait_for(lambda: self._failure or all(row in self._found for row in batch.rows))
+            with self.waiting():
+                self._news.wait_for(lambda: self._failure or all(row in self._found for row in batch.rows))
             if self._failure:
                 raise self._failure
             scores = [self._found[row] for row in batch.rows]

@@ -310,6 +310,7 @@ class Training:
                     setup.loading,
                     seed=setup.running.seed,
                     training=self.loaded,
+                    adapter=self.policy.adapter,
                     ahead=bool(setup.ahead),
                 )
                 self._sampler = held.enter_context(sampler)

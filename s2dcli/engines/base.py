@@ -6,7 +6,7 @@
 An engine with weights of its own (vLLM, a server) also loads new ones, frees its memory between uses, and scores
 tokens that it is given:
 
-    wake(); load_weights(folder); generate(...); score(rows, top_k); sleep()
+    wake(); load_weights(folder) or load_adapter(folder); generate(...); score(rows, top_k); sleep()
 
 Engines see neither text nor problems: `assembly/sampling.py` encodes, decodes and builds the records.
 """
@@ -101,12 +101,14 @@ class HostedEngine(Engine, Protocol):
     `local`: it serves
     this process alone, starts with the checkpoint's weights, and sees this machine's memory disk; another may hold any
     weights. `interruptions`: number of broken connections so far; behind each an engine may have
-    restarted with other weights, so a caller that sees the number change checks the weights again.
+    restarted with other weights, so a caller that sees the number change checks the weights again. `merged_only`: why
+    it has no use for `load_adapter`, "" if that can be tried.
     """
 
     max_length: int
     local: bool
     interruptions: int
+    merged_only: str
 
     def score(self, rows: Iterable[Row], top_k: int) -> Iterator[tuple[int, Scores]]:
         """Yield (index, scores of the completion's tokens) exactly once for each row, in any order.
@@ -118,6 +120,12 @@ class HostedEngine(Engine, Protocol):
         """Replace the weights by those in a folder of safetensors, and drop every cache of the old ones.
 
         The engine is awake and generates nothing meanwhile; the folder may be removed after the call. Raises EngineError.
+        """
+
+    def load_adapter(self, folder: Path) -> None:
+        """Sample from the checkpoint's weights with the LoRA adapter in a folder, as peft writes it, and drop what was before.
+
+        As `load_weights` otherwise, which may follow. Raises EngineError, also where a part of it would not be computed with.
         """
 
     def give_up(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from s2dcli import console, world
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from s2dcli.engines.server import ServerEngine
+    from s2dcli.models.adapters import Adapter
 
 AUTO, TRANSFORMERS, VLLM, SERVER = "auto", "transformers", "vllm", "server"
 # Options that belong to some engines only
@@ -60,14 +61,15 @@ def open_engine(
     loading: ModelOptions,
     *,
     training: LoadedModel | None = None,
+    adapter: Adapter | None = None,
     ahead: bool = False,
     top_k: int = 0,
 ) -> tuple[Engine, ParityGate | None]:
     """Open the engine that `--engine` names, with a checkpoint's weights; a hosted one comes with its parity gate.
 
     `training` is that checkpoint's model when it is trained here: the transformers engine samples from it, and others sample
-    `ahead`, while it learns. `top_k`: log-probs of a token that a hosted engine is to give where it scores.
-    Raises EngineError, ModelError or UsageError.
+    `ahead`, while it learns; `adapter`: what is trained in its weights' place. `top_k`: log-probs
+    of a token that a hosted engine is to give where it scores. Raises EngineError, ModelError or UsageError.
     """
     check_engine(sampling, training=training is not None)
     kind = engine_kind(sampling, loading.device)
@@ -79,8 +81,8 @@ def open_engine(
         dtype = training.compute_dtype if training else pick_dtype(loading.dtype, pick_device(loading.device))
         gate = ParityGate(dtype, sampling.parity_rows or PARITY_ROWS, sampling.parity_tolerance)
         if kind == VLLM:
-            beside_trainer = training is not None
-            engine = _vllm(checkpoint, tokenizer, sampling, loading, dtype, beside_trainer=beside_trainer, ahead=ahead, top_k=top_k)
+            how = {"beside_trainer": training is not None, "ahead": ahead, "max_logprobs": top_k, "adapter": adapter}
+            engine = _vllm(checkpoint, tokenizer, sampling, loading, dtype, **how)
         else:
             engine = _server(checkpoint, tokenizer, sampling, loading)
     if sampling.engine == AUTO:
@@ -212,10 +214,7 @@ def _vllm(
     sampling: ScoringOptions,
     loading: ModelOptions,
     dtype: torch.dtype,
-    *,
-    beside_trainer: bool,
-    ahead: bool,
-    top_k: int,
+    **how: Any,
 ) -> HostedEngine:
     from s2dcli.engines.vllm import VllmEngine
 
@@ -232,10 +231,8 @@ def _vllm(
         tensor_parallel_size=sampling.tensor_parallel_size or 1,
         max_model_len=sampling.max_model_len,
         trust_remote_code=loading.trust_remote_code,
-        beside_trainer=beside_trainer,
-        ahead=ahead,
         gpu=gpu,
-        max_logprobs=top_k,
+        **how,
     )
 
 

@@ -73,6 +73,7 @@ class ServerEngine:
     name = "server"
     whole_batches = False
     local = False
+    merged_only = "servers get whole weights"
 
     def __init__(
         self,

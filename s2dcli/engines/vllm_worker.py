@@ -35,6 +35,11 @@ class WorkerExtension:
             if isinstance(layer, VocabParallelEmbedding) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
                 dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
+    def s2d_ignored_layers(self, number: int) -> list[str]:
+        """Names of those layers of a loaded LoRA adapter that the model does not compute with: vLLM passes over them in silence."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        return sorted(set(manager.get_adapter(number).loras) - set(manager.modules))
+
 
 class VocabularyMask(LogitsProcessor):
     """Gives probability 0 to ids that no token has: beyond the tokenizer, where models are padded, and below its highest id."""

@@ -5,6 +5,8 @@ every engine and any size. (vLLM's in-memory transfers, ipc and nccl, save the c
 to vLLM's processes, their GPUs and a version; the folder costs one write and one read at memory speed, a
 small share of a step.)
 
+Of a LoRA adapter an engine that takes adapters is handed the adapter alone, a few MB; others get the weights with the adapter merged.
+
 Then the engine samples some tokens, and the model in training scores them. The prompts are the last
 ones that the engine has seen: a prefix cache of the old weights would be used for them, and so be noticed.
 """
@@ -18,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +28,7 @@ from s2dcli import console, world
 from s2dcli.engines.base import HostedEngine, Request, SamplingParams
 from s2dcli.errors import DataError, EngineError
 from s2dcli.files.atomic import disk_errors, temporary
+from s2dcli.files.checkpoint import ADAPTER
 from s2dcli.stats import mean
 
 if TYPE_CHECKING:
@@ -58,6 +62,12 @@ class WeightSource(Protocol):
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """Return the size of the weights in `dtype`."""
+
+    def adapter_bytes(self) -> int:
+        """Return the size of the LoRA adapter that is trained in place of the weights, 0 if there is none."""
+
+    def write_adapter(self, folder: Path | None) -> None:
+        """Write the current adapter to `adapter/` in a folder, as peft reads it. Without a folder: as below. Raises OSError."""
 
     def write_weights(self, folder: Path | None, dtype: torch.dtype) -> None:
         """Write the current weights as safetensors with their config.json. Without a folder: help the main process to. Raises OSError."""
@@ -119,6 +129,7 @@ class WeightSync:
 
     def __init__(self, engine: HostedEngine, gate: ParityGate, source: WeightSource) -> None:
         self.engine, self.gate, self.source = engine, gate, source
+        self.alone: bool | None = None  # whether the engine is handed an adapter alone; None until it was offered one
         self.updates: int | None = None  # of the weights that were checked last
         self.interruptions = 0  # of the engine, up to then
         self.prompts: list[list[int]] = []  # the last ones that the engine has seen
@@ -127,7 +138,8 @@ class WeightSync:
         """Wake the engine; if the model's weights have changed, transfer and check them. Raises EngineError or DataError."""
         self.engine.wake()
         if self.updates != self.source.updates:
-            if self.source.updates or not self.engine.local:
+            offered = self.alone is None and self.source.adapter_bytes() > 0
+            if not (offered and self._offer()) and (self.source.updates or not self.engine.local):
                 self.transfer()
             self.gate.check(self.engine, self.source.score, self.prompts or prompts, params)
             self.updates = self.source.updates
@@ -144,19 +156,54 @@ class WeightSync:
             self.gate.check(self.engine, self.source.score, self.prompts, params)
         self.engine.sleep()
 
-    def transfer(self) -> None:
-        """Have the engine load the model's current weights. Raises EngineError, or DataError if they cannot be written.
+    def _offer(self) -> bool:
+        """Hand over the adapter alone for the first time, and say whether all engines took it; they get merged weights otherwise."""
+        refused = self.engine.merged_only
 
-        Of several processes the main one writes them, once. Either it tells the servers, which all sample from, or each
-        process has an engine of its own read them.
+        def load(folder: Path) -> None:
+            nonlocal refused
+            try:
+                self.engine.load_adapter(folder)
+            except EngineError as error:  # not this adapter, or none at all
+                refused = error.message
+
+        if not any(world.gather(refused)):
+            self._transfer_adapter(load)
+        why = next(filter(None, world.gather(refused)), "")
+        self.alone = not why
+        if why:
+            size = self.source.weights_bytes(self.gate.dtype)
+            console.info(f"{self.engine.name} is handed merged weights, {size / 1e6:.3g} MB an update: {why}")
+        else:
+            console.info(f"{self.engine.name} is handed the adapter alone, {self.source.adapter_bytes() / 1e6:.3g} MB an update")
+        return self.alone
+
+    def transfer(self) -> None:
+        """Have the engine load the model's current weights, or its adapter where it takes that alone.
+
+        Raises EngineError, or DataError if they cannot be written.
         """
-        size = self.source.weights_bytes(self.gate.dtype)
+        if self.alone:
+            self._transfer_adapter(self.engine.load_adapter)
+        else:
+            size, write = self.source.weights_bytes(self.gate.dtype), partial(self.source.write_weights, dtype=self.gate.dtype)
+            self._hand_over(size, write, self.engine.load_weights)
+
+    def _transfer_adapter(self, load: Callable[[Path], None]) -> None:
+        self._hand_over(self.source.adapter_bytes(), self.source.write_adapter, lambda folder: load(folder / ADAPTER))
+
+    def _hand_over(self, size: int, write: Callable[[Path | None], None], load: Callable[[Path], None]) -> None:
+        """Have what `write` writes loaded.
+
+        Of several processes the main one writes it, once. Either it tells the servers, which all sample from, or each
+        process has an engine of its own read it.
+        """
         with disk_errors("transfer the weights", self.source.out), _shared_folder(self.source.out, size, self.engine.local) as folder:
             with disk_errors("write the weights", folder):
-                self.source.write_weights(folder if world.is_main() else None, self.gate.dtype)
+                write(folder if world.is_main() else None)
             world.gather(None)  # they are written
             if world.is_main() or self.engine.local:
-                self.engine.load_weights(folder)
+                load(folder)
             world.gather(None)  # they are read
 
 

@@ -56,7 +56,7 @@ class Adapter:
                 self._peft = peft.get_peft_model(model, config)  # float32, whatever the model's type
             except ValueError as error:
                 raise ModelError(f"peft cannot adapt {type(model).__name__}: {str(error).splitlines()[0]}") from None
-        self.model = model
+        self.model, self.rank = model, rank
         # By the plain model's name of the weight. Experts kept as one tensor are adapted as a parameter of their module,
         # one wrapper around the other.
         self._layers = {
@@ -92,6 +92,18 @@ class Adapter:
                     tensor = (tensor.float() + self._layers[name].get_delta_weight(_NAME).float()).to(device or tensor.device, dtype)
                 state[name] = tensor
         return state
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the adapted weights, as the plain model has them."""
+        return list(self._layers)
+
+    @property
+    def unusual(self) -> str:
+        """The first adapted weight that is not that of a torch.nn.Linear, "" if there is none."""
+        import torch
+
+        return next((name for name, layer in self._layers.items() if not isinstance(layer.get_base_layer(), torch.nn.Linear)), "")
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the adapter's own weights, as peft names them."""

@@ -24,7 +24,7 @@ import torch
 
 from s2dcli import console, stats, world
 from s2dcli.errors import S2DError
-from s2dcli.files.checkpoint import TRAINING_STATE, read_training_state, save_weights, write_checkpoint, write_training_state
+from s2dcli.files.checkpoint import ADAPTER, TRAINING_STATE, read_training_state, save_weights, write_checkpoint, write_training_state
 from s2dcli.files.run_folder import RunFolder
 from s2dcli.models.batching import MicroBatch, micro_batches
 from s2dcli.models.checkpoints import LoadedModel, saved_dtype
@@ -107,6 +107,11 @@ class Step:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - start
+
+    def split(self, phase: str, part: str, seconds: float) -> None:
+        """Name a part of a phase that was measured on its own, as a phase beside the rest of it."""
+        self.seconds[part] = seconds
+        self.seconds[phase] -= seconds
 
     def log(self, **metrics: Any) -> None:
         self.metrics.update(metrics)
@@ -300,6 +305,19 @@ class TrainingRun:
         weights = self.weights(dtype)
         if folder:
             save_weights(folder, self.policy.model, weights, dtype)
+
+    def adapter_bytes(self) -> int:
+        adapter = self.policy.adapter
+        return sum(tensor.nbytes for tensor in adapter.state().values()) if adapter else 0
+
+    def write_adapter(self, folder: Path | None) -> None:
+        """Write the adapter alone as it is now, for an engine to load; without a folder help the main process to."""
+        adapter = self.policy.adapter
+        if self.policy.sharded:
+            self.policy.reshard()
+        state = whole_state(adapter.state())
+        if folder:
+            adapter.save(folder / ADAPTER, state)
 
     def score(self, rows: Sequence[Row], temperature: float, policy: Policy | None = None) -> Iterator[tuple[Row, np.ndarray]]:
         """Yield rows with the log-probs (nats) of their completion tokens under the weights as they are now, or a frozen `policy`'s.

@@ -7,7 +7,9 @@ Shapes: N completion tokens of a micro-batch, E hidden width of the teacher, K i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +31,8 @@ class Teacher(Protocol):
     """Whoever knows the distributions to learn from; they get no gradient.
 
     `others`: models that are given the micro-batches, which must have a layout that suits all of them. `sources`: where it
-    matters, the sources (TrainingRow.dataset) whose rows must not share a micro-batch.
+    matters, the sources (TrainingRow.dataset) whose rows must not share a micro-batch. `waited`: seconds so far in which
+    `targets` waited for a disk or a server, computing not included; None where there is none to wait for.
     """
 
     @property
@@ -37,6 +40,9 @@ class Teacher(Protocol):
 
     @property
     def sources(self) -> Sequence[str]: ...
+
+    @property
+    def waited(self) -> float | None: ...
 
     def begin(self, rows: Sequence[TrainingRow]) -> None:
         """Make ready for rows whose micro-batches come next: a teacher that works elsewhere starts now. Does not wait."""
@@ -51,6 +57,7 @@ class LiveTeacher:
     or with `sampled` the log-probs of the completion tokens, and with `baseline` the distributions around them."""
 
     sources = ()
+    waited = None
     policy: Policy
     temperature: float = 1.0
     top_k: int | None = None
@@ -77,7 +84,21 @@ class LiveTeacher:
         return TopKTargets(*top_k_logprobs(hidden_NE, head, min(self.top_k, self.policy.vocabulary), self.temperature))
 
 
-class CachedTeacher:
+class Waiting:
+    """Counts the seconds in which a teacher's `targets` waits for what is elsewhere."""
+
+    waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - start
+
+
+class CachedTeacher(Waiting):
     """A teacher whose distributions are on disk (files/teacher_cache.py), read for each micro-batch.
 
     Values that are stored in fewer digits no longer add up to 1: the K ids and their tail are normalised again, by less
@@ -143,8 +164,10 @@ class CachedTeacher:
         return self._places[row.group_id, row.sample_index]
 
     def _read(self, batch: MicroBatch, *names: str) -> list[torch.Tensor]:
-        rows = [self.cache.read(self._place(row), len(row.completion_ids), names) for row in batch.rows]
-        return [torch.from_numpy(np.concatenate([row[name] for row in rows])).to(self.device) for name in names]
+        with self.waiting():
+            rows = [self.cache.read(self._place(row), len(row.completion_ids), names) for row in batch.rows]
+            columns = [torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in names]
+        return [column.to(self.device) for column in columns]  # which on a GPU may wait for the student
 
 
 def require_holds(meta: Meta, estimator: Estimator, top_k: int | None, temperature: float, *, baseline: bool = False) -> None:
@@ -196,6 +219,10 @@ class MixedTeacher:
     def sources(self) -> Sequence[str]:
         return self.teacher.sources
 
+    @property
+    def waited(self) -> float | None:
+        return self.teacher.waited
+
     def begin(self, rows: Sequence[TrainingRow]) -> None:
         for part in (self.teacher, self.reference):
             part.begin(rows)
@@ -206,8 +233,9 @@ class MixedTeacher:
 
 @dataclass(frozen=True)
 class TeacherBySource:
-    """A teacher for each source; the rows of a micro-batch come from one of them."""
+    """A teacher in memory for each source; the rows of a micro-batch come from one of them."""
 
+    waited = None
     teachers: Mapping[str, Teacher]
 
     @property
@@ -232,6 +260,7 @@ class ScoredRows:
     """A teacher that has scored the sampled tokens before the update: the rows' `teacher_logprobs`."""
 
     others = sources = ()
+    waited = None
 
     def begin(self, rows: Sequence[TrainingRow]) -> None:
         """Nothing to start: the rows are scored."""

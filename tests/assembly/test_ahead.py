@@ -102,6 +102,7 @@ def test_a_step_does_not_wait_for_the_samples_of_the_next(s2d, command, server, 
     result = s2d(*command["opd"], "--save-every", STEPS, *OUT, cwd=tmp_path)
     assert result.code == 0, result.err
     assert held.is_set()
+    assert "server is handed merged weights, " in result.err
 
 
 def test_a_batch_whose_server_was_interrupted_is_sampled_again(s2d, command, server, tmp_path, monkeypatch):

@@ -4,10 +4,11 @@
     OMP_NUM_THREADS=1 python tests/bench/bench_served_teacher.py --teacher models/teacher --student models/student
 
 Every way learns from the same stored rollouts of the student by KL over the teacher's 20 most likely ids. "step" is the median
-of the steps but the first; "teacher" the share of the step's time in which the trainer waits for targets: in memory the teacher's own
-forward pass; on a server what its scoring takes beyond the updates that it overlaps with; from a cache the reading. "rest" is what is
-left of a step, and "CPU" the processor time of the trainer's thread in it, which tells the same on a machine that has other work; the
-last column compares it with the teacher in memory.
+of the steps but the first; "waiting" the share of the step's time in which the trainer waits for targets, the `wait_share` of
+metrics.jsonl: on a server what its scoring takes beyond the updates that it overlaps with; from a cache the reading. "computing" is
+the share that the trainer's own work on targets takes: in memory the teacher's forward pass, from hidden states the head and the top k.
+"rest" is what is left of a step, and "CPU" the processor time of the trainer's thread in it, which tells the same on a machine that has
+other work; the last column compares it with the teacher in memory.
 """
 
 from __future__ import annotations
@@ -40,20 +41,21 @@ TOP_K = 20  # what a server gives unless it is started otherwise
 
 
 class Clock:
-    """Wall and thread time of the steps, and of the waits for targets within them."""
+    """Wall and thread time of the updates, and of the targets within them."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[float, float, float]] = []  # of each step: wall, waited, CPU of the rest
-        self._waited = self._waited_cpu = 0.0
+        self.steps: list[tuple[float, float, float, float]] = []  # of each update: wall, waited, computed, CPU of the rest
+        self._waited = self._targets = self._targets_cpu = 0.0
 
     def around(self, targets: Callable) -> Callable:
         def timed(teacher, batch):
-            wall, cpu = time.perf_counter(), time.thread_time()
+            wall, cpu, waited = time.perf_counter(), time.thread_time(), teacher.waited or 0.0
             try:
                 return targets(teacher, batch)
             finally:
-                self._waited += time.perf_counter() - wall
-                self._waited_cpu += time.thread_time() - cpu
+                self._targets += time.perf_counter() - wall
+                self._targets_cpu += time.thread_time() - cpu
+                self._waited += (teacher.waited or 0.0) - waited
 
         return timed
 
@@ -61,12 +63,12 @@ class Clock:
         @contextlib.contextmanager
         def timed(step: Step, name: str) -> Iterator[None]:
             wall, cpu = time.perf_counter(), time.thread_time()
-            self._waited = self._waited_cpu = 0.0
+            self._waited = self._targets = self._targets_cpu = 0.0
             with phase(step, name):
                 yield
             if name == "update":
-                spent = time.thread_time() - cpu - self._waited_cpu
-                self.steps.append((time.perf_counter() - wall, self._waited, spent))
+                spent = time.thread_time() - cpu - self._targets_cpu
+                self.steps.append((time.perf_counter() - wall, self._waited, self._targets - self._waited, spent))
 
         return timed
 
@@ -129,7 +131,7 @@ def main() -> None:
         count = len(problems.read_text().splitlines())
         updates = ["--problems-per-step", count, "--mini-batch-size", max(1, count * given.samples // 4), "--steps", given.steps]
         form = ["--estimator", "top-k", "--top-k", TOP_K, "--tokens-per-batch", 1024]
-        print(f"{'teacher':16} {'step':>9} {'waiting':>8} {'rest':>9} {'CPU':>9}", file=sys.stderr)
+        print(f"{'teacher':16} {'step':>9} {'waiting':>8} {'computing':>10} {'rest':>9} {'CPU':>9}", file=sys.stderr)
         base = 0.0
         for number, (way, teacher) in enumerate(ways.items()):
             clock.steps.clear()
@@ -140,11 +142,12 @@ def main() -> None:
                 [sum(part) for part in zip(*clock.steps[start : start + per_step], strict=True)]
                 for start in range(per_step, len(clock.steps), per_step)
             ]
-            wall, waited, cpu = (statistics.median(values) for values in zip(*steps, strict=True))
+            wall, waited, computed, cpu = (statistics.median(values) for values in zip(*steps, strict=True))
             base = base or cpu
             kl = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["kl"]
             print(
-                f"{way:16} {wall:7.2f} s {waited / wall:8.1%} {wall - waited:7.2f} s {cpu:7.2f} s {cpu / base - 1:+7.1%}   KL {kl:.4f}",
+                f"{way:16} {wall:7.2f} s {waited / wall:8.1%} {computed / wall:10.1%} {wall - waited - computed:7.2f} s {cpu:7.2f} s "
+                f"{cpu / base - 1:+7.1%}   KL {kl:.4f}",
                 file=sys.stderr,
                 flush=True,
             )

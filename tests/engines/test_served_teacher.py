@@ -1,19 +1,23 @@
 """A teacher on servers: malformed scores, another tokenizer, rows that are asked for ahead."""
 
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fake_vllm import EOS, FakeVllm, completion
-from tiny import training_row
+from tiny import LiveAround, close, learn, ragged_rows, tiny, training_row
 
 from s2dcli.assembly.served import ServedTeacher
 from s2dcli.engines.server import ServerEngine
 from s2dcli.errors import EngineError, ModelError
 from s2dcli.models.batching import micro_batches
+from s2dcli.models.policy import Policy, freeze
 from s2dcli.models.rows import Row
+from s2dcli.train.objectives import SampledDistillation
+from s2dcli.train.teachers import LiveTeacher
 
 VOCABULARY = 33
 LIMITED = "Requested prompt logprobs of 3, which is greater than max allowed"
@@ -148,3 +152,58 @@ def test_a_model_that_is_exchanged_ends_the_run_also_after_a_restart(tmp_path):
             again.begin(ROWS)
             with pytest.raises(EngineError, match="another model than at the beginning of the run"):
                 again.targets(next(micro_batches(ROWS, 1000, 0, torch.device("cpu"))))
+
+
+WIDE = 40  # ids of the tiny models
+
+
+@pytest.mark.parametrize(("k", "exact"), [(WIDE, True), (5, False)])
+def test_a_baseline_by_a_server_is_that_of_the_model_in_memory(tmp_path, k, exact):
+    """With all ids it is the exact KL; with fewer that over k ids and a bucket, and still one number for each position."""
+    teacher, student = freeze(Policy(tiny("llama", seed=7), WIDE)), Policy(tiny("qwen3"), WIDE)
+    rows = ragged_rows(8)
+    for row in rows:
+        row.logprobs = np.full(len(row.completion_ids), -1.0, np.float32)
+
+    def answer(body):
+        ids = body["prompt"]
+        with torch.no_grad():
+            logprobs_TV = teacher.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        positions = [None]
+        for token, row in zip(ids[1:], logprobs_TV, strict=True):
+            positions.append({str(index): entry(float(row[index])) for index in {token, *row.topk(k).indices.tolist()}})
+        return completion(body, prompt_logprobs=positions)
+
+    names = [f"t{index}" for index in range(WIDE)]
+    decode = lambda ids: "".join(map(names.__getitem__, ids))  # noqa: E731
+    tokenizer = SimpleNamespace(get_vocab=lambda: {name: index for index, name in enumerate(names)}, decode=decode)
+    with Fake(answer, texts=names) as fake:
+        engine = ServerEngine([fake.url], names=[], eos_ids=[2], vocabulary=WIDE, model_vocabulary=WIDE, timeout=5)
+        served = ServedTeacher(engine, tokenizer, k, tmp_path, baseline=True)
+        live = LiveTeacher(policy=teacher, sampled=True, baseline=True) if exact else LiveAround(teacher, k)
+        found, expected = (
+            learn(student, rows, SampledDistillation(teacher=source, temperature=1.0, baseline=True)) for source in (served, live)
+        )
+        assert {body["prompt_logprobs"] for path, _, body in fake.seen if path == "/v1/completions"} == {k}
+    close(found, expected, 5e-5)
+    assert served.waited > 0
+
+
+def test_only_what_a_server_takes_beyond_other_work_is_waited_for(tmp_path):
+    delay = 0.3  # seconds
+
+    def slow(body):
+        time.sleep(delay)
+        return scores(body)
+
+    with Fake(slow) as fake:
+        teacher = ServedTeacher(engine_of(fake.url), TOKENIZER, 3, tmp_path)
+        teacher.begin(ROWS)
+        [batch] = micro_batches(ROWS, 1000, 0, torch.device("cpu"))
+        teacher.targets(batch)
+        assert delay / 2 < teacher.waited < 10 * delay
+        before = teacher.waited
+        teacher.begin(ROWS)
+        time.sleep(4 * delay)  # the student is updated on other rows
+        teacher.targets(batch)
+        assert teacher.waited - before < delay / 2

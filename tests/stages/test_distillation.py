@@ -176,6 +176,8 @@ def test_a_cache_gives_a_baseline_and_other_divergences(s2d, toy, rollouts, cach
     stored = ["--student", toy / "student", "--rollouts", rollouts, "--cache", cache, "--lr", "1e-3", "-q"]
     result = s2d("opd", *stored, "--estimator", "sampled", "--baseline", "kl", "-o", tmp_path / "opd").result
     assert 0.5 < result["student_mass"] <= 1.0
+    assert 0 < result["wait_seconds"] < result["seconds"]  # for the disk, and not in `update`
+    assert 0 < result["wait_share"] <= 1 - result["update_share"]
     assert 0 < s2d("fkl-warmup", *stored, "--divergence", "jsd", "--loss-tokens", 3, "-o", tmp_path / "warmup").result["jsd"] < 0.7
 
 

@@ -50,13 +50,17 @@ def test_eval_measures_what_the_transformers_engine_does(s2d, toy, few):
 @pytest.mark.parametrize("memory", [[], ["--lora-rank", 4], ["--weights", "bfloat16"]], ids=["float32", "lora", "bfloat16"])
 def test_grpo_samples_from_the_weights_that_it_trains(s2d, toy, few, tmp_path, memory):
     """Sampler and trainer agree in every step, although the weights move by much more than the tolerance."""
-    result = s2d("grpo", "-m", toy / "student", few, *TRAINING, *memory, "--eval-problems", few, "--eval-every", 3, "-o", tmp_path / "run")
+    graded = ["--reward", "exact", "--workers", 1]
+    result = s2d(
+        "grpo", "-m", toy / "student", few, *TRAINING, *memory, *graded, "--eval-problems", few, "--eval-every", 3, "-o", tmp_path / "run"
+    )
     assert result.result["eval_problems"] == 8
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert sum(row["updates"] for row in rows) >= 2
     gap = 0.1 if "bfloat16" in memory else 1e-4
     assert all(row["logprob_mismatch"] < gap for row in rows)
     assert not list((tmp_path / "run").glob(".weights"))
+    assert ("vllm is handed the adapter alone, " in result.err) == ("--lora-rank" in memory)
 
 
 @needs_vllm

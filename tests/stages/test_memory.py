@@ -23,7 +23,7 @@ def train(s2d, toy, rollouts):
     """Run a short training of any trainer, of `teacher` and `student` of the toy family by default; returns its result."""
     sampling = [toy / "problems" / "1H.jsonl", "--problems-per-step", 4, "-n", 4, "--max-tokens", 16]
     commands = {
-        "grpo": ["grpo", "--model", toy / "teacher", *sampling],
+        "grpo": ["grpo", "--model", toy / "teacher", *sampling, "--reward", "exact", "--workers", 1],
         "opd": ["opd", *sampling],
         "fkl-warmup": ["fkl-warmup", "--rollouts", rollouts],
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import VOCABULARY, ragged_rows, tiny
+from tiny import VOCABULARY, LiveAround, close, learn, ragged_rows, tiny
 
 from s2dcli.assembly.scoring import CacheForm, LiveScorer, score_portion
 from s2dcli.errors import UsageError
@@ -57,22 +57,6 @@ def cached(out: Path, teacher: Policy, rows, form: CacheForm) -> TeacherCache:
         folder.finish(Meta(teacher={}, tokenizer_sha256="", compute_dtype="float32", head=told, **shape, **numbers), {})
         (out / "s2d.json").unlink()
     return TeacherCache(out)
-
-
-def learn(student, rows, objective, budget=60):
-    """The loss of all rows, and its gradient."""
-    student.zero_grad()
-    total = 0.0
-    for batch in micro_batches(rows, budget, 0, CPU, share_prompts=False):
-        loss, _ = student(batch, objective)
-        loss.backward()
-        total += loss.item()
-    return total, torch.cat([parameter.grad.flatten() for parameter in student.parameters()]).clone()
-
-
-def close(found, expected, tolerance):
-    assert found[0] == pytest.approx(expected[0], rel=tolerance)
-    assert (found[1] - expected[1]).norm() <= tolerance * expected[1].norm()
 
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
@@ -133,11 +117,12 @@ def test_the_beginnings_of_rows_are_found_and_read_alone(tmp_path, teacher, stud
     close(found, expected, 2e-5)
 
 
-@pytest.mark.parametrize(("keep", "k"), [(Keep.hidden, 0), (Keep.top_k, VOCABULARY)])
+@pytest.mark.parametrize(("keep", "k"), [(Keep.hidden, 0), (Keep.top_k, VOCABULARY), (Keep.top_k, 5)])
 def test_a_baseline_from_a_cache_is_that_of_the_live_teacher(tmp_path, teacher, student, rows, keep, k):
+    """Of k ids and a bucket for the rest, where the cache holds no more."""
     cache = cached(tmp_path / "cache", teacher, rows, CacheForm(keep, k, ValueType.float32))
     from_disk = CachedTeacher(cache, rows, CPU, Estimator.sampled, None, 1.0, baseline=True)
-    live = LiveTeacher(policy=teacher, sampled=True, baseline=True)
+    live = LiveTeacher(policy=teacher, sampled=True, baseline=True) if k != 5 else LiveAround(teacher, k)
     found, expected = (
         learn(student, rows, SampledDistillation(teacher=source, temperature=1.0, baseline=True)) for source in (from_disk, live)
     )
