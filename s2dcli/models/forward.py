@@ -18,6 +18,8 @@ from s2dcli.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel
+
+    from s2dcli.models.batching import SharedPrompts
 # Finite, so that products with a probability of 0 stay 0; its exponential is 0 at any temperature in use.
 UNUSED_LOGIT = -1e5
 _UNUSED = "s2d_unused"
@@ -147,13 +149,7 @@ def _inputs(backbone: type[torch.nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(backbone.forward).parameters)
 
 
-def shared_prompt_states(
-    model: PreTrainedModel,
-    prompt_ids_PT: torch.Tensor,
-    prompt_lengths_P: torch.Tensor,
-    prompt_of_B: torch.Tensor,
-    completion_ids_BT: torch.Tensor,
-) -> torch.Tensor:
+def shared_prompt_states(model: PreTrainedModel, shared: SharedPrompts, completion_ids_BT: torch.Tensor) -> torch.Tensor:
     """States that predict completions [B, T, D], each distinct prompt P run through the backbone once.
 
     Prompts and completions are right-padded. The completions attend to the keys and values of their
@@ -162,20 +158,20 @@ def shared_prompt_states(
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    prompt_PTD = _run(model, prompt_ids_PT, cache=cache)
-    prompts = torch.arange(len(prompt_ids_PT), device=prompt_ids_PT.device)
-    first_BD = prompt_PTD[prompts, prompt_lengths_P - 1][prompt_of_B]
+    prompt_PTD = _run(model, shared.ids_PT, cache=cache)
+    prompts = torch.arange(len(shared.ids_PT), device=shared.ids_PT.device)
+    first_BD = prompt_PTD[prompts, shared.lengths_P - 1][shared.of_B]
     rows, length = completion_ids_BT.shape
     if length == 1:  # the one token is predicted by its prompt's last state
         return first_BD[:, None]
-    lengths_B1 = prompt_lengths_P[prompt_of_B, None]
-    width = prompt_ids_PT.shape[1]
+    lengths_B1 = shared.lengths_P[shared.of_B, None]
+    width = shared.ids_PT.shape[1]
     positions = torch.arange(length - 1, device=lengths_B1.device)
     mask_BT = None
-    if int(prompt_lengths_P.min()) < width:
+    if shared.padded:
         seen_BT = torch.arange(width, device=lengths_B1.device) < lengths_B1
         mask_BT = torch.cat([seen_BT, seen_BT.new_ones(rows, length - 1)], dim=1).long()
-    cache.reorder_cache(prompt_of_B)
+    cache.reorder_cache(shared.of_B)
     rest_BTD = _run(model, completion_ids_BT[:, :-1], mask_BT=mask_BT, position_ids_BT=lengths_B1 + positions, cache=cache)
     return torch.cat([first_BD[:, None], rest_BTD], dim=1)
 
@@ -235,7 +231,7 @@ class CachedDecoder:
         ids_PT = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
         lengths_P = torch.tensor([len(ids) for ids in prompts], device=device)
         mask_PT = (torch.arange(longest, device=device) >= (longest - lengths_P)[:, None]).long()
-        unpadded = bool((lengths_P == longest).all())
+        unpadded = min(map(len, prompts)) == longest
         self.model = model
         self.cache = growing_cache(model)
         states_PTD = _run(
@@ -276,17 +272,18 @@ class PlainDecoder:
         ids_PT = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in prompts], device=prompt_of_B.device)
         lengths_P = torch.tensor([len(ids) for ids in prompts], device=prompt_of_B.device)
         self.states_BD = self._last(ids_PT, lengths_P)[prompt_of_B]
-        self._ids_BT, self._lengths_B = ids_PT[prompt_of_B], lengths_P[prompt_of_B]
+        self._ids_BT, self._lengths_B, self._longest = ids_PT[prompt_of_B], lengths_P[prompt_of_B], longest
 
     def _last(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         return hidden_states(self.model, ids_BT)[torch.arange(len(ids_BT), device=ids_BT.device), lengths_B - 1]
 
     def keep(self, rows: torch.Tensor) -> None:
         self._ids_BT, self._lengths_B = self._ids_BT[rows], self._lengths_B[rows]
+        self._longest = int(self._lengths_B.max())
 
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        if int(self._lengths_B.max()) == self._ids_BT.shape[1]:
+        if self._longest == self._ids_BT.shape[1]:
             self._ids_BT = torch.nn.functional.pad(self._ids_BT, (0, 1), value=self.pad_id)
         self._ids_BT = self._ids_BT.scatter(1, self._lengths_B[:, None], tokens_B[:, None])
-        self._lengths_B = self._lengths_B + 1
+        self._lengths_B, self._longest = self._lengths_B + 1, self._longest + 1
         return self._last(self._ids_BT, self._lengths_B)

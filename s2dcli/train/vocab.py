@@ -21,7 +21,7 @@ import torch
 
 from s2dcli.models import readers
 from s2dcli.models.forward import Head
-from s2dcli.models.readers import chunks, require_inside
+from s2dcli.models.readers import chunks
 from s2dcli.train.targets import ExactTargets, MixedTargets, TopKTargets
 
 # Least probability of what lies outside a top k, float32's smallest normal number: its logarithm is finite.
@@ -57,7 +57,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         head = replace(head, weight_VD=weight_VD.to(hidden_ND.dtype))  # cast once, not for every chunk
-        for rows in chunks(len(hidden_ND), weight_VD.shape[0]):
+        for rows in chunks(hidden_ND, head):
             logits_CV = head.logits(hidden_ND[rows])
             slope_CV = head.slope(logits_CV) if wanted else None
             part, grad_CV, found = kernel(logits_CV, rows)
@@ -84,12 +84,9 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         (hidden_ND, weight_VD, bias_V), ctx.gradients = ctx.gradients, None
         weight_dtype, bias_dtype = ctx.dtypes
-        if ctx.collected and upstream != 1:
-            raise RuntimeError("the head's gradient has been added up already: scale the loss inside its kernel")
-        gradients = [
-            None if value is None else value if upstream == 1 else value.mul_(upstream) for value in (hidden_ND, weight_VD, bias_V)
-        ]
-        hidden_ND, weight_VD, bias_V = gradients
+        if ctx.collected:  # without asking a GPU for the number, which would wait for it
+            torch._assert_async(upstream == 1, "the head's gradient has been added up already: scale the loss inside its kernel")
+        hidden_ND, weight_VD, bias_V = (None if value is None else value.mul_(upstream) for value in (hidden_ND, weight_VD, bias_V))
         return (
             hidden_ND,
             None if weight_VD is None else weight_VD.to(weight_dtype),
@@ -138,9 +135,8 @@ def token_loss(
 
     The distribution is softmax(logits / temperature) over the head's V ids, in float32, nats. `loss` is
     differentiated with respect to the log-probs; the rest of the gradient is dlogp/dlogits =
-    (onehot - p) / temperature. Adds `entropy` to the figures. Raises ValueError for a target beyond V.
+    (onehot - p) / temperature. Adds `entropy` to the figures.
     """
-    require_inside(targets_N, head)
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
         if temperature != 1.0:
@@ -216,6 +212,7 @@ def divergence_loss(
     """
     if student.weight_VD.shape[0] != teacher.vocabulary:
         raise ValueError(f"vocabularies of {student.weight_VD.shape[0]} and {teacher.vocabulary} ids cannot be compared")
+    within = None if watched is None else _Within(watched, student_ND.device)
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
         theirs_CV = teacher.logprobs(rows)  # log q
@@ -224,8 +221,8 @@ def divergence_loss(
         probs_CV, normaliser_C1 = _softmax(logits_CV)
         ours_CV = logits_CV.sub_(normaliser_C1)  # log p
         figures = {"entropy": -_dot(probs_CV, ours_CV)}
-        if watched is not None:
-            at_W = _within(watched, rows, ours_CV.device)
+        if within is not None:
+            at_W = within.chunk(rows)
             figures |= agreement(ours_CV[at_W], theirs_CV[at_W])
         value_C, grad_CV = divergence(probs_CV, ours_CV.sub_(theirs_CV), theirs_CV)
         loss, grad_CV, found = _weigh(value_C, grad_CV, weights_N[rows], temperature, clamp)
@@ -246,10 +243,16 @@ def _weigh(
     return (weights_C * value_C.clamp(max=clamp)).sum(), grad_CJ.mul_(slope_C1), figures | {"clamped": (~within_C).float()}
 
 
-def _within(positions: np.ndarray, rows: slice, device: torch.device) -> torch.Tensor:
-    """Those of the ascending positions that lie in a chunk, counted from its beginning."""
-    first, end = np.searchsorted(positions, (rows.start, rows.stop))
-    return torch.from_numpy(positions[first:end] - rows.start).to(device)
+class _Within:
+    """Ascending positions among N tokens, put on the device once."""
+
+    def __init__(self, positions: np.ndarray, device: torch.device) -> None:
+        self._positions, self._on_device = positions, torch.from_numpy(positions).to(device, non_blocking=True)
+
+    def chunk(self, rows: slice) -> torch.Tensor:
+        """Those that lie in a chunk, counted from its beginning."""
+        first, end = np.searchsorted(self._positions, (rows.start, rows.stop))
+        return self._on_device[first:end] - rows.start
 
 
 def agreement(ours_WV: torch.Tensor, theirs_WV: torch.Tensor) -> Figures:
@@ -296,12 +299,12 @@ def top_k_divergence_loss(
     ones among the K, a lower bound, and where K is less than COMPARED_IDS so many ids are compared.
     """
     ids_NK, logprobs_NK = teacher.ids_NK, teacher.logprobs_NK
-    require_inside(ids_NK, head)
     teacher_NJ = torch.cat([logprobs_NK, teacher.tails_N[:, None]], dim=1).float().clamp_(min=math.log(TAIL_FLOOR))  # J = K + 1
     k = min(COMPARED_IDS, ids_NK.shape[1])
+    within = None if watched is None else _Within(watched, hidden_ND.device)
 
     def compared(logits_CV: torch.Tensor, ours_CK: torch.Tensor, rows: slice) -> Figures:
-        at_W = _within(watched, rows, logits_CV.device)
+        at_W = within.chunk(rows)
         ids_WK, ours_Wk = ids_NK[rows][at_W], logits_CV[at_W].topk(k, sorted=False).indices
         among_WK = (ids_WK[:, :, None] == ours_Wk[:, None, :]).any(-1)
         teacher_WK = logprobs_NK[rows][at_W].float().masked_fill(~among_WK, -torch.inf)
@@ -314,7 +317,7 @@ def top_k_divergence_loss(
         probs_CV, normaliser_C1 = _softmax(logits_CV)
         figures = {"entropy": normaliser_C1[:, 0] - _dot(probs_CV, logits_CV)}
         ours_CK, probs_CK = logits_CV.gather(1, ids_CK) - normaliser_C1, probs_CV.gather(1, ids_CK)
-        if watched is not None:
+        if within is not None:
             figures |= compared(logits_CV, ours_CK, rows)
         tail_C1 = probs_CV.scatter_(1, ids_CK, 0.0).sum(-1, keepdim=True).clamp_(min=TAIL_FLOOR)  # not 1 - sum, which cancels
         ours_CJ, probs_CJ = torch.cat([ours_CK, tail_C1.log()], dim=1), torch.cat([probs_CK, tail_C1], dim=1)
