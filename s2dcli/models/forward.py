@@ -43,11 +43,23 @@ class Head:
     gradient_VD: torch.Tensor | None = None
     unused_U: torch.Tensor | None = None
 
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits [N, V]; the matrix product runs in the dtype of the hidden states."""
+    def logits(self, hidden_ND: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return float32 logits [N, V]; the matrix product runs in the dtype of the hidden states.
+
+        Without gradient they may be written to the first rows of `out`, float32: see readers.room.
+        """
         weight_VD = self.weight_VD.to(hidden_ND.dtype)
         bias_V = None if self.bias_V is None else self.bias_V.to(hidden_ND.dtype)
-        return self.shape_logits(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+        if out is None:
+            return self.shape_logits(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+        out = out[: len(hidden_ND)]
+        if hidden_ND.dtype != out.dtype:
+            out.copy_(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+        elif bias_V is None:
+            torch.mm(hidden_ND, weight_VD.T, out=out)
+        else:
+            torch.addmm(bias_V, hidden_ND, weight_VD.T, out=out)
+        return self.shape_logits(out)
 
     def shape_logits(self, raw_NV: torch.Tensor) -> torch.Tensor:
         """Apply scale and soft cap to raw products, in float32."""
@@ -56,7 +68,7 @@ class Head:
             logits_NV = logits_NV * self.scale
         if self.soft_cap is not None:
             logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
-        return logits_NV if self.unused_U is None else logits_NV.index_fill(1, self.unused_U, UNUSED_LOGIT)
+        return logits_NV if self.unused_U is None else logits_NV.index_fill_(1, self.unused_U, UNUSED_LOGIT)
 
     def slope(self, logits_NV: torch.Tensor) -> torch.Tensor | None:
         """Derivative of the logits with respect to the raw products: scale * (1 - (logits / cap)^2); None where it is 1."""

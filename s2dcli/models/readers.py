@@ -14,9 +14,11 @@ from s2dcli.models.forward import Head
 
 # Bytes of one chunk of float32 logits on a CPU, and the least on a GPU ...
 CHUNK_BYTES = 48 * 2**20
-# ... of which a pass holds at most so many at once (two models' logits and what is made of them): 151 MB,
+# ... of which a pass holds at most so many at once (two or three models' logits, and what is made of a part of them): 151 MB,
 # whatever the batch and length.
 CHUNK_TENSORS = 3
+# Parts of a chunk that are worked on in turn, with tensors of their own.
+PARTS = 8
 # The most on a GPU: 1,024 tokens of the largest vocabularies (262,144). A product with the head reads it once a chunk and does
 # one operation a token for each byte read, in bfloat16: from some 300 tokens on an H100 waits for its arithmetic, not its memory.
 GPU_CHUNK_BYTES = 2**30
@@ -55,10 +57,26 @@ def chunks(hidden_ND: torch.Tensor, head: Head) -> Iterator[slice]:
     return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
+def room(hidden_ND: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return memory for the logits of each chunk in turn: on a CPU fresh memory of that size costs more than what is done in it."""
+    vocabulary = head.weight_VD.shape[0]
+    rows = min(len(hidden_ND), chunk_tokens(vocabulary, hidden_ND.device))
+    return hidden_ND.new_empty(rows, vocabulary, dtype=torch.float32, requires_grad=False)
+
+
+def parts(logits_CV: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Cut the tokens of a chunk into about PARTS parts, so that what is made of one is little memory: views of all the tensors."""
+    size = max(2, chunk_tokens(logits_CV.shape[1], logits_CV.device) // PARTS)
+    return zip(*(whole.split(size) for whole in (logits_CV, *others)), strict=True)
+
+
 def log_normaliser(logits_CV: torch.Tensor) -> torch.Tensor:
-    """Return log-sum-exp [C, 1] with one tensor of the logits' size beside them, where torch.logsumexp takes two."""
-    peak_C1 = logits_CV.amax(-1, keepdim=True)
-    return peak_C1 + (logits_CV - peak_C1).exp_().sum(-1, keepdim=True).log()
+    """Return log-sum-exp [C, 1]."""
+    found_C1 = logits_CV.new_empty(len(logits_CV), 1)
+    for logits_PV, found_P1 in parts(logits_CV, found_C1):
+        peak_P1 = logits_PV.amax(-1, keepdim=True)
+        torch.add(peak_P1, (logits_PV - peak_P1).exp_().sum(-1, keepdim=True).log_(), out=found_P1)
+    return found_C1
 
 
 @torch.no_grad()
@@ -73,8 +91,9 @@ def top_k_logprobs(
     ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
     logprobs_NK = hidden_ND.new_empty(len(hidden_ND), k, dtype=torch.float32)
     tails_N, found_N = (hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(2))
+    out = room(hidden_ND, head)
     for rows in chunks(hidden_ND, head):
-        logits_CV = head.logits(hidden_ND[rows]) / temperature
+        logits_CV = head.logits(hidden_ND[rows], out).div_(temperature)
         values_CK, ids_NK[rows] = logits_CV.topk(k, dim=-1)
         normaliser_C1 = log_normaliser(logits_CV)
         logprobs_NK[rows] = values_CK - normaliser_C1
@@ -87,8 +106,8 @@ def top_k_logprobs(
 @torch.no_grad()
 def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Log-prob of each target under softmax(logits / temperature), [N], float32, nats; without gradient."""
-    logprobs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+    logprobs_N, out = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32), room(hidden_ND, head)
     for rows in chunks(hidden_ND, head):
-        logits_CV = head.logits(hidden_ND[rows]) / temperature
+        logits_CV = head.logits(hidden_ND[rows], out).div_(temperature)
         logprobs_N[rows] = (logits_CV.gather(1, targets_N[rows, None]) - log_normaliser(logits_CV))[:, 0]
     return logprobs_N

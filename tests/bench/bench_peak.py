@@ -156,7 +156,13 @@ def main() -> None:
         add_row(folder, row)
 
     RunFolder.add_row = marked
-    report = []
+    kind = "wall" if clock.cuda else "CPU"
+    told = sys.stderr  # standard output belongs to the stages
+    print(
+        f"{options.shape}, {shape['rollouts']} rollouts, {options.dtype}, {options.threads} threads; peak {most / 1e9:,.0f} GFLOP/s\n",
+        file=told,
+    )
+    print(f"| method | part | {kind} s a step | share of the step | GFLOP | share of the peak |\n{'|---' * 6}|", file=told)
     with tempfile.TemporaryDirectory() as name:
         make(Path(name), shape)
         for method in [options.method] if options.method else ["grpo", "opd"]:
@@ -168,15 +174,15 @@ def main() -> None:
                 parts["rest"] = end - start - sum(parts.values())
                 for part, seconds in {**parts, "step": end - start}.items():
                     spent[part].append(seconds)
-            report.append((method, {part: statistics.median(seconds) for part, seconds in spent.items()}, flops(method, shape)))
-    sys.stdout = sys.stderr  # standard output belongs to the stages
-    kind = "wall" if clock.cuda else "CPU"
-    print(f"\n{options.shape}, {shape['rollouts']} rollouts, {options.dtype}, {options.threads} threads; peak {most / 1e9:,.0f} GFLOP/s\n")
-    print(f"| method | part | {kind} s a step | share of the step | GFLOP | share of the peak |\n{'|---' * 6}|")
-    for method, seconds, needed in report:
-        for part, count in {**needed, "step": sum(needed.values())}.items():
-            share = count / seconds[part] / most if seconds[part] else 0.0
-            print(f"| {method} | {part} | {seconds[part]:.3f} | {seconds[part] / seconds['step']:.0%} | {count / 1e9:,.1f} | {share:.0%} |")
+            needed, step = flops(method, shape), statistics.median(spent["step"])
+            for part, count in {**needed, "step": sum(needed.values())}.items():
+                seconds = statistics.median(spent[part])
+                share = count / seconds / most if seconds else 0.0
+                print(
+                    f"| {method} | {part} | {seconds:.3f} | {seconds / step:.0%} | {count / 1e9:,.1f} | {share:.0%} |",
+                    file=told,
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
