@@ -216,9 +216,9 @@ def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     sizes = []
     logits = Head.logits
 
-    def watched(head, hidden_ND):
+    def watched(head, hidden_ND, out=None):
         sizes.append(len(hidden_ND))
-        return logits(head, hidden_ND)
+        return logits(head, hidden_ND, out)
 
     monkeypatch.setattr(Head, "logits", watched)
     hidden, head = torch.randn(2000, D, requires_grad=True), Head(torch.randn(V, D, requires_grad=True), None)
