@@ -20,7 +20,7 @@ from s2dcli.assembly.loading import adapter_of, compute_dtype
 from s2dcli.errors import UsageError
 from s2dcli.models.checkpoints import Checkpoint, empty_model, num_parameters, pick_device, pick_dtype
 from s2dcli.models.forward import GROWTH_SHARE
-from s2dcli.models.readers import CHUNK_BYTES, CHUNK_TENSORS
+from s2dcli.models.readers import CHUNK_TENSORS, chunk_bytes
 from s2dcli.models.sharding import layers_of
 from s2dcli.options import ModelOptions, Optimizer, RunOptions, Sharding, TrainingOptions, Weights
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE
@@ -133,8 +133,10 @@ def memory_plan(
         "casts_bytes": cast_numbers(trained_model, processes, training.gradient_checkpointing) * NARROW_BYTES if autocast else 0,
         "gathered_bytes": gathered_bytes(trained_model, weight_bytes, copies, processes) if processes.sharded else 0,
         "activations_bytes": activation_bytes(shape, tokens, compute_bytes, autocast, training.gradient_checkpointing),
-        "logits_bytes": logits_bytes(trained_model, tokens),
     }
+    there = device_bytes(loading.device, processes)
+    free = math.inf if there is None else there - sum(always.values()) - sum(updating.values())
+    updating["logits_bytes"] = logits_bytes(trained_model, tokens, pick_device(loading.device, here=False), free)
     sampling = {
         "cache_bytes": int(2 * shape.layers * shape.keys * sample_tokens * (1 + GROWTH_SHARE) * compute_bytes),
         "replica_bytes": sum(size.numel() for size in whole) * weight_bytes if processes.sharded and sample_tokens else 0,
@@ -146,9 +148,9 @@ def memory_plan(
     return {**counted, **always, **updating, **sampling, "total_bytes": total}
 
 
-def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes of the logits that a loss over `tokens` positions holds at once."""
-    return CHUNK_TENSORS * min(CHUNK_BYTES, tokens * model.get_output_embeddings().weight.shape[0] * FLOAT32_BYTES)
+def logits_bytes(model: PreTrainedModel, tokens: int, device: torch.device, free: float) -> int:
+    """Bytes of the logits that a loss over `tokens` positions holds at once on a device with `free` bytes left."""
+    return CHUNK_TENSORS * min(chunk_bytes(device, free), tokens * model.get_output_embeddings().weight.shape[0] * FLOAT32_BYTES)
 
 
 def moment_bytes(sizes: Sequence[int], optimizer: Optimizer) -> int:

@@ -369,7 +369,7 @@ class Training:
             self._count_errors(step, errors, len(rollouts))
             graded = iter(records)
         else:
-            graded = (rollout.to_record() for rollout in rollouts)
+            graded = (rollout.to_record() if self.keep_rollouts else {} for rollout in rollouts)
         maker = RowMaker()
         return [[self._row(maker, rollout, next(graded)) for rollout in group] for group in groups]
 
@@ -386,8 +386,10 @@ class Training:
 
     def _grade(self, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Any]], Errors]:
         """Return the graded rows, whole if they are to be kept, and what failed."""
-        graded = list(self._grader.graded([rollout.to_record() for rollout in rollouts]))
-        rows = graded if self.keep_rollouts else [{"reward": record.get("reward")} for record in graded]
+        if self.keep_rollouts:
+            rows = list(self._grader.graded([rollout.to_record() for rollout in rollouts]))
+        else:
+            rows = [{"reward": verdict["reward"]} for verdict in self._grader.grade(rollout.to_record() for rollout in rollouts)]
         return rows, self._grader.take_errors()
 
     def _count_errors(self, step: Step, errors: Errors, num_rollouts: int) -> None:

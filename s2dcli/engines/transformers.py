@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Finished rows are dropped from the batch once they are this share of it: each drop copies the
 # cache, so halving costs at most log2(B) copies and never carries more dead rows than live ones.
 DROP_SHARE = 0.5
-# Tokens after which a GPU counts the rows that go on: a count waits for all that was asked of it before.
-COUNT_EVERY = 8
+# Tokens after which the rows that go on are counted: a count waits for all that a GPU was asked before it.
+COUNT_EVERY, CPU_COUNT_EVERY = 8, 1
 # Tokens per block of the two-level search in a cumulative distribution; near the square root of today's
 # largest vocabularies, where both levels are equally long.
 BLOCK = 512
@@ -113,7 +113,7 @@ class TransformersEngine:
         lengths_B = torch.full((count,), params.max_tokens + 1, device=device)
         rows_B = torch.arange(count, device=device)  # row of the batch -> row of the result
         live_B = torch.ones(count, dtype=torch.bool, device=device)
-        every = 1 if device.type == "cpu" else COUNT_EVERY
+        every = CPU_COUNT_EVERY if device.type == "cpu" else COUNT_EVERY
         for t in range(params.max_tokens):
             uniforms_B = None if noise_BT is None else noise_BT[rows_B, t]
             # The final norm's float32 weight lifts states to float32; the head computes in the type asked for, as in training.

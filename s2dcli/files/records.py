@@ -6,6 +6,7 @@ that `datasets` and jq read every column back with the type it was written with.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import shlex
@@ -146,6 +147,11 @@ class Problem:
         return asdict(self)
 
 
+@functools.cache
+def _columns(kind: type[Rollout]) -> tuple[str, ...]:
+    return tuple(column.name for column in fields(kind) if column.name != "extra")
+
+
 @dataclass(slots=True)
 class Rollout:
     """One completion of one problem; the fields are the columns of a rollouts file, `extra` holds columns that are none of ours."""
@@ -173,8 +179,7 @@ class Rollout:
         return cls(**_rollout_columns(record, where), extra=_without(record, cls))
 
     def to_record(self) -> dict:
-        columns = {column.name: getattr(self, column.name) for column in fields(self) if column.name != "extra"}
-        return {"schema": ROLLOUT_SCHEMA, **columns, **self.extra}
+        return {"schema": ROLLOUT_SCHEMA, **{name: getattr(self, name) for name in _columns(type(self))}, **self.extra}
 
     @property
     def truncated(self) -> bool:

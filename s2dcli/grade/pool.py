@@ -36,6 +36,7 @@ from s2dcli.stats import verdict
 
 WINDOW_ROWS = 2048  # rows that may be under way at a time
 WINDOW_BYTES = 32 << 20  # ... and their bytes; one row may always be under way
+SEND_BYTES = 16 << 10  # of rows that are sent together: the workers begin while further ones are encoded
 LEAST_MEMORY = 256 << 20  # bytes; below this a worker cannot even import sympy
 MOST_MEMORY = 1 << 50  # bytes; more than any machine has
 MOST_SECONDS = 86_400.0  # of a timeout
@@ -262,7 +263,7 @@ class Grader:
                     pending.append(row)
                     rows[row.id] = row
                     self._unsent += wire.pack(wire.ROW, row.body, id=row.id)
-                    if len(self._unsent) >= wire.CHUNK:
+                    if len(self._unsent) >= SEND_BYTES:
                         self._exchange(rows, pending, wait=False)
                 self._exchange(rows, pending, wait=not pending or pending[0].num_missing > 0, also=records if starved else None)
                 while pending and not pending[0].num_missing:

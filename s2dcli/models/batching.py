@@ -32,6 +32,7 @@ class SharedPrompts:
     ids_PT: torch.Tensor
     lengths_P: torch.Tensor
     of_B: torch.Tensor  # which prompt each row continues
+    padded: bool  # whether the prompts differ in length
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class MicroBatch:
     prompts: SharedPrompts | None
     states_N: torch.Tensor  # flat index into [B * T] of the state that predicts each completion token
     targets_N: torch.Tensor  # the completion tokens
+    largest_target: int
     lengths_B: list[int]  # completion tokens of each row
     num_padding: int  # positions that are padding
     position_ids_BT: torch.Tensor | None = None
@@ -62,12 +64,16 @@ class MicroBatch:
         for values, length in zip(values_B, self.lengths_B, strict=True):
             if len(values) != length:
                 raise ValueError(f"{len(values)} numbers for {length} completion tokens")
-        return torch.from_numpy(np.concatenate(values_B, dtype=np.float32)).to(self.targets_N.device)
+        return send(np.concatenate(values_B, dtype=np.float32), self.targets_N.device)
 
     def per_row(self, values_B: Sequence[float]) -> torch.Tensor:
         """Repeat one number per row over the row's completion tokens, [N] float32."""
-        repeated_N = torch.tensor(values_B, dtype=torch.float32).repeat_interleave(torch.tensor(self.lengths_B))
-        return repeated_N.to(self.targets_N.device)
+        return send(np.repeat(np.array(values_B, dtype=np.float32), self.lengths_B), self.targets_N.device)
+
+
+def send(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Make an array a tensor on a device, without waiting for what a GPU was asked before."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def micro_batches(
@@ -169,27 +175,27 @@ def _fill_within(families: Sequence[list[Row]], budget: int, max_padding: float,
     return groups, total + cost
 
 
-def _padded(arrays: Sequence[np.ndarray], pad_id: int) -> torch.Tensor:
+def _padded(arrays: Sequence[np.ndarray], pad_id: int) -> np.ndarray:
     """Right-pad arrays of ids to one length."""
     padded = np.full((len(arrays), max(map(len, arrays))), pad_id, dtype=np.int64)
     for line, ids in zip(padded, arrays, strict=True):
         line[: len(ids)] = ids
-    return torch.from_numpy(padded)
+    return padded
 
 
 def _collate(rows: list[Row], pad_id: int, device: torch.device) -> MicroBatch:
     ids_BT = _padded([np.concatenate([row.prompt_ids, row.completion_ids]) for row in rows], pad_id)
     # The state before the first completion token is that of the prompt's last token.
     starts = [b * ids_BT.shape[1] + len(row.prompt_ids) - 1 for b, row in enumerate(rows)]
-    return _micro_batch(rows, ids_BT, None, starts, ids_BT.numel() - sum(map(len, rows)), device)
+    return _micro_batch(rows, ids_BT, None, starts, ids_BT.size - sum(map(len, rows)), device)
 
 
 def _collate_packed(rows: list[Row], device: torch.device) -> MicroBatch:
     lengths = list(map(len, rows))
-    ids_1T = torch.from_numpy(np.concatenate([ids for row in rows for ids in (row.prompt_ids, row.completion_ids)], dtype=np.int64))[None]
-    positions_1T = torch.cat([torch.arange(length) for length in lengths])[None]
+    ids_1T = np.concatenate([ids for row in rows for ids in (row.prompt_ids, row.completion_ids)], dtype=np.int64)[None]
+    positions_1T = np.concatenate([np.arange(length) for length in lengths])[None]
     starts = [end - len(row.completion_ids) - 1 for end, row in zip(accumulate(lengths), rows, strict=True)]
-    return replace(_micro_batch(rows, ids_1T, None, starts, 0, device), position_ids_BT=positions_1T.to(device))
+    return replace(_micro_batch(rows, ids_1T, None, starts, 0, device), position_ids_BT=send(positions_1T, device))
 
 
 def _collate_shared(rows: list[Row], pad_id: int, device: torch.device) -> MicroBatch:
@@ -197,27 +203,30 @@ def _collate_shared(rows: list[Row], pad_id: int, device: torch.device) -> Micro
     numbers = {key: number for number, key in enumerate(distinct)}
     of_B = [numbers[row.prompt_ids.tobytes()] for row in rows]
     lengths_P = list(map(len, distinct.values()))
-    ids_PT = _padded(list(distinct.values()), pad_id).to(device)
-    prompts = SharedPrompts(ids_PT, torch.tensor(lengths_P).to(device), torch.tensor(of_B).to(device))
+    ids_PT = _padded(list(distinct.values()), pad_id)
+    padded = min(lengths_P) < ids_PT.shape[1]
+    prompts = SharedPrompts(send(ids_PT, device), send(np.array(lengths_P), device), send(np.array(of_B), device), padded)
     ids_BT = _padded([row.completion_ids for row in rows], pad_id)
     starts = [b * ids_BT.shape[1] for b in range(len(rows))]
     used = sum(lengths_P) + sum(len(row.completion_ids) for row in rows)
-    return _micro_batch(rows, ids_BT, prompts, starts, ids_BT.numel() + ids_PT.numel() - used, device)
+    return _micro_batch(rows, ids_BT, prompts, starts, ids_BT.size + ids_PT.size - used, device)
 
 
 def _micro_batch(
-    rows: list[Row], ids_BT: torch.Tensor, prompts: SharedPrompts | None, starts: list[int], padding: int, device: torch.device
+    rows: list[Row], ids_BT: np.ndarray, prompts: SharedPrompts | None, starts: list[int], padding: int, device: torch.device
 ) -> MicroBatch:
     if not all(len(row.prompt_ids) for row in rows):
         raise ValueError("a row without prompt tokens has no state to predict its first token from")
     lengths = [len(row.completion_ids) for row in rows]
     states_N = np.concatenate([start + np.arange(length) for start, length in zip(starts, lengths, strict=True)])
+    targets_N = np.concatenate([row.completion_ids for row in rows], dtype=np.int64)
     return MicroBatch(
         rows=rows,
-        input_ids_BT=ids_BT.to(device),
+        input_ids_BT=send(ids_BT, device),
         prompts=prompts,
-        states_N=torch.from_numpy(states_N).to(device),
-        targets_N=torch.from_numpy(np.concatenate([row.completion_ids for row in rows], dtype=np.int64)).to(device),
+        states_N=send(states_N, device),
+        targets_N=send(targets_N, device),
+        largest_target=int(targets_N.max()),
         lengths_B=lengths,
         num_padding=padding,
     )

@@ -18,6 +18,8 @@ from s2dcli.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel
+
+    from s2dcli.models.batching import SharedPrompts
 # Finite, so that products with a probability of 0 stay 0; its exponential is 0 at any temperature in use.
 UNUSED_LOGIT = -1e5
 _UNUSED = "s2d_unused"
@@ -41,11 +43,23 @@ class Head:
     gradient_VD: torch.Tensor | None = None
     unused_U: torch.Tensor | None = None
 
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits [N, V]; the matrix product runs in the dtype of the hidden states."""
+    def logits(self, hidden_ND: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return float32 logits [N, V]; the matrix product runs in the dtype of the hidden states.
+
+        Without gradient they may be written to the first rows of `out`, float32: see readers.room.
+        """
         weight_VD = self.weight_VD.to(hidden_ND.dtype)
         bias_V = None if self.bias_V is None else self.bias_V.to(hidden_ND.dtype)
-        return self.shape_logits(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+        if out is None:
+            return self.shape_logits(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+        out = out[: len(hidden_ND)]
+        if hidden_ND.dtype != out.dtype:
+            out.copy_(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+        elif bias_V is None:
+            torch.mm(hidden_ND, weight_VD.T, out=out)
+        else:
+            torch.addmm(bias_V, hidden_ND, weight_VD.T, out=out)
+        return self.shape_logits(out)
 
     def shape_logits(self, raw_NV: torch.Tensor) -> torch.Tensor:
         """Apply scale and soft cap to raw products, in float32."""
@@ -54,7 +68,7 @@ class Head:
             logits_NV = logits_NV * self.scale
         if self.soft_cap is not None:
             logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
-        return logits_NV if self.unused_U is None else logits_NV.index_fill(1, self.unused_U, UNUSED_LOGIT)
+        return logits_NV if self.unused_U is None else logits_NV.index_fill_(1, self.unused_U, UNUSED_LOGIT)
 
     def slope(self, logits_NV: torch.Tensor) -> torch.Tensor | None:
         """Derivative of the logits with respect to the raw products: scale * (1 - (logits / cap)^2); None where it is 1."""
@@ -147,13 +161,7 @@ def _inputs(backbone: type[torch.nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(backbone.forward).parameters)
 
 
-def shared_prompt_states(
-    model: PreTrainedModel,
-    prompt_ids_PT: torch.Tensor,
-    prompt_lengths_P: torch.Tensor,
-    prompt_of_B: torch.Tensor,
-    completion_ids_BT: torch.Tensor,
-) -> torch.Tensor:
+def shared_prompt_states(model: PreTrainedModel, shared: SharedPrompts, completion_ids_BT: torch.Tensor) -> torch.Tensor:
     """States that predict completions [B, T, D], each distinct prompt P run through the backbone once.
 
     Prompts and completions are right-padded. The completions attend to the keys and values of their
@@ -162,20 +170,20 @@ def shared_prompt_states(
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    prompt_PTD = _run(model, prompt_ids_PT, cache=cache)
-    prompts = torch.arange(len(prompt_ids_PT), device=prompt_ids_PT.device)
-    first_BD = prompt_PTD[prompts, prompt_lengths_P - 1][prompt_of_B]
+    prompt_PTD = _run(model, shared.ids_PT, cache=cache)
+    prompts = torch.arange(len(shared.ids_PT), device=shared.ids_PT.device)
+    first_BD = prompt_PTD[prompts, shared.lengths_P - 1][shared.of_B]
     rows, length = completion_ids_BT.shape
     if length == 1:  # the one token is predicted by its prompt's last state
         return first_BD[:, None]
-    lengths_B1 = prompt_lengths_P[prompt_of_B, None]
-    width = prompt_ids_PT.shape[1]
+    lengths_B1 = shared.lengths_P[shared.of_B, None]
+    width = shared.ids_PT.shape[1]
     positions = torch.arange(length - 1, device=lengths_B1.device)
     mask_BT = None
-    if int(prompt_lengths_P.min()) < width:
+    if shared.padded:
         seen_BT = torch.arange(width, device=lengths_B1.device) < lengths_B1
         mask_BT = torch.cat([seen_BT, seen_BT.new_ones(rows, length - 1)], dim=1).long()
-    cache.reorder_cache(prompt_of_B)
+    cache.reorder_cache(shared.of_B)
     rest_BTD = _run(model, completion_ids_BT[:, :-1], mask_BT=mask_BT, position_ids_BT=lengths_B1 + positions, cache=cache)
     return torch.cat([first_BD[:, None], rest_BTD], dim=1)
 
@@ -235,7 +243,7 @@ class CachedDecoder:
         ids_PT = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
         lengths_P = torch.tensor([len(ids) for ids in prompts], device=device)
         mask_PT = (torch.arange(longest, device=device) >= (longest - lengths_P)[:, None]).long()
-        unpadded = bool((lengths_P == longest).all())
+        unpadded = min(map(len, prompts)) == longest
         self.model = model
         self.cache = growing_cache(model)
         states_PTD = _run(
@@ -276,17 +284,18 @@ class PlainDecoder:
         ids_PT = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in prompts], device=prompt_of_B.device)
         lengths_P = torch.tensor([len(ids) for ids in prompts], device=prompt_of_B.device)
         self.states_BD = self._last(ids_PT, lengths_P)[prompt_of_B]
-        self._ids_BT, self._lengths_B = ids_PT[prompt_of_B], lengths_P[prompt_of_B]
+        self._ids_BT, self._lengths_B, self._longest = ids_PT[prompt_of_B], lengths_P[prompt_of_B], longest
 
     def _last(self, ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         return hidden_states(self.model, ids_BT)[torch.arange(len(ids_BT), device=ids_BT.device), lengths_B - 1]
 
     def keep(self, rows: torch.Tensor) -> None:
         self._ids_BT, self._lengths_B = self._ids_BT[rows], self._lengths_B[rows]
+        self._longest = int(self._lengths_B.max())
 
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        if int(self._lengths_B.max()) == self._ids_BT.shape[1]:
+        if self._longest == self._ids_BT.shape[1]:
             self._ids_BT = torch.nn.functional.pad(self._ids_BT, (0, 1), value=self.pad_id)
         self._ids_BT = self._ids_BT.scatter(1, self._lengths_B[:, None], tokens_B[:, None])
-        self._lengths_B = self._lengths_B + 1
+        self._lengths_B, self._longest = self._lengths_B + 1, self._longest + 1
         return self._last(self._ids_BT, self._lengths_B)

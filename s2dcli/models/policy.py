@@ -51,10 +51,12 @@ class Policy(torch.nn.Module):
         self._gathered: list[torch.nn.Parameter] = []  # of a sharded model: weights whose gradients are collected
 
     def states(self, batch: MicroBatch) -> torch.Tensor:
-        """Hidden states [N, D] that predict the completion tokens."""
+        """Hidden states [N, D] that predict the completion tokens. Raises ValueError for tokens beyond the vocabulary."""
         return self._states(batch)  # of a sharded policy this method gathers weights before and after, and so does `forward`
 
     def _states(self, batch: MicroBatch) -> torch.Tensor:
+        if batch.largest_target >= self.vocabulary:
+            raise ValueError(f"token id {batch.largest_target} lies outside the tokenizer's {self.vocabulary} ids")
         device = batch.input_ids_BT.device
         # Casts of gathered weights would stay after the weights themselves are given up.
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=not self.sharded):
@@ -62,7 +64,7 @@ class Policy(torch.nn.Module):
                 hidden_BTD = hidden_states(self.model, batch.input_ids_BT, batch.position_ids_BT)
             else:
                 shared = batch.prompts
-                hidden_BTD = shared_prompt_states(self.model, shared.ids_PT, shared.lengths_P, shared.of_B, batch.input_ids_BT)
+                hidden_BTD = shared_prompt_states(self.model, shared, batch.input_ids_BT)
         hidden_ND = hidden_BTD.flatten(0, 1)[batch.states_N]
         # The final norm's float32 weight lifts the states to float32; the head computes in the type asked for, as in sampling.
         return hidden_ND if self.autocast is None else hidden_ND.to(self.autocast)

@@ -5,33 +5,78 @@ Shapes: N completion tokens, C tokens of a chunk, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
 from s2dcli.models.forward import Head
 
-# Bytes of one chunk of float32 logits ...
+# Bytes of one chunk of float32 logits on a CPU, and the least on a GPU ...
 CHUNK_BYTES = 48 * 2**20
-# ... of which a pass holds at most so many at once (two models' logits and what is made of them): 151 MB,
+# ... of which a pass holds at most so many at once (two or three models' logits, and what is made of a part of them): 151 MB,
 # whatever the batch and length.
 CHUNK_TENSORS = 3
+# Parts of a chunk that are worked on in turn, with tensors of their own.
+PARTS = 8
+# The most on a GPU: 1,024 tokens of the largest vocabularies (262,144). A product with the head reads it once a chunk and does
+# one operation a token for each byte read, in bfloat16: from some 300 tokens on an H100 waits for its arithmetic, not its memory.
+GPU_CHUNK_BYTES = 2**30
+# Share of a GPU's free memory that the chunks of a pass may take: gradients may be still to come.
+FREE_SHARE = 1 / 4
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose float32 logits fill CHUNK_BYTES; at least one."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def chunk_bytes(device: torch.device, free: float | None = None) -> int:
+    """Bytes of one chunk of float32 logits. Results depend on it to rounding.
+
+    On a GPU the largest of GPU_CHUNK_BYTES, a half of that, a quarter ... of which CHUNK_TENSORS fit into FREE_SHARE of its `free`
+    bytes, by default those that `free_bytes` finds; in halves, so that repeated runs mostly take the same.
+    """
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    room, size = FREE_SHARE * (free_bytes(device) if free is None else free) / CHUNK_TENSORS, GPU_CHUNK_BYTES
+    while size > max(room, CHUNK_BYTES):
+        size //= 2
+    return max(size, CHUNK_BYTES)
 
 
-def chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
-    size = chunk_tokens(vocabulary)
+@functools.cache
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that are free, or held by torch without use: at the first call, or after `free_bytes.cache_clear()`."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose float32 logits fill `chunk_bytes`; at least one."""
+    return max(1, chunk_bytes(device) // (4 * vocabulary))
+
+
+def chunks(hidden_ND: torch.Tensor, head: Head) -> Iterator[slice]:
+    num_tokens, size = len(hidden_ND), chunk_tokens(head.weight_VD.shape[0], hidden_ND.device)
     return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
+def room(hidden_ND: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return memory for the logits of each chunk in turn: on a CPU fresh memory of that size costs more than what is done in it."""
+    vocabulary = head.weight_VD.shape[0]
+    rows = min(len(hidden_ND), chunk_tokens(vocabulary, hidden_ND.device))
+    return hidden_ND.new_empty(rows, vocabulary, dtype=torch.float32, requires_grad=False)
+
+
+def parts(logits_CV: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Cut the tokens of a chunk into about PARTS parts, so that what is made of one is little memory: views of all the tensors."""
+    size = max(2, chunk_tokens(logits_CV.shape[1], logits_CV.device) // PARTS)
+    return zip(*(whole.split(size) for whole in (logits_CV, *others)), strict=True)
+
+
 def log_normaliser(logits_CV: torch.Tensor) -> torch.Tensor:
-    """Return log-sum-exp [C, 1] with one tensor of the logits' size beside them, where torch.logsumexp takes two."""
-    peak_C1 = logits_CV.amax(-1, keepdim=True)
-    return peak_C1 + (logits_CV - peak_C1).exp_().sum(-1, keepdim=True).log()
+    """Return log-sum-exp [C, 1]."""
+    found_C1 = logits_CV.new_empty(len(logits_CV), 1)
+    for logits_PV, found_P1 in parts(logits_CV, found_C1):
+        peak_P1 = logits_PV.amax(-1, keepdim=True)
+        torch.add(peak_P1, (logits_PV - peak_P1).exp_().sum(-1, keepdim=True).log_(), out=found_P1)
+    return found_C1
 
 
 @torch.no_grad()
@@ -43,13 +88,12 @@ def top_k_logprobs(
     Descending; float32, nats, normalised over the whole vocabulary. The tail's, [N], is a sum over its own ids, exact where
     1 - sum cancels. With `targets_N` their log-probs, [N], come as a fourth, from the same logits.
     """
-    if targets_N is not None:
-        require_inside(targets_N, head)
     ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
     logprobs_NK = hidden_ND.new_empty(len(hidden_ND), k, dtype=torch.float32)
     tails_N, found_N = (hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(2))
-    for rows in chunks(len(hidden_ND), head.weight_VD.shape[0]):
-        logits_CV = head.logits(hidden_ND[rows]) / temperature
+    out = room(hidden_ND, head)
+    for rows in chunks(hidden_ND, head):
+        logits_CV = head.logits(hidden_ND[rows], out).div_(temperature)
         values_CK, ids_NK[rows] = logits_CV.topk(k, dim=-1)
         normaliser_C1 = log_normaliser(logits_CV)
         logprobs_NK[rows] = values_CK - normaliser_C1
@@ -61,18 +105,9 @@ def top_k_logprobs(
 
 @torch.no_grad()
 def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log-prob of each target under softmax(logits / temperature), [N], float32, nats; without gradient.
-
-    Raises ValueError for a target that lies beyond V.
-    """
-    require_inside(targets_N, head)
-    logprobs_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
-    for rows in chunks(len(hidden_ND), head.weight_VD.shape[0]):
-        logits_CV = head.logits(hidden_ND[rows]) / temperature
+    """Log-prob of each target under softmax(logits / temperature), [N], float32, nats; without gradient."""
+    logprobs_N, out = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32), room(hidden_ND, head)
+    for rows in chunks(hidden_ND, head):
+        logits_CV = head.logits(hidden_ND[rows], out).div_(temperature)
         logprobs_N[rows] = (logits_CV.gather(1, targets_N[rows, None]) - log_normaliser(logits_CV))[:, 0]
     return logprobs_N
-
-
-def require_inside(targets_N: torch.Tensor, head: Head) -> None:
-    if len(targets_N) and int(targets_N.max()) >= head.weight_VD.shape[0]:
-        raise ValueError(f"token id {int(targets_N.max())} lies outside the tokenizer's {head.weight_VD.shape[0]} ids")

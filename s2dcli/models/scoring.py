@@ -11,7 +11,7 @@ from s2dcli import world
 from s2dcli.models.batching import MicroBatch, Row, micro_batches
 from s2dcli.models.forward import Head
 from s2dcli.models.policy import Policy
-from s2dcli.models.readers import token_logprobs
+from s2dcli.models.readers import free_bytes, token_logprobs
 from s2dcli.models.selftest import common_fast_paths
 
 # (hidden states [N, D], head, micro-batch) -> one tensor or several, [N, ...] each
@@ -46,6 +46,7 @@ def _read(
     policy: Policy, rows: Sequence[Row], reader: Reader, tokens_per_batch: int, pad_id: int, deal: bool, others: Sequence[Policy]
 ) -> Iterator[tuple[Row, tuple[np.ndarray, ...]]]:
     device = next(policy.parameters()).device
+    free_bytes.cache_clear()
     paths = common_fast_paths([model.model for model in (policy, *others)])
     # Sharded models are run in step: as many micro-batches in each process, and once for each.
     layout = {"share_prompts": paths.share_prompts and not policy.sharded, "pack": paths.pack, "deal": deal}

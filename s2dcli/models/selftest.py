@@ -19,6 +19,7 @@ import torch
 
 from s2dcli import console
 from s2dcli.errors import ModelError, UsageError
+from s2dcli.models.batching import SharedPrompts
 from s2dcli.models.forward import CachedDecoder, PlainDecoder, head_of, hidden_states, shared_prompt_states
 
 if TYPE_CHECKING:
@@ -266,7 +267,8 @@ class _Test:
         prompts, of_B = self._prompts(PROMPT_LENGTHS)
         lengths_P = torch.tensor(PROMPT_LENGTHS, device=of_B.device)
         completions = [ids[PROMPT_LENGTHS[prompt] :] for ids, prompt in zip(self.whole, ROW_PROMPTS, strict=True)]
-        states_BTD = shared_prompt_states(self.model, self._tensor(prompts), lengths_P, of_B, self._tensor(completions))
+        shared = SharedPrompts(self._tensor(prompts), lengths_P, of_B, padded=len({*PROMPT_LENGTHS}) > 1)
+        states_BTD = shared_prompt_states(self.model, shared, self._tensor(completions))
         starts = [PROMPT_LENGTHS[prompt] - 1 for prompt in ROW_PROMPTS]
         return self._errors([states_TD[: len(ids)] for states_TD, ids in zip(states_BTD, completions, strict=True)], starts)
 

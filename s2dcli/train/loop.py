@@ -29,6 +29,7 @@ from s2dcli.files.run_folder import RunFolder
 from s2dcli.models.batching import MicroBatch, micro_batches
 from s2dcli.models.checkpoints import LoadedModel, saved_dtype
 from s2dcli.models.policy import Objective, Policy
+from s2dcli.models.readers import free_bytes
 from s2dcli.models.rows import Row
 from s2dcli.models.scoring import score
 from s2dcli.models.selftest import common_fast_paths
@@ -220,6 +221,7 @@ class TrainingRun:
         if not trained:
             return
         with step.phase("update"):
+            free_bytes.cache_clear()
             paths = common_fast_paths([policy.model for policy in (self.policy, *objective.others)])
             # Prompts are shared through a cache, which layers that run twice would fill twice.
             # Sharded layers run once in each micro-batch, and equally often in each process.

@@ -32,9 +32,9 @@ class ExactTargets:
     def vocabulary(self) -> int:
         return self.head.weight_VD.shape[0]
 
-    def logprobs(self, rows: slice) -> torch.Tensor:
-        """Log-probs of a chunk of tokens, a new tensor [C, V], without gradient."""
-        logits_CV = self.head.logits(self.hidden_NE[rows].detach())
+    def logprobs(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-probs of a chunk of tokens [C, V], without gradient, in the first rows of `out` or a new tensor."""
+        logits_CV = self.head.logits(self.hidden_NE[rows].detach(), out)
         if self.temperature != 1.0:
             logits_CV = logits_CV.div_(self.temperature)
         return logits_CV.sub_(log_normaliser(logits_CV))
@@ -59,9 +59,9 @@ class MixedTargets:
     def vocabulary(self) -> int:
         return self.teacher.vocabulary
 
-    def logprobs(self, rows: slice) -> torch.Tensor:
+    def logprobs(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
         """As those of ExactTargets."""
-        teacher_CV, reference_CV = self.teacher.logprobs(rows), self.reference.logprobs(rows)
+        teacher_CV, reference_CV = self.teacher.logprobs(rows, out), self.reference.logprobs(rows)
         mixed_CV = teacher_CV.sub_(reference_CV).mul_(self.weight).add_(reference_CV)
         del reference_CV  # or it would be there beside the normaliser's
         return mixed_CV.sub_(log_normaliser(mixed_CV))

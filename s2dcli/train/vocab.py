@@ -21,19 +21,17 @@ import torch
 
 from s2dcli.models import readers
 from s2dcli.models.forward import Head
-from s2dcli.models.readers import chunks, require_inside
+from s2dcli.models.readers import chunks, parts, room
 from s2dcli.train.targets import ExactTargets, MixedTargets, TopKTargets
 
 # Least probability of what lies outside a top k, float32's smallest normal number: its logarithm is finite.
 TAIL_FLOOR = torch.finfo(torch.float32).tiny
 # Ids of which two distributions' most likely ones are compared: what an engine shows, and what most of the mass is in.
 COMPARED_IDS = 16
-# `jsd` needs tensors of a chunk's size of its own, which are this much smaller if it goes by parts of the chunk.
-JSD_PARTS = 8
 
 Figures = dict[str, torch.Tensor]  # per token, for the metrics
 # (logits of the chunk [C, V], slice of the chunk) -> (loss of the chunk, its gradient with respect to the
-# logits [C, V], figures [C]). May overwrite the logits.
+# logits [C, V], figures [C]). Overwrites the logits, by their gradient where it can.
 Kernel = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, Figures]]
 # (log-probs of the chunk's tokens [C], slice) -> (loss of the chunk, figures [C])
 TokenLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, Figures]]
@@ -57,8 +55,9 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         head = replace(head, weight_VD=weight_VD.to(hidden_ND.dtype))  # cast once, not for every chunk
-        for rows in chunks(len(hidden_ND), weight_VD.shape[0]):
-            logits_CV = head.logits(hidden_ND[rows])
+        out = room(hidden_ND, head)
+        for rows in chunks(hidden_ND, head):
+            logits_CV = head.logits(hidden_ND[rows], out)
             slope_CV = head.slope(logits_CV) if wanted else None
             part, grad_CV, found = kernel(logits_CV, rows)
             del logits_CV
@@ -84,12 +83,9 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         (hidden_ND, weight_VD, bias_V), ctx.gradients = ctx.gradients, None
         weight_dtype, bias_dtype = ctx.dtypes
-        if ctx.collected and upstream != 1:
-            raise RuntimeError("the head's gradient has been added up already: scale the loss inside its kernel")
-        gradients = [
-            None if value is None else value if upstream == 1 else value.mul_(upstream) for value in (hidden_ND, weight_VD, bias_V)
-        ]
-        hidden_ND, weight_VD, bias_V = gradients
+        if ctx.collected:  # without asking a GPU for the number, which would wait for it
+            torch._assert_async(upstream == 1, "the head's gradient has been added up already: scale the loss inside its kernel")
+        hidden_ND, weight_VD, bias_V = (None if value is None else value.mul_(upstream) for value in (hidden_ND, weight_VD, bias_V))
         return (
             hidden_ND,
             None if weight_VD is None else weight_VD.to(weight_dtype),
@@ -126,6 +122,17 @@ def _softmax(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return probs_CV.div_(total_C1), peak_C1 + total_C1.log()
 
 
+def _softmax_(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn logits into probabilities, in place; returns log-normalisers [C, 1] and the logits' expectations [C]."""
+    normaliser_C1, expected_C = logits_CV.new_empty(len(logits_CV), 1), logits_CV.new_empty(len(logits_CV))
+    for logits_PV, normaliser_P1, expected_P in parts(logits_CV, normaliser_C1, expected_C):
+        probs_PV, found_P1 = _softmax(logits_PV)
+        normaliser_P1.copy_(found_P1)
+        expected_P.copy_(_dot(probs_PV, logits_PV))
+        logits_PV.copy_(probs_PV)
+    return normaliser_C1, expected_C
+
+
 def _dot(left_CV: torch.Tensor, right_CV: torch.Tensor) -> torch.Tensor:
     """Return the products of rows, [C], without the tensor of products that torch.linalg.vecdot makes."""
     return torch.bmm(left_CV[:, None], right_CV[:, :, None])[:, 0, 0]
@@ -138,17 +145,16 @@ def token_loss(
 
     The distribution is softmax(logits / temperature) over the head's V ids, in float32, nats. `loss` is
     differentiated with respect to the log-probs; the rest of the gradient is dlogp/dlogits =
-    (onehot - p) / temperature. Adds `entropy` to the figures. Raises ValueError for a target beyond V.
+    (onehot - p) / temperature. Adds `entropy` to the figures.
     """
-    require_inside(targets_N, head)
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
-        probs_CV, normaliser_C1 = _softmax(logits_CV)
         targets_C1 = targets_N[rows, None]
-        logprobs_C = (logits_CV.gather(1, targets_C1) - normaliser_C1)[:, 0]
-        entropy_C = normaliser_C1[:, 0] - _dot(probs_CV, logits_CV)
+        chosen_C1 = logits_CV.gather(1, targets_C1)
+        normaliser_C1, expected_C = _softmax_(probs_CV := logits_CV)
+        logprobs_C, entropy_C = (chosen_C1 - normaliser_C1)[:, 0], normaliser_C1[:, 0] - expected_C
         with torch.enable_grad():
             logprobs_C.requires_grad_()
             part, figures = loss(logprobs_C, rows)
@@ -183,17 +189,12 @@ def jsd(
     common outcome, -beta log beta - (1 - beta) log(1 - beta). At both ends of beta it is 0, and JSD / beta tends to KL(q || p) as
     beta tends to 0, JSD / (1 - beta) to KL(p || q) as it tends to 1: whoever asks for 0 or 1 is given these, as in TRL.
     """
-    value_C, log_beta = probs_CV.new_empty(len(probs_CV)), probs_CV.new_tensor(math.log(beta))
-    for p_PV, ratio_PV, log_q_PV, value_P in zip(
-        *(whole.chunk(JSD_PARTS) for whole in (probs_CV, log_ratio_CV, teacher_logprobs_CV, value_C)), strict=True
-    ):
-        q_over_m_PV = torch.logaddexp(ratio_PV + math.log1p(-beta), log_beta).neg_()  # log q - log m
-        teacher_P = _dot(log_q_PV.exp_(), q_over_m_PV)
-        p_over_m_PV = ratio_PV.add_(q_over_m_PV)
-        student_P = _dot(p_PV, p_over_m_PV)
-        value_P.copy_(beta * teacher_P + (1.0 - beta) * student_P)
-        p_over_m_PV.sub_(student_P[:, None]).mul_(p_PV).mul_(1.0 - beta)
-    return value_C, log_ratio_CV
+    q_over_m_CV = torch.logaddexp(log_ratio_CV + math.log1p(-beta), probs_CV.new_tensor(math.log(beta))).neg_()  # log q - log m
+    teacher_C = _dot(teacher_logprobs_CV.exp_(), q_over_m_CV)
+    p_over_m_CV = log_ratio_CV.add_(q_over_m_CV)
+    student_C = _dot(probs_CV, p_over_m_CV)
+    value_C = beta * teacher_C + (1.0 - beta) * student_C
+    return value_C, p_over_m_CV.sub_(student_C[:, None]).mul_(probs_CV).mul_(1.0 - beta)
 
 
 def divergence_loss(
@@ -216,19 +217,30 @@ def divergence_loss(
     """
     if student.weight_VD.shape[0] != teacher.vocabulary:
         raise ValueError(f"vocabularies of {student.weight_VD.shape[0]} and {teacher.vocabulary} ids cannot be compared")
+    within = None if watched is None else _Within(watched, student_ND.device)
+    out = room(student_ND, student)
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
-        theirs_CV = teacher.logprobs(rows)  # log q
+        theirs_CV = teacher.logprobs(rows, out)  # log q
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
-        probs_CV, normaliser_C1 = _softmax(logits_CV)
-        ours_CV = logits_CV.sub_(normaliser_C1)  # log p
-        figures = {"entropy": -_dot(probs_CV, ours_CV)}
-        if watched is not None:
-            at_W = _within(watched, rows, ours_CV.device)
-            figures |= agreement(ours_CV[at_W], theirs_CV[at_W])
-        value_C, grad_CV = divergence(probs_CV, ours_CV.sub_(theirs_CV), theirs_CV)
-        loss, grad_CV, found = _weigh(value_C, grad_CV, weights_N[rows], temperature, clamp)
+        if within is not None:
+            at_W = within.chunk(rows)
+            ours_WV, theirs_WV = logits_CV[at_W], theirs_CV[at_W]
+        normaliser_C1, entropy_C, value_C = (logits_CV.new_empty(len(logits_CV), 1) for _ in range(3))
+        for logits_PV, theirs_PV, normaliser_P1, entropy_P1, value_P1 in parts(logits_CV, theirs_CV, normaliser_C1, entropy_C, value_C):
+            probs_PV, found_P1 = _softmax(logits_PV)
+            ours_PV = logits_PV.sub_(found_P1)  # log p
+            entropy_P = -_dot(probs_PV, ours_PV)
+            value_P, grad_PV = divergence(probs_PV, ours_PV.sub_(theirs_PV), theirs_PV)
+            if grad_PV is not logits_PV:
+                logits_PV.copy_(grad_PV)
+            for whole_P1, part in ((normaliser_P1, found_P1), (entropy_P1, entropy_P[:, None]), (value_P1, value_P[:, None])):
+                whole_P1.copy_(part)
+        figures = {"entropy": entropy_C[:, 0]}
+        if within is not None:
+            figures |= agreement(ours_WV.sub_(normaliser_C1[at_W]), theirs_WV)
+        loss, grad_CV, found = _weigh(value_C[:, 0], logits_CV, weights_N[rows], temperature, clamp)
         return loss, grad_CV, figures | found
 
     return _apply(student_ND, student, kernel)
@@ -246,10 +258,16 @@ def _weigh(
     return (weights_C * value_C.clamp(max=clamp)).sum(), grad_CJ.mul_(slope_C1), figures | {"clamped": (~within_C).float()}
 
 
-def _within(positions: np.ndarray, rows: slice, device: torch.device) -> torch.Tensor:
-    """Those of the ascending positions that lie in a chunk, counted from its beginning."""
-    first, end = np.searchsorted(positions, (rows.start, rows.stop))
-    return torch.from_numpy(positions[first:end] - rows.start).to(device)
+class _Within:
+    """Ascending positions among N tokens, put on the device once."""
+
+    def __init__(self, positions: np.ndarray, device: torch.device) -> None:
+        self._positions, self._on_device = positions, torch.from_numpy(positions).to(device, non_blocking=True)
+
+    def chunk(self, rows: slice) -> torch.Tensor:
+        """Those that lie in a chunk, counted from its beginning."""
+        first, end = np.searchsorted(self._positions, (rows.start, rows.stop))
+        return self._on_device[first:end] - rows.start
 
 
 def agreement(ours_WV: torch.Tensor, theirs_WV: torch.Tensor) -> Figures:
@@ -296,13 +314,12 @@ def top_k_divergence_loss(
     ones among the K, a lower bound, and where K is less than COMPARED_IDS so many ids are compared.
     """
     ids_NK, logprobs_NK = teacher.ids_NK, teacher.logprobs_NK
-    require_inside(ids_NK, head)
     teacher_NJ = torch.cat([logprobs_NK, teacher.tails_N[:, None]], dim=1).float().clamp_(min=math.log(TAIL_FLOOR))  # J = K + 1
     k = min(COMPARED_IDS, ids_NK.shape[1])
+    within = None if watched is None else _Within(watched, hidden_ND.device)
 
-    def compared(logits_CV: torch.Tensor, ours_CK: torch.Tensor, rows: slice) -> Figures:
-        at_W = _within(watched, rows, logits_CV.device)
-        ids_WK, ours_Wk = ids_NK[rows][at_W], logits_CV[at_W].topk(k, sorted=False).indices
+    def compared(at_W: torch.Tensor, ours_Wk: torch.Tensor, ours_CK: torch.Tensor, rows: slice) -> Figures:
+        ids_WK = ids_NK[rows][at_W]
         among_WK = (ids_WK[:, :, None] == ours_Wk[:, None, :]).any(-1)
         teacher_WK = logprobs_NK[rows][at_W].float().masked_fill(~among_WK, -torch.inf)
         return _masses(teacher_WK, ours_CK[at_W, :k], ours_Wk, ids_WK[:, :k])
@@ -311,11 +328,15 @@ def top_k_divergence_loss(
         ids_CK, theirs_CJ = ids_NK[rows], teacher_NJ[rows].clone()
         if temperature != 1.0:
             logits_CV = logits_CV.div_(temperature)
-        probs_CV, normaliser_C1 = _softmax(logits_CV)
-        figures = {"entropy": normaliser_C1[:, 0] - _dot(probs_CV, logits_CV)}
-        ours_CK, probs_CK = logits_CV.gather(1, ids_CK) - normaliser_C1, probs_CV.gather(1, ids_CK)
-        if watched is not None:
-            figures |= compared(logits_CV, ours_CK, rows)
+        if within is not None:
+            at_W = within.chunk(rows)
+            ours_Wk = logits_CV[at_W].topk(k, sorted=False).indices
+        chosen_CK = logits_CV.gather(1, ids_CK)
+        normaliser_C1, expected_C = _softmax_(probs_CV := logits_CV)
+        figures = {"entropy": normaliser_C1[:, 0] - expected_C}
+        ours_CK, probs_CK = chosen_CK - normaliser_C1, probs_CV.gather(1, ids_CK)
+        if within is not None:
+            figures |= compared(at_W, ours_Wk, ours_CK, rows)
         tail_C1 = probs_CV.scatter_(1, ids_CK, 0.0).sum(-1, keepdim=True).clamp_(min=TAIL_FLOOR)  # not 1 - sum, which cancels
         ours_CJ, probs_CJ = torch.cat([ours_CK, tail_C1.log()], dim=1), torch.cat([probs_CK, tail_C1], dim=1)
         value_C, grad_CJ = divergence(probs_CJ, ours_CJ - theirs_CJ, theirs_CJ)

@@ -3,11 +3,14 @@
     python tests/bench/bench_loss.py memory --hidden 64      Qwen3's vocabulary, on the CPU
     python tests/bench/bench_loss.py speed
     python tests/bench/bench_loss.py memory --device cuda --hidden 2048 --dtype bfloat16
+    python tests/bench/bench_loss.py chunks --device cuda --hidden 2048 --dtype bfloat16 --tokens 16384
 
 `memory` is the peak beyond hidden states, head and the head's gradient, at 1k, 4k and 16k tokens. `speed`
 compares three ways to the same gradients, in one run: `fused` is what s2d does; `recompute`
 cuts the same chunks, and lets torch compute a chunk's logits again in the backward pass; `dense` lets
-autograd keep the logits of all tokens.
+autograd keep the logits of all tokens. `chunks` gives the losses chunks of several sizes, and tells what share of the
+machine's peak (bench_peak.py) their products reach: 6 V D operations a token, 8 V D with a teacher's logits; "own" is the size that
+s2d takes. Its seconds are CPU seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ import torch
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+from bench_peak import Clock, peak  # noqa: E402 - after the path
 from memory import peak_bytes  # noqa: E402 - after the path
 
 from s2dcli.models import readers  # noqa: E402
@@ -35,6 +39,7 @@ VOCABULARY = 151_936
 TOKENS = (1024, 4096, 16384)
 SPEED_TOKENS = 1024
 TOP_K = 128
+CHUNKS = (64, 128, 256, 512, 1024, 2048, 4096)  # tokens
 REPEATS = 3  # of a timing; the least counts
 
 
@@ -82,7 +87,7 @@ class Case:
         return (self.weights_N[rows, None] * ours_CV.exp() * (ours_CV - theirs_CV)).sum()
 
     def recomputed(self, dense) -> torch.Tensor:
-        size = readers.chunk_tokens(VOCABULARY)
+        size = readers.chunk_tokens(VOCABULARY, self.hidden_ND.device)
         starts = range(0, len(self.hidden_ND), size)
         return torch.stack([checkpoint(dense, slice(start, start + size), use_reentrant=False) for start in starts]).sum()
 
@@ -136,14 +141,38 @@ def speed(hidden: int, dtype: torch.dtype, device: str) -> None:
             print(f"| {name} | {way} | {seconds:.2f} | {peak_of(work, device) / 1e6:,.0f} |", flush=True)
 
 
+def chunk_sizes(hidden: int, dtype: torch.dtype, device: str, tokens: int) -> None:
+    case, clock = Case(tokens, hidden, dtype, device), Clock(device != "cpu")
+    own, most = readers.chunk_tokens(VOCABULARY, case.hidden_ND.device), peak(dtype, device, clock)
+    print(f"{tokens} tokens, forward and backward; peak {most / 1e9:,.0f} GFLOP/s\n")
+    print("| loss | tokens of a chunk | seconds | share of the peak |\n|---|---|---|---|")
+    for name, operations in {"token log-probs": 6, "KL(student || teacher)": 8}.items():
+        loss = case.losses()[name]
+        for size in sorted({own, *(size for size in CHUNKS if size <= tokens)}):
+            readers.chunk_tokens = lambda *_, size=size: size
+            seconds = []
+            for _ in range(REPEATS):
+                start = clock.now()
+                loss().backward()
+                seconds.append(clock.now() - start)
+                case.hidden_ND.grad = None
+            share = operations * VOCABULARY * hidden * tokens / min(seconds) / most
+            print(f"| {name} | {size}{' (own)' if size == own else ''} | {min(seconds):.3f} | {share:.0%} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["memory", "speed"])
+    parser.add_argument("table", choices=["memory", "speed", "chunks"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--hidden", type=int, default=256, help="hidden width")
+    parser.add_argument("--tokens", type=int, default=SPEED_TOKENS, help="of `chunks`")
     options = parser.parse_args()
-    {"memory": memory, "speed": speed}[options.table](options.hidden, getattr(torch, options.dtype), options.device)
+    case = options.hidden, getattr(torch, options.dtype), options.device
+    if options.table == "chunks":
+        chunk_sizes(*case, options.tokens)
+    else:
+        {"memory": memory, "speed": speed}[options.table](*case)
 
 
 if __name__ == "__main__":

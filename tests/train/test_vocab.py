@@ -152,11 +152,34 @@ def test_a_frozen_head_gets_no_gradient_and_the_states_the_same_one():
     assert torch.equal(found, expected)
 
 
-def test_ids_beyond_the_tokenizer_are_refused():
-    hidden, head = make(D, 0)
-    for function in (lambda ids: token_logprobs(hidden, head, ids), lambda ids: token_loss(hidden, head, ids, weighted)):
-        with pytest.raises(ValueError, match=f"token id {V} lies outside the tokenizer's {V} ids"):
-            function(torch.full((N,), V))
+@pytest.mark.parametrize("loss", ["tokens", "exact", "top-k"])
+def test_chunk_sizes_change_nothing_but_rounding(monkeypatch, loss):
+    states, teacher = make(E, 5)
+    exact = ExactTargets(states, teacher)
+    found = []
+    for tokens in (1, 4, 16, N):
+        monkeypatch.setattr(readers, "CHUNK_BYTES", tokens * V * 4)
+        hidden, head = make(D, 0)
+        if loss == "tokens":
+            value, figures = token_loss(hidden, head, TARGETS, weighted)
+        elif loss == "exact":
+            value, figures = divergence_loss(hidden, head, exact, WEIGHTS, reverse_kl, watched=np.arange(2, N, 3))
+        else:
+            targets = TopKTargets(*top_k_logprobs(states, teacher, 5))
+            value, figures = top_k_divergence_loss(hidden, head, targets, WEIGHTS, reverse_kl, watched=np.arange(2, N, 3))
+        found.append([value.detach(), *figures.values(), *gradients(value, hidden, head)])
+    for others in zip(*found, strict=True):
+        for other in others[1:]:
+            torch.testing.assert_close(other, others[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpus_chunks_are_as_large_as_its_free_memory_allows():
+    gpu, cpu, gib = torch.device("cuda"), torch.device("cpu"), 2**30
+    assert readers.chunk_bytes(cpu, 80 * gib) == readers.chunk_bytes(cpu) == readers.CHUNK_BYTES
+    sizes = {free: readers.chunk_bytes(gpu, free * gib) / gib for free in (80, 12, 11, 6, 3)}
+    assert sizes == {80: 1, 12: 1, 11: 1 / 2, 6: 1 / 2, 3: 1 / 4}
+    assert readers.chunk_bytes(gpu, 0) == readers.CHUNK_BYTES
+    assert readers.chunk_bytes(gpu, 80 * gib) // (4 * 262_144) == 1024
 
 
 def test_vocabularies_of_different_size_cannot_be_compared():
@@ -193,9 +216,9 @@ def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     sizes = []
     logits = Head.logits
 
-    def watched(head, hidden_ND):
+    def watched(head, hidden_ND, out=None):
         sizes.append(len(hidden_ND))
-        return logits(head, hidden_ND)
+        return logits(head, hidden_ND, out)
 
     monkeypatch.setattr(Head, "logits", watched)
     hidden, head = torch.randn(2000, D, requires_grad=True), Head(torch.randn(V, D, requires_grad=True), None)
