@@ -35,7 +35,7 @@ def test_the_page_has_what_the_script_prints(planning, tmp_path):
     assert head in rows(page)
     assert row in rows(page)
     assert row[head.index("longest row")] == "18,432"
-    gpus = {found[0].removesuffix(" --weights bfloat16"): int(found[1]) for found in rows(page) if found[0] and len(found) == len(head)}
+    gpus = {found[0].removesuffix(" --weights bfloat16"): int(found[1]) for found in rows(page) if len(found) == len(head) and found[1].isdigit()}
     assumed = planning.Assumptions()
     assert planning.markdown(planning.hours_table(gpus, assumed)) in page
     assert planning.markdown(planning.disk_table(assumed)) in page
