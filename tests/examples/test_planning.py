@@ -35,7 +35,8 @@ def test_the_page_has_what_the_script_prints(planning, tmp_path):
     assert head in rows(page)
     assert row in rows(page)
     assert row[head.index("longest row")] == "18,432"
-    gpus = {found[0].removesuffix(" --weights bfloat16"): int(found[1]) for found in rows(page) if len(found) == len(head) and found[1].isdigit()}
+    planned = [found for found in rows(page) if len(found) == len(head) and found[1].isdigit()]
+    gpus = {found[0].removesuffix(" --weights bfloat16"): int(found[1]) for found in planned}
     assumed = planning.Assumptions()
     assert planning.markdown(planning.hours_table(gpus, assumed)) in page
     assert planning.markdown(planning.disk_table(assumed)) in page
