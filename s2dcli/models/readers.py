@@ -79,6 +79,12 @@ def log_normaliser(logits_CV: torch.Tensor) -> torch.Tensor:
     return found_C1
 
 
+def require_inside(targets_N: torch.Tensor, head: Head) -> None:
+    """Raise ValueError for ids beyond the vocabulary. A GPU's are not read: `Policy` checks a batch's before."""
+    if targets_N.device.type == "cpu" and len(targets_N) and (largest := int(targets_N.numpy().max())) >= head.weight_VD.shape[0]:
+        raise ValueError(f"token id {largest} lies outside the tokenizer's {head.weight_VD.shape[0]} ids")
+
+
 @torch.no_grad()
 def top_k_logprobs(
     hidden_ND: torch.Tensor, head: Head, k: int, temperature: float = 1.0, targets_N: torch.Tensor | None = None
@@ -88,6 +94,8 @@ def top_k_logprobs(
     Descending; float32, nats, normalised over the whole vocabulary. The tail's, [N], is a sum over its own ids, exact where
     1 - sum cancels. With `targets_N` their log-probs, [N], come as a fourth, from the same logits.
     """
+    if targets_N is not None:
+        require_inside(targets_N, head)
     ids_NK = torch.empty(len(hidden_ND), k, dtype=torch.long, device=hidden_ND.device)
     logprobs_NK = hidden_ND.new_empty(len(hidden_ND), k, dtype=torch.float32)
     tails_N, found_N = (hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(2))
@@ -106,6 +114,7 @@ def top_k_logprobs(
 @torch.no_grad()
 def token_logprobs(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Log-prob of each target under softmax(logits / temperature), [N], float32, nats; without gradient."""
+    require_inside(targets_N, head)
     logprobs_N, out = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32), room(hidden_ND, head)
     for rows in chunks(hidden_ND, head):
         logits_CV = head.logits(hidden_ND[rows], out).div_(temperature)

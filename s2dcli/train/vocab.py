@@ -21,7 +21,7 @@ import torch
 
 from s2dcli.models import readers
 from s2dcli.models.forward import Head
-from s2dcli.models.readers import chunks, parts, room
+from s2dcli.models.readers import chunks, parts, require_inside, room
 from s2dcli.train.targets import ExactTargets, MixedTargets, TopKTargets
 
 # Least probability of what lies outside a top k, float32's smallest normal number: its logarithm is finite.
@@ -145,8 +145,9 @@ def token_loss(
 
     The distribution is softmax(logits / temperature) over the head's V ids, in float32, nats. `loss` is
     differentiated with respect to the log-probs; the rest of the gradient is dlogp/dlogits =
-    (onehot - p) / temperature. Adds `entropy` to the figures.
+    (onehot - p) / temperature. Adds `entropy` to the figures. Raises ValueError for a target beyond V, on a CPU.
     """
+    require_inside(targets_N, head)
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
         if temperature != 1.0:
@@ -314,6 +315,7 @@ def top_k_divergence_loss(
     ones among the K, a lower bound, and where K is less than COMPARED_IDS so many ids are compared.
     """
     ids_NK, logprobs_NK = teacher.ids_NK, teacher.logprobs_NK
+    require_inside(ids_NK, head)
     teacher_NJ = torch.cat([logprobs_NK, teacher.tails_N[:, None]], dim=1).float().clamp_(min=math.log(TAIL_FLOOR))  # J = K + 1
     k = min(COMPARED_IDS, ids_NK.shape[1])
     within = None if watched is None else _Within(watched, hidden_ND.device)

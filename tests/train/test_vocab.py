@@ -152,6 +152,13 @@ def test_a_frozen_head_gets_no_gradient_and_the_states_the_same_one():
     assert torch.equal(found, expected)
 
 
+def test_ids_beyond_the_tokenizer_are_refused():
+    hidden, head = make(D, 0)
+    for function in (lambda ids: token_logprobs(hidden, head, ids), lambda ids: token_loss(hidden, head, ids, weighted)):
+        with pytest.raises(ValueError, match=f"token id {V} lies outside the tokenizer's {V} ids"):
+            function(torch.full((N,), V))
+
+
 @pytest.mark.parametrize("loss", ["tokens", "exact", "top-k"])
 def test_chunk_sizes_change_nothing_but_rounding(monkeypatch, loss):
     states, teacher = make(E, 5)
