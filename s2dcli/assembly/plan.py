@@ -107,7 +107,8 @@ def memory_plan(
     trained_model = empty_model(student, loading.trust_remote_code)
     narrow = training.weights is Weights.bfloat16
     weight_bytes = NARROW_BYTES if narrow else FLOAT32_BYTES
-    compute_bytes = pick_dtype(compute_dtype(loading, training), pick_device(loading.device, here=False)).itemsize
+    device = pick_device(loading.device, here=False)
+    compute_bytes = pick_dtype(compute_dtype(loading, training), device).itemsize
     autocast = compute_bytes < weight_bytes
     whole = [parameter.shape for parameter in trained_model.parameters()]
     adapter = adapter_of(trained_model, training, seed=0)
@@ -136,7 +137,7 @@ def memory_plan(
     }
     there = device_bytes(loading.device, processes)
     free = math.inf if there is None else there - sum(always.values()) - sum(updating.values())
-    updating["logits_bytes"] = logits_bytes(trained_model, tokens, pick_device(loading.device, here=False), free)
+    updating["logits_bytes"] = logits_bytes(trained_model, tokens, device, free)
     sampling = {
         "cache_bytes": int(2 * shape.layers * shape.keys * sample_tokens * (1 + GROWTH_SHARE) * compute_bytes),
         "replica_bytes": sum(size.numel() for size in whole) * weight_bytes if processes.sharded and sample_tokens else 0,

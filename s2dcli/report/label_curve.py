@@ -17,6 +17,7 @@ from s2dcli.report.charts import Scale, percent, ticks
 from s2dcli.report.collect import Column, Result
 from s2dcli.report.markup import Markup, raw, tag
 from s2dcli.report.page import GENERATOR
+from s2dcli.report.tables import headings
 
 WIDTH, HEIGHT = 640, 340  # of the picture, in its own units
 LEFT, TOP, BOTTOM, NAMES = 52, 40, 48, 190  # margins of the plot; the names stand at its right
@@ -104,9 +105,11 @@ def note(column: Column, points: Sequence[Point]) -> str:
     runs = sorted({point.runs for point in points if point.labels})
     number = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
     spread = "± the standard error over training runs" if runs[-1] > 1 else "one training run each, so the spread over runs is not known"
-    decoding = "greedy" if column.temperature == 0 else f"T = {column.temperature:g}"
-    measured = f"avg@{column.k} in per cent, {decoding}, {column.problems} problems"
-    return f"{column.dataset}: {measured}; {number} training runs a point, {spread}."
+    return f"{_heading(column)}: per cent, {column.problems} problems; {number} training runs a point, {spread}."
+
+
+def _heading(column: Column) -> str:
+    return headings([column])[column]["avg_at_k"]
 
 
 def draw(column: Column, points: Sequence[Point]) -> bytes:
@@ -126,7 +129,7 @@ def draw(column: Column, points: Sequence[Point]) -> bytes:
         tag("text", "distinct labels spent", x=(LEFT + WIDTH - NAMES) / 2, y=HEIGHT - 8, text_anchor="middle"),
     ]
     heights = _apart([float(up(curve[-1].avg_at_k)) for curve in curves.values()])
-    title = f"{column.dataset} avg@{column.k} ({'greedy' if column.temperature == 0 else f'T = {column.temperature:g}'})"
+    title = _heading(column)
     drawn = [_curve(curve, place, across, up, height) for place, (curve, height) in enumerate(zip(curves.values(), heights, strict=True))]
     style = _STYLE + "".join(_colours(place, 0) for place in range(len(curves)))
     style += "@media (prefers-color-scheme: dark) {\nsvg { --paper: #15171a; --ink: #e4e6e9; --soft: #9aa4af; --rule: #343a41; }\n"
