@@ -4,20 +4,17 @@
 #     examples/toy/tune.sh [FOLDER] [RATES] [STEPS]      runs/tune "5e-5 1e-4 2e-4 4e-4" 400
 #
 # The table has the student's avg@4 at temperature 1 on the 200 validation problems after every 100 steps on all 1,024 labels.
+# shellcheck disable=SC1091,SC2154  # settings.sh sets models, problems and options
 set -euo pipefail
 
 out=${1:-runs/tune}
 rates=${2:-5e-5 1e-4 2e-4 4e-4}
 steps=${3:-400}
-toy=$(cd "$(dirname "$0")" && pwd)
-export OMP_NUM_THREADS=1
-mkdir -p "$out"
-cat "$toy/problems/1H.jsonl" "$toy/problems/2H.jsonl" > "$out/problems.jsonl"
+source "$(dirname "$0")/settings.sh"
 
 for rate in $rates; do
-    printf '%s\0' "s2d grpo --model '$toy/student' '$out/problems.jsonl' --steps $steps --lr $rate --problems-per-step 32 -n 8 --warmup-steps 5 \
-        --adam-beta2 0.95 --max-tokens 16 --workers 1 --eval-problems '$toy/problems/validation.jsonl' --eval-every 100 --eval-samples 4 \
-        --resume -o '$out/lr-$rate' > '$out/lr-$rate.log' 2>&1"
+    printf '%s\0' "s2d grpo --model '$student' '$both' ${sampling[*]} ${grading[*]} ${trainer[*]} ${grpo[*]} --steps $steps --lr $rate \
+        --eval-problems '$toy/problems/validation.jsonl' --eval-every 100 --eval-samples 4 --resume -o '$out/lr-$rate' > '$out/lr-$rate.log' 2>&1"
 done | xargs -0 -n 1 -P "$(nproc)" bash -c
 
 python - "$out" "$rates" <<'PYTHON'
