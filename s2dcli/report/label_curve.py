@@ -103,9 +103,12 @@ def table(points: Sequence[Point]) -> list[list[str]]:
 def note(column: Column, points: Sequence[Point]) -> str:
     """Return what is to be said of the table and the picture."""
     runs = sorted({point.runs for point in points if point.labels})
-    number = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
-    spread = "± the standard error over training runs" if runs[-1] > 1 else "one training run each, so the spread over runs is not known"
-    return f"{_heading(column)}: per cent, {column.problems} problems; {number} training runs a point, {spread}."
+    if runs[-1] == 1:
+        spread = "one training run a point, so the spread over runs is not known"
+    else:
+        number = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
+        spread = f"{number} training runs a point, ± the standard error over training runs"
+    return f"{_heading(column)}: per cent, {column.problems} problems; {spread}."
 
 
 def _heading(column: Column) -> str:
