@@ -85,6 +85,9 @@ class _Source:
     def weights_bytes(self, dtype):
         return 1
 
+    def adapter_bytes(self):
+        return 0
+
     def write_weights(self, folder, dtype):
         assert (folder is not None) == world.is_main()
         if folder:

@@ -84,7 +84,8 @@ def warnings(monkeypatch, lengths, divergences, max_tokens=100) -> list[int]:
     found = []
     monkeypatch.setattr("s2dcli.console.warn", lambda text: found.append(text))
     run = SimpleNamespace(log_rollouts=lambda step, rows: step.log(mean_tokens=rows))
-    watch = Watch(run, OnPolicyOptions(divergence=Divergence.jsd), Distillation(teacher=None, divergence=None, temperature=1.0), max_tokens)
+    objective = Distillation(teacher=SimpleNamespace(waited=None), divergence=None, temperature=1.0)
+    watch = Watch(run, OnPolicyOptions(divergence=Divergence.jsd), objective, max_tokens)
     for number, (length, divergence) in enumerate(zip(lengths, divergences, strict=True), 1):
         step = Step(number, tokens=1, sums={"kl": divergence})
         watch.log(step, length)
