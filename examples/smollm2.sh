@@ -22,7 +22,7 @@ layers=()
 case $form in
     full)  problems=10 samples=4 tokens=64 sft_steps=8 grpo_steps=3 warmup_steps=4 opd_steps=3 ;;
     short) problems=3  samples=2 tokens=24 sft_steps=2 grpo_steps=1 warmup_steps=1 opd_steps=1
-           layers=(--teacher-layers 0:3,27:30 --layers 0:2,28:30) ;;
+           layers=(--teacher-layers "0:3,27:30" --layers "0:2,28:30") ;;
     *)     echo "usage: $0 [GSM8K] [FOLDER] [short|full] [ENGINE]" >&2; exit 2 ;;
 esac
 if [ -e "$out" ]; then
