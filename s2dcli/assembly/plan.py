@@ -20,7 +20,7 @@ from s2dcli.assembly.loading import adapter_of, compute_dtype
 from s2dcli.errors import UsageError
 from s2dcli.models.checkpoints import Checkpoint, empty_model, num_parameters, pick_device, pick_dtype
 from s2dcli.models.forward import GROWTH_SHARE
-from s2dcli.models.readers import CHUNK_TENSORS, chunk_bytes
+from s2dcli.models.readers import MOST_MODELS, chunk_bytes
 from s2dcli.models.sharding import layers_of
 from s2dcli.options import ModelOptions, Optimizer, RunOptions, Sharding, TrainingOptions, Weights
 from s2dcli.train.optimizer import BLOCK_SIZE, MIN_8BIT_SIZE
@@ -151,7 +151,8 @@ def memory_plan(
 
 def logits_bytes(model: PreTrainedModel, tokens: int, device: torch.device, free: float) -> int:
     """Bytes of the logits that a loss over `tokens` positions holds at once on a device with `free` bytes left."""
-    return CHUNK_TENSORS * min(chunk_bytes(device, free), tokens * model.get_output_embeddings().weight.shape[0] * FLOAT32_BYTES)
+    logits = tokens * model.get_output_embeddings().weight.shape[0] * FLOAT32_BYTES
+    return MOST_MODELS * min(chunk_bytes(device, MOST_MODELS, free), logits)
 
 
 def moment_bytes(sizes: Sequence[int], optimizer: Optimizer) -> int:

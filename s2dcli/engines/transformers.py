@@ -18,6 +18,7 @@ import torch
 
 from s2dcli.engines.base import LENGTH, STOP, Request, Sample, SamplingParams
 from s2dcli.models.forward import CachedDecoder, PlainDecoder, head_of
+from s2dcli.models.readers import log_normaliser, parts
 from s2dcli.models.selftest import fast_paths, max_length
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class TransformersEngine:
         if self.autocast is not None:  # once, not for every token
             head = replace(head, weight_VD=head.weight_VD.to(self.autocast))
         states_BD = decoder.states_BD
+        room_BV = torch.empty(count, self.vocabulary, device=device)  # for each token's logits in turn
         eos_ids_E = torch.tensor(self.eos_ids, device=device)
         noise_BT = None if params.temperature == 0 else row_noise(requests, params.max_tokens).to(device)
         ids_BT = torch.full((count, params.max_tokens), self.pad_id, device=device)
@@ -117,7 +119,7 @@ class TransformersEngine:
         for t in range(params.max_tokens):
             uniforms_B = None if noise_BT is None else noise_BT[rows_B, t]
             # The final norm's float32 weight lifts states to float32; the head computes in the type asked for, as in training.
-            logits_BV = head.logits(states_BD if self.autocast is None else states_BD.to(self.autocast))
+            logits_BV = head.logits(states_BD if self.autocast is None else states_BD.to(self.autocast), room_BV)
             tokens_B, chosen_B = choose(logits_BV, uniforms_B, params)
             ids_BT[rows_B, t] = torch.where(live_B, tokens_B, self.pad_id)
             logprobs_BT[rows_B, t] = chosen_B
@@ -155,45 +157,49 @@ def choose(logits_BV: torch.Tensor, uniforms_B: torch.Tensor | None, params: Sam
     `uniforms_B` None is greedy (log-probs at temperature 1). Top-k is applied before top-p.
     """
     if uniforms_B is None:
-        logprobs_BV = logits_BV.float().log_softmax(-1)
-        tokens_B = logprobs_BV.argmax(-1)
-        return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+        logits_BV = logits_BV.float()
+        tokens_B1 = logits_BV.argmax(-1, keepdim=True)
+        return tokens_B1[:, 0], (logits_BV.gather(1, tokens_B1) - log_normaliser(logits_BV))[:, 0]
     logits_BV = logits_BV.float() if params.temperature == 1.0 else logits_BV.float() / params.temperature
     if params.top_k and params.top_k < logits_BV.shape[1]:
         smallest_B1 = logits_BV.topk(params.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
     if params.top_p < 1.0:
         logits_BV = _nucleus(logits_BV, params.top_p)
-    normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True)
-    tokens_B1 = _invert(logits_BV, normaliser_B1, uniforms_B[:, None])
+    tokens_B1, normaliser_B1 = _invert(logits_BV, uniforms_B[:, None])
     return tokens_B1[:, 0], (logits_BV.gather(1, tokens_B1) - normaliser_B1)[:, 0]
 
 
-def _invert(logits_BV: torch.Tensor, normaliser_B1: torch.Tensor, uniforms_B1: torch.Tensor) -> torch.Tensor:
-    """Return the first token [B, 1] at which the cumulative probability exceeds the uniform number.
+def _invert(logits_BV: torch.Tensor, uniforms_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first token [B, 1] at which the cumulative probability exceeds the uniform number, and the log-normalisers [B, 1].
 
     In two levels, blocks of tokens and tokens of one block, with running sums in float64: a float32 one
     over 150,000 tokens would lose the unlikely ones, a float64 one over all of them takes most of the time.
-    What fits into one block needs one level.
+    What fits into one block needs one level. Probabilities are left unnormalised, so that each logit's exponential is taken once.
     """
     rows, vocabulary = logits_BV.shape
+    peak_B1 = logits_BV.amax(-1, keepdim=True)
     if vocabulary <= BLOCK:
-        ends_BV = (logits_BV - normaliser_B1).exp_().double().cumsum_(-1)
-        return torch.searchsorted(ends_BV, uniforms_B1 * ends_BV[:, -1:], right=True)
+        ends_BV = (logits_BV - peak_B1).exp_().double().cumsum_(-1)
+        total_B1 = ends_BV[:, -1:]
+        return torch.searchsorted(ends_BV, uniforms_B1 * total_B1, right=True), peak_B1 + total_B1.log().float()
     blocks = -(-vocabulary // BLOCK)
-    probs_BV = logits_BV.new_empty(rows, blocks * BLOCK)
-    probs_BV[:, vocabulary:] = 0.0
-    torch.sub(logits_BV, normaliser_B1, out=probs_BV[:, :vocabulary]).exp_()
-    probs_BJK = probs_BV.view(rows, blocks, BLOCK)
-    ends_BJ = probs_BJK.sum(-1).double().cumsum(-1)
-    target_B1 = uniforms_B1 * ends_BJ[:, -1:]
+    weights_BV, sums_BJ = logits_BV.new_empty(rows, blocks * BLOCK), logits_BV.new_empty(rows, blocks)
+    for weights_RV, logits_RV, peak_R1, sums_RJ in parts(weights_BV, logits_BV, peak_B1, sums_BJ):
+        weights_RV[:, vocabulary:] = 0.0
+        torch.sub(logits_RV, peak_R1, out=weights_RV[:, :vocabulary]).exp_()
+        torch.sum(weights_RV.view(-1, blocks, BLOCK), -1, out=sums_RJ)
+    ends_BJ = sums_BJ.double().cumsum_(-1)
+    total_B1 = ends_BJ[:, -1:]
+    target_B1 = uniforms_B1 * total_B1
     block_B1 = torch.searchsorted(ends_BJ, target_B1, right=True).clamp_(max=blocks - 1)
     starts_B1 = torch.where(block_B1 > 0, ends_BJ.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
-    inside_BK = probs_BJK.gather(1, block_B1[:, :, None].expand(-1, 1, BLOCK))[:, 0].double().cumsum_(-1)
+    weights_BJK = weights_BV.view(rows, blocks, BLOCK)
+    inside_BK = weights_BJK.gather(1, block_B1[:, :, None].expand(-1, 1, BLOCK))[:, 0].double().cumsum_(-1)
     # Rounding must not carry a draw past the block's last token that has any probability.
     target_B1 = torch.minimum(target_B1 - starts_B1, inside_BK[:, -1:] * (1 - torch.finfo(torch.float64).eps))
     tokens_B1 = block_B1 * BLOCK + torch.searchsorted(inside_BK, target_B1, right=True)
-    return tokens_B1.clamp_(max=vocabulary - 1)
+    return tokens_B1.clamp_(max=vocabulary - 1), peak_B1 + total_B1.log().float()
 
 
 def _nucleus(logits_BV: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Finite, so that products with a probability of 0 stay 0; its exponential is 0 at any temperature in use.
 UNUSED_LOGIT = -1e5
 _UNUSED = "s2d_unused"
+# Rows of the head that a product on a CPU takes at a time: they and their logits stay in the cache, which is a tenth to a quarter faster.
+HEAD_ROWS = 1024
 # What families call the cap on their logits: Gemma, RecurrentGemma, xLSTM.
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -51,23 +53,28 @@ class Head:
         weight_VD = self.weight_VD.to(hidden_ND.dtype)
         bias_V = None if self.bias_V is None else self.bias_V.to(hidden_ND.dtype)
         if out is None:
-            return self.shape_logits(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
+            return self._shape(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
         out = out[: len(hidden_ND)]
         if hidden_ND.dtype != out.dtype:
             out.copy_(torch.nn.functional.linear(hidden_ND, weight_VD, bias_V))
-        elif bias_V is None:
-            torch.mm(hidden_ND, weight_VD.T, out=out)
-        else:
-            torch.addmm(bias_V, hidden_ND, weight_VD.T, out=out)
-        return self.shape_logits(out)
+            return self._shape(out)
+        size = HEAD_ROWS if out.device.type == "cpu" else len(weight_VD)
+        for start in range(0, len(weight_VD), size):
+            some = slice(start, start + size)
+            if bias_V is None:
+                torch.mm(hidden_ND, weight_VD[some].T, out=out[:, some])
+            else:
+                torch.addmm(bias_V[some], hidden_ND, weight_VD[some].T, out=out[:, some])
+        return self._shape(out)
 
-    def shape_logits(self, raw_NV: torch.Tensor) -> torch.Tensor:
-        """Apply scale and soft cap to raw products, in float32."""
+    def _shape(self, raw_NV: torch.Tensor) -> torch.Tensor:
+        """Apply scale and soft cap to raw products, in float32 and where they stand."""
         logits_NV = raw_NV.float()
         if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
+            logits_NV.mul_(self.scale)
         if self.soft_cap is not None:
-            logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
+            logits_NV.div_(self.soft_cap).tanh_()
+            logits_NV = logits_NV * self.soft_cap if logits_NV.requires_grad else logits_NV.mul_(self.soft_cap)
         return logits_NV if self.unused_U is None else logits_NV.index_fill_(1, self.unused_U, UNUSED_LOGIT)
 
     def slope(self, logits_NV: torch.Tensor) -> torch.Tensor | None:

@@ -12,32 +12,36 @@ import torch
 
 from s2dcli.models.forward import Head
 
-# Bytes of one chunk of float32 logits on a CPU, and the least on a GPU ...
-CHUNK_BYTES = 48 * 2**20
-# ... of which a pass holds at most so many at once (two or three models' logits, and what is made of a part of them): 151 MB,
-# whatever the batch and length.
-CHUNK_TENSORS = 3
-# Parts of a chunk that are worked on in turn, with tensors of their own.
-PARTS = 8
-# The most on a GPU: 1,024 tokens of the largest vocabularies (262,144). A product with the head reads it once a chunk and does
-# one operation a token for each byte read, in bfloat16: from some 300 tokens on an H100 waits for its arithmetic, not its memory.
+# Bytes of float32 logits that a pass holds at once on a CPU, whatever the batch and length: those of one chunk of tokens, by one, two or
+# three models. 250 tokens of the largest vocabularies: products of fewer than 100 reach two thirds of a core's speed, not nine tenths.
+LOGITS_BYTES = 144 * 2**20
+# Bytes of logits that are worked on in turn on a CPU, with tensors of their own: what stays in a core's cache of its own is read
+# a second time for nothing. On a GPU a chunk has so many parts.
+PART_BYTES = 2**19
+GPU_PARTS = 8
+# Most models whose logits a pass holds.
+MOST_MODELS = 3
+# The most bytes of a chunk on a GPU: 1,024 tokens of the largest vocabularies (262,144). A product with the head reads it once a
+# chunk and does one operation a token for each byte read, in bfloat16: from some 300 tokens on an H100 waits for its arithmetic, not
+# its memory.
 GPU_CHUNK_BYTES = 2**30
 # Share of a GPU's free memory that the chunks of a pass may take: gradients may be still to come.
 FREE_SHARE = 1 / 4
 
 
-def chunk_bytes(device: torch.device, free: float | None = None) -> int:
-    """Bytes of one chunk of float32 logits. Results depend on it to rounding.
+def chunk_bytes(device: torch.device, models: int = 1, free: float | None = None) -> int:
+    """Bytes of one chunk of float32 logits, where a pass holds those of so many `models`. Results depend on it to rounding.
 
-    On a GPU the largest of GPU_CHUNK_BYTES, a half of that, a quarter ... of which CHUNK_TENSORS fit into FREE_SHARE of its `free`
+    On a GPU the largest of GPU_CHUNK_BYTES, a half of that, a quarter ... of which MOST_MODELS fit into FREE_SHARE of its `free`
     bytes, by default those that `free_bytes` finds; in halves, so that repeated runs mostly take the same.
     """
     if device.type != "cuda":
-        return CHUNK_BYTES
-    room, size = FREE_SHARE * (free_bytes(device) if free is None else free) / CHUNK_TENSORS, GPU_CHUNK_BYTES
-    while size > max(room, CHUNK_BYTES):
+        return LOGITS_BYTES // models
+    room, size = FREE_SHARE * (free_bytes(device) if free is None else free) / MOST_MODELS, GPU_CHUNK_BYTES
+    least = LOGITS_BYTES // MOST_MODELS
+    while size > max(room, least):
         size //= 2
-    return max(size, CHUNK_BYTES)
+    return max(size, least)
 
 
 @functools.cache
@@ -47,26 +51,27 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+def chunk_tokens(vocabulary: int, device: torch.device, models: int = 1) -> int:
     """Tokens whose float32 logits fill `chunk_bytes`; at least one."""
-    return max(1, chunk_bytes(device) // (4 * vocabulary))
+    return max(1, chunk_bytes(device, models) // (4 * vocabulary))
 
 
-def chunks(hidden_ND: torch.Tensor, head: Head) -> Iterator[slice]:
-    num_tokens, size = len(hidden_ND), chunk_tokens(head.weight_VD.shape[0], hidden_ND.device)
+def chunks(hidden_ND: torch.Tensor, head: Head, models: int = 1) -> Iterator[slice]:
+    num_tokens, size = len(hidden_ND), chunk_tokens(head.weight_VD.shape[0], hidden_ND.device, models)
     return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
-def room(hidden_ND: torch.Tensor, head: Head) -> torch.Tensor:
+def room(hidden_ND: torch.Tensor, head: Head, models: int = 1) -> torch.Tensor:
     """Return memory for the logits of each chunk in turn: on a CPU fresh memory of that size costs more than what is done in it."""
     vocabulary = head.weight_VD.shape[0]
-    rows = min(len(hidden_ND), chunk_tokens(vocabulary, hidden_ND.device))
+    rows = min(len(hidden_ND), chunk_tokens(vocabulary, hidden_ND.device, models))
     return hidden_ND.new_empty(rows, vocabulary, dtype=torch.float32, requires_grad=False)
 
 
 def parts(logits_CV: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cut the tokens of a chunk into about PARTS parts, so that what is made of one is little memory: views of all the tensors."""
-    size = max(2, chunk_tokens(logits_CV.shape[1], logits_CV.device) // PARTS)
+    """Cut the tokens of a chunk into parts, so that what is made of one is little memory, and near: views of all the tensors."""
+    device = logits_CV.device
+    size = max(1, (chunk_bytes(device) // GPU_PARTS if device.type == "cuda" else PART_BYTES) // (4 * logits_CV.shape[1]))
     return zip(*(whole.split(size) for whole in (logits_CV, *others)), strict=True)
 
 

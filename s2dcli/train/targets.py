@@ -27,6 +27,7 @@ class ExactTargets:
     hidden_NE: torch.Tensor
     head: Head
     temperature: float = 1.0
+    models = 1  # whose logits `logprobs` holds at once
 
     @property
     def vocabulary(self) -> int:
@@ -54,6 +55,7 @@ class MixedTargets:
     teacher: ExactTargets
     reference: ExactTargets
     weight: float
+    models = 2
 
     @property
     def vocabulary(self) -> int:

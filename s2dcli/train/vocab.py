@@ -44,7 +44,7 @@ class _FusedLoss(torch.autograd.Function):
     """loss = sum over chunks of kernel(head.logits(hidden)); gradients are formed chunk by chunk in forward."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, head: Head, kernel: Kernel, figures: dict[str, list[torch.Tensor]]):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, head: Head, kernel: Kernel, models: int, figures: dict[str, list[torch.Tensor]]):
         wanted = any(ctx.needs_input_grad[:3])
         head_wanted = ctx.needs_input_grad[1]  # not where adapters are trained and the head stays as it is
         ctx.collected = head.gradient_VD is not None
@@ -55,8 +55,9 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         head = replace(head, weight_VD=weight_VD.to(hidden_ND.dtype))  # cast once, not for every chunk
-        out = room(hidden_ND, head)
-        for rows in chunks(hidden_ND, head):
+        models += head.soft_cap is not None  # its slope is held as well
+        out = room(hidden_ND, head, models)
+        for rows in chunks(hidden_ND, head, models):
             logits_CV = head.logits(hidden_ND[rows], out)
             slope_CV = head.slope(logits_CV) if wanted else None
             part, grad_CV, found = kernel(logits_CV, rows)
@@ -93,24 +94,26 @@ class _FusedLoss(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def _add_product(total_VD: torch.Tensor, left_CV: torch.Tensor, right_CD: torch.Tensor) -> None:
-    """total += left.T @ right; products of a narrower type than total's go by blocks of at most CHUNK_BYTES."""
+    """total += left.T @ right; products of a narrower type than total's go by blocks of at most LOGITS_BYTES / MOST_MODELS."""
     if left_CV.dtype == total_VD.dtype:
         total_VD.addmm_(left_CV.T, right_CD)
         return
-    size = max(1, readers.CHUNK_BYTES // (right_CD.shape[1] * right_CD.element_size()))
+    size = max(1, readers.LOGITS_BYTES // readers.MOST_MODELS // (right_CD.shape[1] * right_CD.element_size()))
     for total_BD, left_CB in zip(total_VD.split(size), left_CV.split(size, dim=1), strict=True):
         total_BD += left_CB.T @ right_CD
 
 
-def _apply(hidden_ND: torch.Tensor, head: Head, kernel: Kernel) -> tuple[torch.Tensor, Figures]:
+def _apply(hidden_ND: torch.Tensor, head: Head, kernel: Kernel, models: int = 1) -> tuple[torch.Tensor, Figures]:
+    """`models`: whose logits of a chunk the kernel holds, the head's included."""
     figures: dict[str, list[torch.Tensor]] = {}
     # The function decides the dtypes of its products itself.
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        loss = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, kernel, figures)
+        loss = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, kernel, models, figures)
     return loss, {name: torch.cat(parts) for name, parts in figures.items()}
 
 
@@ -219,7 +222,8 @@ def divergence_loss(
     if student.weight_VD.shape[0] != teacher.vocabulary:
         raise ValueError(f"vocabularies of {student.weight_VD.shape[0]} and {teacher.vocabulary} ids cannot be compared")
     within = None if watched is None else _Within(watched, student_ND.device)
-    out = room(student_ND, student)
+    models = 1 + teacher.models
+    out = room(student_ND, student, models + (student.soft_cap is not None))
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
         theirs_CV = teacher.logprobs(rows, out)  # log q
@@ -244,7 +248,7 @@ def divergence_loss(
         loss, grad_CV, found = _weigh(value_C[:, 0], logits_CV, weights_N[rows], temperature, clamp)
         return loss, grad_CV, figures | found
 
-    return _apply(student_ND, student, kernel)
+    return _apply(student_ND, student, kernel, models)
 
 
 def _weigh(

@@ -32,7 +32,7 @@ from s2dcli.train.targets import ExactTargets, TopKTargets  # noqa: E402
 def from_dense() -> dict[str, float]:
     """Largest relative difference of any gradient from the float64 formula, by loss."""
     worst: dict[str, float] = defaultdict(float)
-    readers.CHUNK_BYTES = 5 * dense.V * 4  # several ragged chunks
+    readers.LOGITS_BYTES = 5 * dense.V * 4  # several ragged chunks
 
     def compare(name: str, loss: torch.Tensor, formula: torch.Tensor, hidden: torch.Tensor, head) -> None:
         pairs = zip(dense.gradients(loss, hidden, head), dense.gradients(formula, hidden, head), strict=True)
@@ -80,11 +80,11 @@ def over_splits() -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    chunk_bytes = readers.CHUNK_BYTES
+    logits_bytes = readers.LOGITS_BYTES
     print("| gradient | against | largest relative difference |\n|---|---|---|")
     for name, difference in from_dense().items():
         print(f"| {name} | dense float64 | {difference:.1e} |")
-    readers.CHUNK_BYTES = chunk_bytes
+    readers.LOGITS_BYTES = logits_bytes
     for name, difference in over_splits().items():
         print(f"| {name} | other splits | {difference:.1e} |")
 

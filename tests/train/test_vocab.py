@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from s2dcli.models import readers
+from s2dcli.models import forward, readers
 from s2dcli.models.forward import Head
 from s2dcli.models.readers import token_logprobs, top_k_logprobs
 from s2dcli.train.targets import ExactTargets, MixedTargets, TopKTargets
@@ -28,8 +28,10 @@ def dense_divergence(form: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tenso
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    # Several ragged chunks, as with a real vocabulary.
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 5 * V * 4)
+    # Several ragged chunks and parts of them, as with a real vocabulary.
+    monkeypatch.setattr(readers, "LOGITS_BYTES", 10 * V * 4)
+    monkeypatch.setattr(readers, "PART_BYTES", 2 * V * 4)
+    monkeypatch.setattr(forward, "HEAD_ROWS", 9)
 
 
 def make(width: int, seed: int, *, bias: bool = True, scale: float = 1.0, cap: float | None = None) -> tuple[torch.Tensor, Head]:
@@ -165,7 +167,7 @@ def test_chunk_sizes_change_nothing_but_rounding(monkeypatch, loss):
     exact = ExactTargets(states, teacher)
     found = []
     for tokens in (1, 4, 16, N):
-        monkeypatch.setattr(readers, "CHUNK_BYTES", tokens * V * 4)
+        monkeypatch.setattr(readers, "LOGITS_BYTES", tokens * V * 4)
         hidden, head = make(D, 0)
         if loss == "tokens":
             value, figures = token_loss(hidden, head, TARGETS, weighted)
@@ -182,11 +184,11 @@ def test_chunk_sizes_change_nothing_but_rounding(monkeypatch, loss):
 
 def test_a_gpus_chunks_are_as_large_as_its_free_memory_allows():
     gpu, cpu, gib = torch.device("cuda"), torch.device("cpu"), 2**30
-    assert readers.chunk_bytes(cpu, 80 * gib) == readers.chunk_bytes(cpu) == readers.CHUNK_BYTES
-    sizes = {free: readers.chunk_bytes(gpu, free * gib) / gib for free in (80, 12, 11, 6, 3)}
+    assert readers.chunk_bytes(cpu, 3, 80 * gib) == readers.chunk_bytes(cpu, 3) == readers.LOGITS_BYTES // 3
+    sizes = {free: readers.chunk_bytes(gpu, 2, free * gib) / gib for free in (80, 12, 11, 6, 3)}
     assert sizes == {80: 1, 12: 1, 11: 1 / 2, 6: 1 / 2, 3: 1 / 4}
-    assert readers.chunk_bytes(gpu, 0) == readers.CHUNK_BYTES
-    assert readers.chunk_bytes(gpu, 80 * gib) // (4 * 262_144) == 1024
+    assert readers.chunk_bytes(gpu, 1, 0) == readers.LOGITS_BYTES // 3
+    assert readers.chunk_bytes(gpu, 1, 80 * gib) // (4 * 262_144) == 1024
 
 
 def test_vocabularies_of_different_size_cannot_be_compared():
@@ -219,7 +221,7 @@ def test_no_tokens_give_zero_loss_and_zero_gradient():
 
 
 def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 64 * V * 4)
+    monkeypatch.setattr(readers, "LOGITS_BYTES", 64 * V * 4)
     sizes = []
     logits = Head.logits
 
