@@ -15,6 +15,6 @@ export OMP_NUM_THREADS=1
 mkdir -p "$out"
 
 for ((seed = 0; seed < seeds; seed++)); do
-    printf '%s\0' "'$here/../routes/label-curve.sh' '$here/settings.sh' '$out' $seed > '$out/seed-$seed.log' 2>&1"
-done | xargs -0 -n 1 -P "$(nproc)" bash -c
+    echo "'$here/../routes/label-curve.sh' '$here/settings.sh' '$out' $seed > '$out/seed-$seed.log' 2>&1"
+done | "$here/../routes/side_by_side.sh"
 s2d report "$out"/seed-*/eval/*-sampled --label-curve "$picture" --overwrite

@@ -23,9 +23,9 @@ for ((family = 0; family < families; family++)); do
     for ((seed = 0; seed < seeds; seed++)); do
         toy=$here
         ((family == 0)) || toy=$(realpath "$out/toy-$family")
-        printf '%s\0' "TOY=$toy '$routes/all.sh' '$here/settings.sh' '$out/family-$family' $seed one > '$out/family-$family-seed-$seed.log' 2>&1"
+        echo "TOY=$toy '$routes/all.sh' '$here/settings.sh' '$out/family-$family' $seed one > '$out/family-$family-seed-$seed.log' 2>&1"
     done
-done | xargs -0 -n 1 -P "$(nproc)" bash -c
+done | "$routes/side_by_side.sh"
 
 for ((family = 0; family < families; family++)); do
     printf '\nFamily %s\n\n' "$family"

@@ -13,9 +13,9 @@ steps=${3:-400}
 source "$(dirname "$0")/settings.sh"
 
 for rate in $rates; do
-    printf '%s\0' "s2d grpo --model '$student' '$both' ${sampling[*]} ${grading[*]} ${trainer[*]} ${grpo[*]} --steps $steps --lr $rate \
+    echo "s2d grpo --model '$student' '$both' ${sampling[*]} ${grading[*]} ${trainer[*]} ${grpo[*]} --steps $steps --lr $rate \
         --eval-problems '$toy/problems/validation.jsonl' --eval-every 100 --eval-samples 4 --resume -o '$out/lr-$rate' > '$out/lr-$rate.log' 2>&1"
-done | xargs -0 -n 1 -P "$(nproc)" bash -c
+done | "$(dirname "$0")/../routes/side_by_side.sh"
 
 python - "$out" "$rates" <<'PYTHON'
 import json
