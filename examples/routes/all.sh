@@ -35,4 +35,4 @@ else
     done
 fi
 echo
-s2d report "$out/seed-$seed"/eval/* --html "$out/seed-$seed/report.html" --overwrite
+s2d report "$out/seed-$seed"/eval/* --html "$out/seed-$seed/report.html" --page-size 4MB --overwrite

@@ -69,7 +69,7 @@ def costs(result: Result) -> tuple[int, float, float]:
 
 
 def main(folder: str, *ways: str) -> None:
-    console.configure(quiet=True, verbose=False)  # each reading would warn of the replay in R7
+    console.configure(quiet=True, verbose=False, main=False)  # each reading would warn of the replay in R7
     out, ways = Path(folder), ways or ("sampled", "greedy")
     print(f"| teacher | transfer | RL of the student | {' | '.join(ways)} | paper, MATH-500 | labels | tokens | minutes | seeds |")
     print(f"|---|---|---|{'---:|' * len(ways)}---:|---:|---:|---:|---:|")
