@@ -17,7 +17,8 @@ Point = tuple[float, float | None]  # None: not measured, a gap in the line
 WIDTH, HEIGHT = 280, 150  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 48, 8, 8, 22  # margins of the plot
 WIDE, TALL, NAMES = 440, 260, 140  # of a scatter plot, and the room for names at its right
-BESIDE = 10  # distance between points of the same x, which stand beside each other
+NAMED = 6  # points up to which their names stand beside them; more have numbers, and the names stand below
+BESIDE, BESIDE_NUMBERED = 10, 16  # distance between points of the same x, which stand beside each other
 LABEL_HEIGHT = 15  # distance between the names of two points
 MOST_POINTS = 300  # of a line; longer ones are drawn by the means of equal parts
 TICKS = 3
@@ -168,7 +169,9 @@ def scatter(title: str, x_title: str, points: Sequence[tuple[str, float, float, 
     x_marks = ticks(0, max(x for _, x, *_ in points), 4)
     y_marks = [0.0, 0.25, 0.5, 0.75, 1.0]
     left, bottom = 46, 42
-    across, up = Scale(0, x_marks[-1], left + 14, WIDE - NAMES), Scale(0, 1, TALL - bottom, 18)
+    numbered = len(points) > NAMED
+    names = 28 if numbered else NAMES
+    across, up = Scale(0, x_marks[-1], left + 14, WIDE - names), Scale(0, 1, TALL - bottom, 18)
     grid = [
         [
             tag("line", x1=left, x2=WIDE - 8, y1=up(y), y2=up(y), class_="grid"),
@@ -177,30 +180,62 @@ def scatter(title: str, x_title: str, points: Sequence[tuple[str, float, float, 
         for y in y_marks
     ]
     grid += [tag("text", f"{x:g}", x=across(x), y=TALL - bottom + 17, text_anchor="middle") for x in x_marks]
+    ordered = sorted(points, key=lambda point: (point[1], point[2]))
+    if numbered:
+        shown = [(str(index), *rest) for index, (_, *rest) in enumerate(ordered, start=1)]
+        keys = tag("ul", [tag("li", tag("b", index), f" {name}") for index, (name, *_) in enumerate(ordered, start=1)], class_="keys")
+    else:
+        shown, keys = ordered, None
     marks = []
-    for _, group in groupby(sorted(points, key=lambda point: point[1]), key=lambda point: point[1]):
-        same = sorted(group, key=lambda point: point[2])
-        names_at = float(across(same[0][1])) + BESIDE * len(same) / 2 + 8
-        lowest = math.inf  # where the next name may stand
-        for index, (name, x, y, low, high) in enumerate(same):
-            at = float(across(x)) + BESIDE * (index - (len(same) - 1) / 2)
-            height = min(float(up(y)), lowest)
-            lowest = height - LABEL_HEIGHT
-            marks.append(tag("line", x1=at, x2=at, y1=up(low), y2=up(high), class_="whisker"))
-            marks.append(tag("circle", cx=at, cy=up(y), r=3.5, class_="dot"))
-            marks.append(tag("line", x1=at + 4, x2=names_at - 2, y1=up(y), y2=f"{height:.1f}", class_="axis"))
-            marks.append(tag("text", name, x=names_at, y=f"{height:.1f}", dy="0.35em", class_="name"))
+    for _, group in groupby(shown, key=lambda point: point[1]):
+        marks += (_numbered if numbered else _named)(list(group), across, up)
     heard = f"{title}: " + "; ".join(f"{name} {percent(y)} with {x:g} labels" for name, x, y, _, _ in points)
     picture = tag(
         "svg",
         grid,
-        tag("text", x_title, x=(left + WIDE - NAMES) / 2, y=TALL - 6, text_anchor="middle"),
+        tag("text", x_title, x=(left + WIDE - names) / 2, y=TALL - 6, text_anchor="middle"),
         marks,
         viewBox=f"0 0 {WIDE} {TALL}",
         role="img",
         aria_label=heard,
     )
-    return tag("figure", tag("figcaption", title), picture, class_="chart wide")
+    return tag("figure", tag("figcaption", title), picture, keys, class_="chart wide")
+
+
+def _beside(count: int, distance: float, at: float) -> list[float]:
+    """Return the places of points that belong at one."""
+    return [at + distance * (index - (count - 1) / 2) for index in range(count)]
+
+
+def _dot(at: float, y: float, low: float, high: float, up: Scale) -> list[Markup]:
+    return [
+        tag("line", x1=at, x2=at, y1=up(low), y2=up(high), class_="whisker"),
+        tag("circle", cx=at, cy=up(y), r=3.5, class_="dot"),
+    ]
+
+
+def _numbered(same: Sequence[tuple[str, float, float, float, float]], across: Scale, up: Scale) -> list[Markup]:
+    """Points of one x with a short name above each."""
+    marks: list[Markup] = []
+    for at, (name, _, y, low, high) in zip(_beside(len(same), BESIDE_NUMBERED, float(across(same[0][1]))), same, strict=True):
+        marks += _dot(at, y, low, high, up)
+        marks.append(tag("text", name, x=at, y=f"{float(up(high)) - 4:.1f}", text_anchor="middle", class_="name"))
+    return marks
+
+
+def _named(same: Sequence[tuple[str, float, float, float, float]], across: Scale, up: Scale) -> list[Markup]:
+    """Points of one x with their names at the right, one above the other."""
+    places = _beside(len(same), BESIDE, float(across(same[0][1])))
+    names_at = places[-1] + BESIDE / 2 + 8
+    marks: list[Markup] = []
+    lowest = math.inf  # where the next name may stand
+    for at, (name, _, y, low, high) in zip(places, same, strict=True):
+        height = min(float(up(y)), lowest)
+        lowest = height - LABEL_HEIGHT
+        marks += _dot(at, y, low, high, up)
+        marks.append(tag("line", x1=at + 4, x2=names_at - 2, y1=up(y), y2=f"{height:.1f}", class_="axis"))
+        marks.append(tag("text", name, x=names_at, y=f"{height:.1f}", dy="0.35em", class_="name"))
+    return marks
 
 
 def _frame(xs: Sequence[float], marks: Sequence[float]) -> tuple[Scale, Scale]:
