@@ -27,7 +27,7 @@ from s2dcli.assembly.plan import device_bytes, memory_plan, processes_of
 from s2dcli.assembly.rollouts import StoredRollouts, read_groups
 from s2dcli.assembly.sampling import Sampler, Task, make_tasks, open_sampler, tasks_of_step
 from s2dcli.engines.base import SamplingParams
-from s2dcli.engines.opening import TRANSFORMERS, VLLM, engine_kind, require_ahead
+from s2dcli.engines.opening import TRANSFORMERS, VLLM, engine_kind, require_a_gpu_each, require_ahead
 from s2dcli.engines.vllm import GPU_SHARE_BESIDE_TRAINER
 from s2dcli.errors import GradingError, UsageError
 from s2dcli.files import jsonl
@@ -94,6 +94,7 @@ class TrainingSetup:
             self.options = {**options, "teacher": teachers.told}
         self.engine, self.grading, self.training, self.loading, self.running = engine, grading, training, loading, running
         self.processes = processes_of(running)
+        require_a_gpu_each(engine, self.processes.number)
         if self.processes.sharded:
             require_shardable(training, offload=offload)
         pick_device(loading.device, here=not running.dry_run)

@@ -45,13 +45,19 @@ def check_engine(sampling: ScoringOptions, *, training: bool = False, teacher: s
     """
     served = {SERVER} if is_served(teacher) and server_urls(teacher, "--teacher") else set()
     _refuse_ignored(sampling, _kinds(sampling.engine) | served)
-    if training and world.size() > 1 and (sampling.tensor_parallel_size or 1) > 1:
-        raise UsageError(
-            f"--tensor-parallel-size {sampling.tensor_parallel_size}: each of the {world.size()} processes has one GPU",
-            hint="leave it out, or start vllm serve with it and give --engine http://HOST:PORT,...",
-        )
+    if training:
+        require_a_gpu_each(sampling, world.size())
     if training and sampling.parity_rows == 0:
         raise UsageError("--parity-rows 0: a trainer does not sample from weights without proof", hint="1 or more")
+
+
+def require_a_gpu_each(sampling: ScoringOptions, processes: int) -> None:
+    """Raise UsageError where each of several processes in training would shard its own vLLM over GPUs, of which it has one."""
+    if processes > 1 and (sampling.tensor_parallel_size or 1) > 1:
+        raise UsageError(
+            f"--tensor-parallel-size {sampling.tensor_parallel_size}: each of the {processes} processes has one GPU",
+            hint="leave it out, or start vllm serve with it and give --engine http://HOST:PORT,...",
+        )
 
 
 def open_engine(

@@ -184,6 +184,7 @@ def test_a_plan_for_processes_and_a_gpu_that_are_not_here(s2d, toy, few, tmp_pat
         (["--processes", 4], "--processes says how many a plan is for, and requires --dry-run"),
         (["--dry-run", "--sharding", "ddp"], "--sharding requires --processes"),
         (["--dry-run", "--processes", 4, "--optimizer", "adamw-8bit"], "which FSDP2 would cut"),
+        (["--dry-run", "--processes", 4, "--engine", "vllm", "--tensor-parallel-size", 2], "each of the 4 processes has one GPU"),
     ):
         result = s2d(*common, *more)
         assert (result.code, message in result.err) == (2, True), result.err
