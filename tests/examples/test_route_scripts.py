@@ -1,6 +1,7 @@
 """Scripts of the method's routes: every command of theirs on tiny models, and what contrasts differ in."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -73,3 +74,19 @@ def test_the_settings_of_llama_run_and_the_label_curve_is_drawn(tmp_path, s2d):
 def test_contrasts_differ_in_what_they_are_named_after(qwen3, s2d, a, b, differ):
     found = s2d("compare", "--settings", qwen3 / a, qwen3 / b, "--json").result
     assert {name.split(" ")[0] for name in found} == differ
+
+
+def side_by_side(commands: str, folder: Path) -> int:
+    script, environment = EXAMPLES / "routes" / "side_by_side.sh", {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", script], input=commands, env=environment, cwd=folder, text=True, check=False, timeout=60).returncode
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_seeds_run_side_by_side_with_one_thread_each(tmp_path):
+    meet = "touch {}; for _ in $(seq 200); do [ -e {} ] && exit; sleep 0.1; done; exit 1\n"  # each waits for the other
+    assert side_by_side(meet.format("a", "b") + meet.format("b", "a"), tmp_path) == 0
+
+
+def test_a_seed_that_fails_is_told(tmp_path):
+    assert side_by_side("false\ntouch 'after it'\n", tmp_path) != 0
+    assert (tmp_path / "after it").exists()
