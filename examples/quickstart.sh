@@ -13,6 +13,7 @@
 # A bridge is two stages: forward KL on the teacher's rollouts, then on-policy distillation on the
 # student's own. It looks at no label. `short` takes a few steps of everything, to see that it runs.
 #
+# Direct GRPO has the learning rate and number of steps that are best on validation problems (toy/tune.sh).
 # The routes run in two processes side by side, one thread each; at the end there is a table, and a page
 # for a browser.
 set -euo pipefail
@@ -21,7 +22,7 @@ out=${1:-runs/quickstart}
 form=${2:-full}
 
 case $form in
-    full)  teacher_steps=60 student_steps=200 warmup_steps=150 opd_steps=60 num_test=320 ;;
+    full)  teacher_steps=60 student_steps=400 warmup_steps=150 opd_steps=60 num_test=320 ;;
     short) teacher_steps=3  student_steps=3   warmup_steps=3   opd_steps=3  num_test=16 ;;
     *)     echo "usage: $0 [FOLDER] [short]" >&2; exit 2 ;;
 esac
@@ -89,7 +90,7 @@ rl_teacher_routes() {
 
 other_routes() {
     say "direct GRPO: the student, on the labelled problems, $student_steps steps"
-    run direct s2d grpo --model "$toy/student" "$labelled" --steps "$student_steps" --lr 1e-4 "${grpo[@]}" -o "$out/direct"
+    run direct s2d grpo --model "$toy/student" "$labelled" --steps "$student_steps" --lr 4e-4 "${grpo[@]}" -o "$out/direct"
     say "raw-teacher bridge: the same as the RL-teacher bridge, from the teacher at the start"
     bridge "$toy/teacher" raw-bridge
     say "direct GRPO and raw-teacher bridge: evaluation"
