@@ -112,7 +112,10 @@ def top_k_logprobs(
         logprobs_NK[rows] = values_CK - normaliser_C1
         if targets_N is not None:
             found_N[rows] = (logits_CV.gather(1, targets_N[rows, None]) - normaliser_C1)[:, 0]
-        tails_N[rows] = (logits_CV.scatter_(1, ids_NK[rows], -torch.inf).logsumexp(-1, keepdim=True) - normaliser_C1)[:, 0]
+        tails_C1 = torch.empty_like(normaliser_C1)
+        for logits_PV, tails_P1 in parts(logits_CV.scatter_(1, ids_NK[rows], -torch.inf), tails_C1):
+            tails_P1.copy_(logits_PV.logsumexp(-1, keepdim=True))  # -inf where k is all ids
+        tails_N[rows] = (tails_C1 - normaliser_C1)[:, 0]
     return (ids_NK, logprobs_NK, tails_N) if targets_N is None else (ids_NK, logprobs_NK, tails_N, found_N)
 
 
