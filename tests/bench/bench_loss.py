@@ -143,11 +143,11 @@ def speed(hidden: int, dtype: torch.dtype, device: str) -> None:
 
 def chunk_sizes(hidden: int, dtype: torch.dtype, device: str, tokens: int) -> None:
     case, clock = Case(tokens, hidden, dtype, device), Clock(device != "cpu")
-    own, most = readers.chunk_tokens(VOCABULARY, case.hidden_ND.device), peak(dtype, device, clock)
+    chunk_tokens, most = readers.chunk_tokens, peak(dtype, device, clock)
     print(f"{tokens} tokens, forward and backward; peak {most / 1e9:,.0f} GFLOP/s\n")
     print("| loss | tokens of a chunk | seconds | share of the peak |\n|---|---|---|---|")
-    for name, operations in {"token log-probs": 6, "KL(student || teacher)": 8}.items():
-        loss = case.losses()[name]
+    for models, (name, operations) in enumerate({"token log-probs": 6, "KL(student || teacher)": 8}.items(), start=1):
+        loss, own = case.losses()[name], chunk_tokens(VOCABULARY, case.hidden_ND.device, models)
         for size in sorted({own, *(size for size in CHUNKS if size <= tokens)}):
             readers.chunk_tokens = lambda *_, size=size: size
             seconds = []
