@@ -56,16 +56,20 @@ def chunk_tokens(vocabulary: int, device: torch.device, models: int = 1) -> int:
     return max(1, chunk_bytes(device, models) // (4 * vocabulary))
 
 
+def _rows(hidden_ND: torch.Tensor, head: Head, models: int) -> int:
+    """Tokens of a chunk; beside the logits of a capped head stands what has their size too, its slope."""
+    return chunk_tokens(head.weight_VD.shape[0], hidden_ND.device, models + (head.soft_cap is not None))
+
+
 def chunks(hidden_ND: torch.Tensor, head: Head, models: int = 1) -> Iterator[slice]:
-    num_tokens, size = len(hidden_ND), chunk_tokens(head.weight_VD.shape[0], hidden_ND.device, models)
+    num_tokens, size = len(hidden_ND), _rows(hidden_ND, head, models)
     return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
 def room(hidden_ND: torch.Tensor, head: Head, models: int = 1) -> torch.Tensor:
     """Return memory for the logits of each chunk in turn: on a CPU fresh memory of that size costs more than what is done in it."""
-    vocabulary = head.weight_VD.shape[0]
-    rows = min(len(hidden_ND), chunk_tokens(vocabulary, hidden_ND.device, models))
-    return hidden_ND.new_empty(rows, vocabulary, dtype=torch.float32, requires_grad=False)
+    rows = min(len(hidden_ND), _rows(hidden_ND, head, models))
+    return hidden_ND.new_empty(rows, head.weight_VD.shape[0], dtype=torch.float32, requires_grad=False)
 
 
 def parts(logits_CV: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -55,7 +55,6 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         head = replace(head, weight_VD=weight_VD.to(hidden_ND.dtype))  # cast once, not for every chunk
-        models += head.soft_cap is not None  # its slope is held as well
         out = room(hidden_ND, head, models)
         for rows in chunks(hidden_ND, head, models):
             logits_CV = head.logits(hidden_ND[rows], out)
@@ -223,7 +222,7 @@ def divergence_loss(
         raise ValueError(f"vocabularies of {student.weight_VD.shape[0]} and {teacher.vocabulary} ids cannot be compared")
     within = None if watched is None else _Within(watched, student_ND.device)
     models = 1 + teacher.models
-    out = room(student_ND, student, models + (student.soft_cap is not None))
+    out = room(student_ND, student, models)
 
     def kernel(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, Figures]:
         theirs_CV = teacher.logprobs(rows, out)  # log q
